@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The C++ unit tests, with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to the test program.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+make --no-print-directory env-mpich
+source .venv/bin/activate
+
+cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DTORCH_RPC_MPI_BUILD_TESTS=ON -DTORCH_RPC_MPI_SANITIZE=ON -DTORCH_RPC_MPI_WERROR=ON
+cmake --build build/sanitize --target torch_rpc_mpi_unit_tests
+
+# detect_container_overflow: torch is not instrumented, so a vector that one side grows and the other reads would be
+# reported although both are right.
+export ASAN_OPTIONS="detect_container_overflow=0:strict_string_checks=1:${ASAN_OPTIONS:-}"
+export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
+timeout 600 build/sanitize/torch_rpc_mpi_unit_tests "$@"

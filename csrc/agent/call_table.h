@@ -1,0 +1,71 @@
+// Calls that wait for their response: id to future and deadline.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include <ATen/core/ivalue.h>
+
+namespace torch_rpc_mpi {
+
+using Clock = std::chrono::steady_clock;
+using JitFuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
+
+struct PendingCall {
+  JitFuturePtr future;
+  int peer = 0;
+  std::chrono::milliseconds timeout{0}; // 0: none
+};
+
+// Thread-safe: mutex_ guards all but nextDeadline_ and size_, which are hints for others. Every call is taken exactly
+// once, by whoever completes it; futures are never completed in here.
+//
+// An id names a slot and how often the slot was used, so that a late response cannot complete another call. Calls with
+// the same timeout expire in the order in which they were made: one list for each distinct timeout keeps adding,
+// taking and expiring O(1) and leaves nothing behind of a call that was answered.
+class CallTable {
+ public:
+  uint64_t add(PendingCall call, Clock::time_point now);
+  std::optional<PendingCall> take(uint64_t id);
+  std::vector<PendingCall> takeExpired(Clock::time_point now);
+  std::vector<PendingCall> takeAllOf(int peer);
+  std::vector<PendingCall> takeAll();
+  size_t size() const {
+    return size_.load();
+  }
+  size_t sizeOf(int peer) const;
+  // Not later than the first deadline; Clock::time_point::max() without any.
+  Clock::time_point nextDeadline() const {
+    return Clock::time_point(Clock::duration(nextDeadline_.load(std::memory_order_relaxed)));
+  }
+
+ private:
+  static constexpr uint32_t kNone = UINT32_MAX;
+  struct Slot {
+    PendingCall call; // without a future: free
+    uint32_t uses = 0;
+    uint32_t previous = kNone, next = kNone; // in the list of its timeout
+    Clock::time_point deadline;
+  };
+  struct List {
+    uint32_t first = kNone, last = kNone;
+  };
+  template <class Which>
+  std::vector<PendingCall> takeIf(Which which);
+  PendingCall release(uint32_t index);
+  void link(uint32_t index, List& list);
+  void unlink(uint32_t index);
+
+  mutable std::mutex mutex_;
+  std::vector<Slot> slots_;
+  std::vector<uint32_t> freeSlots_;
+  std::map<std::chrono::milliseconds, List> lists_;
+  std::atomic<Clock::rep> nextDeadline_{Clock::time_point::max().time_since_epoch().count()};
+  std::atomic<size_t> size_{0};
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,148 @@
+// How the agent ends: by agreement (join, then shutdown) or on its own (shutdown without join, exit).
+#include "agent/fork_guard.h"
+#include "agent/mpi_agent.h"
+#include "agent/tasks.h"
+
+#include <fmt/format.h>
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+// User code may run for ever. Leaving waits so long for what is running, then goes on without it.
+constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
+// Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
+constexpr auto kFlushLimit = std::chrono::milliseconds(500);
+
+// Agents some of whose threads outlive them.
+void keepForEver(std::shared_ptr<MpiAgent> agent) {
+  static std::mutex mutex;
+  static auto* agents = new std::vector<std::shared_ptr<MpiAgent>>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  agents->push_back(std::move(agent));
+}
+
+} // namespace
+
+bool MpiAgent::idle(ProgressToken& token) const {
+  return calls_.size() == 0 && serving_.load() == 0 && !hasQueued() && exchange_.quiet(token);
+}
+
+void MpiAgent::advanceDrain(ProgressToken& token) {
+  if (joinRequested_.exchange(false)) {
+    drain_.join();
+  }
+  if (drain_.joined()) {
+    const bool isIdle = idle(token);
+    const ExchangeCounts counts = exchange_.counts();
+    drain_.advance(token, isIdle, counts.framesSent, counts.framesReceived);
+  }
+  if (joining_ && drain_.agreements() != agreements_) {
+    const std::lock_guard<std::mutex> lock(joinMutex_);
+    agreements_ = drain_.agreements();
+    joinCv_.notify_all();
+  }
+}
+
+void MpiAgent::joinFailed(const std::string& reason) {
+  const std::lock_guard<std::mutex> lock(joinMutex_);
+  if (joinFailure_.empty()) {
+    joinFailure_ = reason;
+  }
+  joinCv_.notify_all();
+}
+
+void MpiAgent::join(bool shutdown, float timeout) {
+  TORCH_CHECK(!inForkedChild(), "RPC cannot be used in a child process made by fork()");
+  TORCH_CHECK(timeout >= 0, "The timeout of join must not be negative, but is ", timeout);
+  std::unique_lock<std::mutex> lock(joinMutex_);
+  {
+    const std::lock_guard<std::mutex> goneLock(goneMutex_);
+    if (!gone_.empty()) {
+      joinFailure_ = gone_.begin()->second;
+    }
+  }
+  const uint32_t before = agreements_;
+  joining_ = true;
+  joinRequested_ = true;
+  engine_->wake();
+  const auto over = [&] { return agreements_ != before || !joinFailure_.empty(); };
+  bool finished = true;
+  if (timeout > 0) {
+    finished = joinCv_.wait_for(lock, std::chrono::duration<float>(timeout), over);
+  } else {
+    joinCv_.wait(lock, over);
+  }
+  joining_ = false;
+  TORCH_CHECK(finished, "The graceful shutdown of RPC timed out after ", timeout, " s: ", whatJoinWaitsFor());
+  TORCH_CHECK(
+      agreements_ != before,
+      "A graceful shutdown of RPC is not possible: ",
+      joinFailure_,
+      ". Use rpc.shutdown(graceful=False)");
+  agreed_ = shutdown;
+}
+
+std::string MpiAgent::whatJoinWaitsFor() const {
+  std::string own;
+  for (size_t peer = 0; peer < workers_.size(); ++peer) {
+    if (const size_t pending = calls_.sizeOf(static_cast<int>(peer))) {
+      own += fmt::format("{}{} to {}", own.empty() ? "" : ", ", pending, describe(static_cast<int>(peer)));
+    }
+  }
+  if (!own.empty()) {
+    return "calls of this worker are unanswered: " + own;
+  }
+  if (const int64_t serving = serving_.load()) {
+    return fmt::format("this worker is still serving {} calls", serving);
+  }
+  return "this worker is idle, but another one has not called shutdown or is still busy";
+}
+
+void MpiAgent::shutdownImpl() {
+  if (inForkedChild() || !started_.exchange(false)) {
+    return;
+  }
+  const bool agreed = agreed_;
+  const bool stopped = engine_->stop(kRunningTasksLimit);
+  if (!agreed) {
+    sayGoodbye();
+  }
+  engine_->withToken([&](ProgressToken& token) {
+    try {
+      const auto limit = Clock::now() + kFlushLimit;
+      while (exchange_.counts().unfinishedSends > 0 && Clock::now() < limit) {
+        exchange_.poll(token);
+      }
+    } catch (const std::exception& error) {
+      LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << error.what();
+    }
+    exchange_.close(token, agreed);
+    arrivals_.clear();
+  });
+  failAllCalls(fmt::format("RPC was shut down on {} before this call was answered", describe(rank_)));
+  if (!stopped) {
+    LOG(WARNING) << "RPC on " << describe(rank_) << " was shut down while " << engine_->counts().busy
+                 << " functions called through it were still running";
+    keepForEver(shared_from_this());
+  }
+}
+
+void MpiAgent::sayGoodbye() {
+  engine_->withToken([&](ProgressToken& token) {
+    try {
+      for (int peer = 0; peer < transport_->size(); ++peer) {
+        if (peer != rank_) {
+          exchange_.post(
+              token,
+              std::make_unique<OutboundControl>(
+                  peer, FrameKind::kGoodbye, "it shut RPC down or exited without waiting for the others"));
+        }
+      }
+    } catch (const std::exception& error) {
+      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << error.what();
+    }
+  });
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,359 @@
+#include "agent/mpi_agent.h"
+
+#include <fmt/format.h>
+#include <torch/csrc/distributed/rpc/utils.h>
+
+#include "agent/fork_guard.h"
+#include "agent/tasks.h"
+#include "transfer/receive_pool.h"
+
+namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+EngineOptions engineOptions(const AgentOptions& options) {
+  EngineOptions result;
+  result.numWorkerThreads = options.numWorkerThreads;
+  result.spinTime = options.spinTime;
+  result.maxSleep = options.maxSleep;
+  result.threadHook = options.threadHook;
+  return result;
+}
+
+} // namespace
+
+MpiAgent::MpiAgent(
+    std::unique_ptr<Transport> transport,
+    std::vector<GroupMember> members,
+    std::unique_ptr<rpc::RequestCallback> callback,
+    AgentOptions options)
+    : RpcAgent(
+          WorkerInfo(members.at(transport->rank()).name, static_cast<int64_t>(transport->rank())),
+          std::move(callback),
+          options.rpcTimeout),
+      options_(std::move(options)),
+      transport_(std::move(transport)),
+      rank_(transport_->rank()),
+      exchange_(*transport_, *this, options_.exchange),
+      engine_(std::make_shared<Engine>(engineOptions(options_), static_cast<EngineDriver&>(*this), bell_)),
+      drain_(rank_, transport_->size(), [this](ProgressToken& token, int peer, std::string body) {
+        exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kDrain, std::move(body)));
+      }) {
+  workers_.reserve(members.size());
+  for (size_t rank = 0; rank < members.size(); ++rank) {
+    workers_.emplace_back(members[rank].name, static_cast<int64_t>(rank));
+    hosts_.push_back(members[rank].host);
+    idsByName_.emplace(members[rank].name, static_cast<int>(rank));
+  }
+  watchForks();
+}
+
+MpiAgent::~MpiAgent() {
+  if (!inForkedChild() && rpcAgentRunning_.load()) {
+    shutdown();
+  }
+}
+
+void MpiAgent::startImpl() {
+  engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
+  engine_->start();
+  started_ = true;
+}
+
+// ---- who is who ----
+
+const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) const {
+  const auto found = idsByName_.find(workerName);
+  TORCH_CHECK(
+      found != idsByName_.end(), "Unknown destination worker ", workerName, ". The workers of this group are: ", [&] {
+        std::string names;
+        for (const WorkerInfo& worker : workers_) {
+          names += (names.empty() ? "" : ", ") + worker.name_;
+        }
+        return names;
+      }());
+  return workers_[found->second];
+}
+
+const rpc::WorkerInfo& MpiAgent::getWorkerInfo(rpc::worker_id_t id) const {
+  TORCH_CHECK(
+      id >= 0 && static_cast<size_t>(id) < workers_.size(),
+      "Unknown destination worker ",
+      id,
+      ". The workers of this group have the ids 0 to ",
+      workers_.size() - 1);
+  return workers_[id];
+}
+
+std::vector<rpc::WorkerInfo> MpiAgent::getWorkerInfos() const {
+  return workers_;
+}
+
+std::string MpiAgent::describe(int rank) const {
+  return fmt::format("worker '{}' (rank {} on host {})", workers_[rank].name_, rank, hosts_[rank]);
+}
+
+// ---- calling ----
+
+std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
+  if (seconds == rpc::kUnsetRpcTimeout) {
+    return getRpcTimeout();
+  }
+  TORCH_CHECK(
+      seconds >= 0, "An RPC timeout must not be negative, but is ", seconds, " s. Give seconds, or 0 for no limit");
+  // Round up: the smallest timeout that a user can give is not "none".
+  return std::chrono::milliseconds(static_cast<int64_t>(std::ceil(double{seconds} * rpc::kSecToMsConversion)));
+}
+
+void MpiAgent::checkUsable(const rpc::Message& message) const {
+  TORCH_CHECK(message.isRequest(), "MpiAgent::send(..) is only for sending requests.");
+  TORCH_CHECK(
+      !inForkedChild(),
+      "RPC cannot be used in a child process made by fork(): RPC was initialized in its parent, and its threads and "
+      "its MPI stay there. Start such processes with the 'spawn' or 'forkserver' method, or do not call RPC in them "
+      "(for a DataLoader: multiprocessing_context='forkserver')");
+  TORCH_CHECK(
+      rpcAgentRunning_.load(),
+      "Node ",
+      rank_,
+      " tried to send() a message of type ",
+      message.type(),
+      " but RPC is no longer running on this node.");
+}
+
+JitFuturePtr MpiAgent::send(
+    const WorkerInfo& to,
+    RpcMessage message,
+    const float rpcTimeoutSeconds,
+    const rpc::DeviceMap& /*deviceMap*/) {
+  checkUsable(*message);
+  const WorkerInfo& peer = getWorkerInfo(to.id_);
+  PendingCall call;
+  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+  call.peer = peer.id_;
+  call.timeout = timeoutOf(rpcTimeoutSeconds);
+  JitFuturePtr future = call.future;
+  const uint64_t id = calls_.add(std::move(call), Clock::now());
+  message->setId(static_cast<int64_t>(id));
+  try {
+    if (peer.id_ == rank_) {
+      sendToSelf(id, std::move(message));
+    } else {
+      sendToPeer(peer.id_, id, std::move(message));
+    }
+  } catch (...) {
+    calls_.take(id);
+    throw;
+  }
+  return future;
+}
+
+void MpiAgent::sendToSelf(uint64_t id, RpcMessage message) {
+  serving_.fetch_add(1);
+  try {
+    engine_->post(std::make_unique<LocalRequestTask>(*this, id, copyMessage(*message)));
+  } catch (...) {
+    serving_.fetch_sub(1);
+    throw;
+  }
+}
+
+void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
+  if (goneCount_.load(std::memory_order_relaxed) > 0) {
+    std::string reason;
+    {
+      const std::lock_guard<std::mutex> lock(goneMutex_);
+      const auto found = gone_.find(peer);
+      if (found != gone_.end()) {
+        reason = found->second;
+      }
+    }
+    if (!reason.empty()) {
+      if (auto call = calls_.take(id)) {
+        ErrorTask::fail(*call, reason);
+      }
+      return;
+    }
+  }
+  auto out = std::make_unique<OutboundRpc>(
+      peer, FrameKind::kRequest, id, std::move(message), options_.exchange.eagerLimit, static_cast<SendFailureListener&>(*this));
+  // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
+  if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
+    out->encode(exchange_.frames());
+    out->dropSource();
+  }
+  submit(std::move(out), /*expectsReply=*/true);
+}
+
+void MpiAgent::submit(OutboundPtr message, bool expectsReply) {
+  {
+    const std::lock_guard<std::mutex> lock(outboxMutex_);
+    outbox_.push_back(std::move(message));
+    outboxFilled_ = true;
+  }
+  engine_->submitted(expectsReply);
+}
+
+void MpiAgent::onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept {
+  if (kind == FrameKind::kRequest) {
+    if (auto call = calls_.take(callId)) {
+      ErrorTask::fail(*call, reason);
+    }
+  } else {
+    LOG(WARNING) << "RPC response to " << describe(peer) << " was not sent: " << reason;
+  }
+}
+
+// ---- progress ----
+
+bool MpiAgent::hasQueued() const {
+  return outboxFilled_.load() || exchange_.hasDue();
+}
+
+Clock::time_point MpiAgent::nextDeadline() const {
+  return calls_.nextDeadline();
+}
+
+bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
+  std::vector<OutboundPtr> queued;
+  if (outboxFilled_.load()) {
+    const std::lock_guard<std::mutex> lock(outboxMutex_);
+    queued.swap(outbox_);
+    outboxFilled_ = false;
+  }
+  for (OutboundPtr& message : queued) {
+    exchange_.post(token, std::move(message));
+  }
+  const bool moved = exchange_.poll(token);
+  const auto now = Clock::now();
+  if (now >= calls_.nextDeadline()) {
+    expire(now);
+  }
+  advanceDrain(token);
+  auto finished = exchange_.takeFinished(token);
+  auto failed = exchange_.takeFailed(token);
+  if (!finished.empty() || !failed.empty()) {
+    arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(finished), std::move(failed)));
+  }
+  if (!arrivals_.empty()) {
+    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
+    arrivals_.clear();
+  }
+  return moved || !queued.empty();
+}
+
+void MpiAgent::expire(Clock::time_point now) {
+  for (PendingCall& call : calls_.takeExpired(now)) {
+    std::string error = rpc::makeRPCError(
+        fmt::format(fmt::runtime(rpc::kRpcTimeoutErrorStr), call.timeout.count()), rpc::RPCErrorType::TIMEOUT);
+    arrivals_.push_back(std::make_unique<ErrorTask>(std::move(call), std::move(error)));
+  }
+}
+
+std::unique_ptr<BulkTarget> MpiAgent::makeTarget(int, const FrameHeader&, ConstSpan body) {
+  return makeReceiveTarget(body);
+}
+
+void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
+  const FrameHeader& header = message.header;
+  switch (header.kind) {
+    case FrameKind::kRequest:
+      serving_.fetch_add(1);
+      arrivals_.push_back(std::make_unique<RequestTask>(*this, std::move(message)));
+      break;
+    case FrameKind::kResponse:
+      if (auto call = calls_.take(header.callId)) { // else it timed out
+        arrivals_.push_back(std::make_unique<ResponseTask>(std::move(*call), std::move(message)));
+      }
+      break;
+    case FrameKind::kGoodbye:
+      onPeerGone(
+          token,
+          message.source,
+          fmt::format(
+              "RPC to {} failed: it has left ({}). Calls to it can no longer be answered",
+              describe(message.source),
+              std::string(message.body().data, message.body().bytes)));
+      break;
+    case FrameKind::kDrain:
+      drain_.onFrame(token, message.source, message.body());
+      break;
+    case FrameKind::kCredit:
+      break;
+  }
+}
+
+void MpiAgent::onBadFrame(int source, const std::string& reason) {
+  LOG(ERROR) << "RPC on " << describe(rank_) << " dropped a bad frame from "
+             << (source >= 0 && source < transport_->size() ? describe(source) : "an unknown rank") << ": " << reason;
+}
+
+void MpiAgent::onPeerGone(ProgressToken& token, int peer, const std::string& reason) {
+  {
+    const std::lock_guard<std::mutex> lock(goneMutex_);
+    if (!gone_.emplace(peer, reason).second) {
+      return;
+    }
+    goneCount_.fetch_add(1);
+  }
+  exchange_.dropPeer(token, peer, reason);
+  for (PendingCall& call : calls_.takeAllOf(peer)) {
+    arrivals_.push_back(std::make_unique<ErrorTask>(std::move(call), reason));
+  }
+  if (joining_) {
+    joinFailed(reason);
+  }
+}
+
+void MpiAgent::onBroken(const std::string& reason) noexcept {
+  const std::string text = fmt::format("RPC on {} stopped: {}", describe(rank_), reason);
+  LOG(ERROR) << text;
+  failAllCalls(text);
+  joinFailed(text);
+}
+
+void MpiAgent::failAllCalls(const std::string& reason) {
+  for (const PendingCall& call : calls_.takeAll()) {
+    ErrorTask::fail(call, reason);
+  }
+}
+
+// ---- metrics ----
+
+void MpiAgent::addGilWaitTime(const std::chrono::microseconds gilWaitTime) {
+  const std::lock_guard<std::mutex> lock(metricsMutex_);
+  ++gilWaits_;
+  gilWaitMicroseconds_ += static_cast<uint64_t>(gilWaitTime.count());
+}
+
+std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
+  const EngineCounts engine = engine_->counts();
+  const ExchangeCounts exchange = exchange_.counts();
+  std::unordered_map<std::string, std::string> metrics{
+      {"agent.thread_pool_size", std::to_string(options_.numWorkerThreads)},
+      {"agent.num_idle_threads", std::to_string(std::max(options_.numWorkerThreads - engine.runningRequests, 0))},
+      {"agent.client_active_calls", std::to_string(calls_.size())},
+      {"agent.server_active_calls", std::to_string(serving_.load())},
+      {"agent.server_active_async_calls", std::to_string(servingAsync_.load())},
+      {"mpi.frames_sent", std::to_string(exchange.framesSent)},
+      {"mpi.frames_received", std::to_string(exchange.framesReceived)},
+      {"mpi.bytes_sent", std::to_string(exchange.bytesSent)},
+      {"mpi.bytes_received", std::to_string(exchange.bytesReceived)},
+      {"mpi.send_queue", std::to_string(exchange.waitingForCredit)},
+      {"mpi.request_queue", std::to_string(engine.queuedRequests)},
+      {"mpi.bulk_in_flight", std::to_string(exchange.bulkInFlight)},
+      {"mpi.pending_calls", std::to_string(calls_.size())},
+      {"mpi.engine_threads", std::to_string(engine.threads)},
+      {"mpi.receive_pool_bytes", std::to_string(ReceivePool::instance().cachedBytes())}};
+  if (isGILProfilingEnabled()) {
+    const std::lock_guard<std::mutex> lock(metricsMutex_);
+    const double average =
+        gilWaits_ == 0 ? 0 : static_cast<double>(gilWaitMicroseconds_) / static_cast<double>(gilWaits_);
+    metrics["agent.gil_average_wait_time_us"] = fmt::format("{:.6f}", average);
+  }
+  return metrics;
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,159 @@
+// The RpcAgent of backend "MPI".
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <torch/csrc/distributed/rpc/rpc_agent.h>
+
+#include "agent/call_table.h"
+#include "agent/drain.h"
+#include "codec/message_codec.h"
+#include "engine/engine.h"
+#include "transfer/exchange.h"
+#include "transport/transport.h"
+
+namespace torch_rpc_mpi {
+
+struct AgentOptions {
+  int numWorkerThreads = torch::distributed::rpc::kDefaultNumWorkerThreads;
+  std::chrono::milliseconds rpcTimeout{60000};
+  ExchangeOptions exchange;
+  std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
+  std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
+  std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
+};
+
+// Who is in the group, by rank.
+struct GroupMember {
+  std::string name;
+  std::string host;
+};
+
+// Thread-safe. Members:
+//   workers_, hosts_, idsByName_, options_, transport_ are immutable after construction;
+//   outbox_ is guarded by outboxMutex_ (outboxFilled_ is a hint); arrivals_, drain_ by the progress token;
+//   joinMutex_ guards agreements_ and joinFailure_; metricsMutex_ the GIL wait; goneMutex_ the reasons in gone_;
+//   calls_, exchange_ and engine_ guard themselves; the rest are atomics.
+class MpiAgent final : public torch::distributed::rpc::RpcAgent,
+                       public std::enable_shared_from_this<MpiAgent>,
+                       private EngineDriver,
+                       private ExchangeListener,
+                       private SendFailureListener {
+ public:
+  using WorkerInfo = torch::distributed::rpc::WorkerInfo;
+
+  MpiAgent(
+      std::unique_ptr<Transport> transport,
+      std::vector<GroupMember> members,
+      std::unique_ptr<torch::distributed::rpc::RequestCallback> callback,
+      AgentOptions options);
+  ~MpiAgent() override;
+
+  JitFuturePtr send(
+      const WorkerInfo& to,
+      RpcMessage message,
+      const float rpcTimeoutSeconds = torch::distributed::rpc::kUnsetRpcTimeout,
+      const torch::distributed::rpc::DeviceMap& deviceMap = {}) override;
+
+  // Waits until no call is in flight between any two ranks, all of which must call it. timeout: seconds, 0 for none.
+  // Throws when a peer has left, and on timeout.
+  void join(bool shutdown = false, float timeout = 0) override;
+  void sync() override {}
+  void startImpl() override;
+  // After join(shutdown=true): frees everything. Without: says goodbye to the peers and stops; local and bounded.
+  void shutdownImpl() override;
+
+  using RpcAgent::getWorkerInfo;
+  const WorkerInfo& getWorkerInfo(const std::string& workerName) const override;
+  const WorkerInfo& getWorkerInfo(torch::distributed::rpc::worker_id_t id) const override;
+  std::vector<WorkerInfo> getWorkerInfos() const override;
+  std::unordered_map<std::string, std::string> getMetrics() override;
+
+ private:
+  class RequestTask;
+  class ResponseTask;
+  class ErrorTask;
+  class LocalRequestTask;
+  class ReleaseTask;
+
+  // EngineDriver
+  bool turn(ProgressToken& token, std::vector<TaskPtr>& tasks) override;
+  bool hasQueued() const override;
+  Clock::time_point nextDeadline() const override;
+  void onBroken(const std::string& reason) noexcept override;
+  // ExchangeListener
+  std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;
+  void onMessage(ProgressToken& token, InboundMessage message) override;
+  void onBadFrame(int source, const std::string& reason) override;
+  void onPeerGone(ProgressToken& token, int peer, const std::string& reason) override;
+  // SendFailureListener
+  void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
+
+  // Calls (caller's side)
+  std::chrono::milliseconds timeoutOf(float seconds) const;
+  void checkUsable(const torch::distributed::rpc::Message& message) const;
+  void sendToPeer(int peer, uint64_t id, RpcMessage message);
+  void sendToSelf(uint64_t id, RpcMessage message);
+  void expire(Clock::time_point now);
+  std::string describe(int rank) const;
+
+  // Serving (callee's side), agent/serve.cpp
+  void serve(InboundMessage inbound);
+  void run(RpcMessage request, const std::function<void(RpcMessage)>& respond);
+  void respond(int peer, uint64_t id, RpcMessage response);
+  RpcMessage responseOf(torch::distributed::rpc::JitFuture& future, int64_t id) const;
+  RpcMessage errorResponse(const std::string& what, int64_t id) const;
+
+  void submit(OutboundPtr message, bool expectsReply);
+  bool idle(ProgressToken& token) const;
+  void advanceDrain(ProgressToken& token);
+  void joinFailed(const std::string& reason);
+  void sayGoodbye();
+  void failAllCalls(const std::string& reason);
+  std::string whatJoinWaitsFor() const;
+
+  const AgentOptions options_;
+  std::vector<WorkerInfo> workers_;
+  std::vector<std::string> hosts_;
+  std::unordered_map<std::string, int> idsByName_;
+  const std::unique_ptr<Transport> transport_;
+  const int rank_;
+  BellWord bell_;
+  CallTable calls_;
+  Exchange exchange_;
+  const std::shared_ptr<Engine> engine_;
+  Drain drain_;
+
+  std::mutex outboxMutex_;
+  std::vector<OutboundPtr> outbox_;
+  std::atomic<bool> outboxFilled_{false};
+  std::vector<TaskPtr> arrivals_; // made during a turn
+
+  mutable std::mutex goneMutex_;
+  std::unordered_map<int, std::string> gone_;
+  std::atomic<size_t> goneCount_{0};
+
+  std::mutex joinMutex_;
+  std::condition_variable joinCv_;
+  uint32_t agreements_ = 0;
+  std::string joinFailure_;
+  std::atomic<bool> joinRequested_{false};
+  std::atomic<bool> joining_{false};
+  std::atomic<bool> agreed_{false}; // join(shutdown=true) succeeded
+  std::atomic<bool> started_{false};
+
+  std::atomic<int64_t> serving_{0};      // requests between arrival and response
+  std::atomic<int64_t> servingAsync_{0}; // of them, those whose function returned a future
+
+  std::mutex metricsMutex_;
+  uint64_t gilWaits_ = 0;
+  uint64_t gilWaitMicroseconds_ = 0;
+  void addGilWaitTime(const std::chrono::microseconds gilWaitTime) override;
+};
+
+} // namespace torch_rpc_mpi

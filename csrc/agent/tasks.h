@@ -1,0 +1,89 @@
+// What the agent's engine threads run. Private to agent/.
+#pragma once
+
+#include "agent/mpi_agent.h"
+
+namespace torch_rpc_mpi {
+
+// A request that arrived.
+class MpiAgent::RequestTask final : public Task {
+ public:
+  RequestTask(MpiAgent& agent, InboundMessage inbound) : agent_(agent), inbound_(std::move(inbound)) {}
+  Kind kind() const override {
+    return Kind::kRequest;
+  }
+  void run() noexcept override {
+    agent_.serve(std::move(inbound_));
+  }
+
+ private:
+  MpiAgent& agent_;
+  InboundMessage inbound_;
+};
+
+// A request of this rank to itself.
+class MpiAgent::LocalRequestTask final : public Task {
+ public:
+  LocalRequestTask(MpiAgent& agent, uint64_t id, RpcMessage message)
+      : agent_(agent), id_(id), message_(std::move(message)) {}
+  Kind kind() const override {
+    return Kind::kRequest;
+  }
+  void run() noexcept override;
+
+ private:
+  MpiAgent& agent_;
+  const uint64_t id_;
+  RpcMessage message_;
+};
+
+// Completes the future of a call whose response arrived.
+class MpiAgent::ResponseTask final : public Task {
+ public:
+  ResponseTask(PendingCall call, InboundMessage inbound) : call_(std::move(call)), inbound_(std::move(inbound)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override;
+  static void complete(const PendingCall& call, const RpcMessage& response);
+
+ private:
+  PendingCall call_;
+  InboundMessage inbound_;
+};
+
+// Completes the future of a call that failed here.
+class MpiAgent::ErrorTask final : public Task {
+ public:
+  ErrorTask(PendingCall call, std::string error) : call_(std::move(call)), error_(std::move(error)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override;
+  static void fail(const PendingCall& call, const std::string& error);
+
+ private:
+  PendingCall call_;
+  std::string error_;
+};
+
+// Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.
+class MpiAgent::ReleaseTask final : public Task {
+ public:
+  ReleaseTask(std::vector<OutboundPtr> finished, std::vector<std::pair<OutboundPtr, std::string>> failed)
+      : finished_(std::move(finished)), failed_(std::move(failed)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override {
+    for (auto& [message, reason] : failed_) {
+      message->failed(reason);
+    }
+  }
+
+ private:
+  std::vector<OutboundPtr> finished_;
+  std::vector<std::pair<OutboundPtr, std::string>> failed_;
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,180 @@
+// The Python face of the core. With python_functions.cpp the only place that knows Python.
+#include <torch/csrc/distributed/rpc/request_callback_impl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "agent/mpi_agent.h"
+#include "bindings/watchdog.h"
+#include "mpi/mpi_transport.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+namespace rpc = torch::distributed::rpc;
+
+// Note [Python thread state]
+// Engine threads acquire the GIL for every call that runs Python. Making and destroying a thread state each time costs
+// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL.
+void withPythonThreadState(const std::function<void()>& body) {
+  const PyGILState_STATE gil = PyGILState_Ensure();
+  PyThreadState* state = PyEval_SaveThread();
+  body();
+  // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
+  if (Py_IsInitialized() != 0 && !_Py_IsFinalizing()) {
+    PyEval_RestoreThread(state);
+    PyGILState_Release(gil);
+  }
+}
+
+// AgentOptions as Python sees them: seconds.
+struct PyAgentOptions {
+  int numWorkerThreads = rpc::kDefaultNumWorkerThreads;
+  double rpcTimeout = rpc::kDefaultRpcTimeoutSeconds;
+  size_t eagerLimit = ExchangeOptions().eagerLimit;
+  size_t bulkChunk = ExchangeOptions().bulkChunk;
+  double spinTime = 0.001;
+  double maxSleep = 0.001;
+
+  AgentOptions toCore(int worldSize) const {
+    AgentOptions options;
+    options.numWorkerThreads = numWorkerThreads;
+    options.rpcTimeout = std::chrono::milliseconds(static_cast<int64_t>(rpcTimeout * rpc::kSecToMsConversion));
+    options.exchange.eagerLimit = eagerLimit;
+    options.exchange.bulkChunk = bulkChunk;
+    // What all peers together may have waiting here stays bounded; each may always have something.
+    constexpr size_t kAllPeers = size_t{48} << 20;
+    constexpr size_t kOnePeer = size_t{16} << 20;
+    constexpr size_t kAtLeast = size_t{1} << 20;
+    options.exchange.windowBytes =
+        std::clamp(kAllPeers / static_cast<size_t>(std::max(worldSize - 1, 1)), kAtLeast, kOnePeer);
+    options.spinTime = seconds(spinTime);
+    options.maxSleep = seconds(maxSleep);
+    options.threadHook = withPythonThreadState;
+    return options;
+  }
+  static std::chrono::nanoseconds seconds(double value) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(value));
+  }
+};
+
+std::shared_ptr<MpiAgent> makeAgent(
+    const std::shared_ptr<Communicator>& communicator,
+    const std::vector<std::string>& names,
+    const std::vector<std::string>& hosts,
+    const PyAgentOptions& options) {
+  TORCH_CHECK(
+      names.size() == hosts.size() && names.size() == static_cast<size_t>(communicator->size()),
+      "one name and one host are needed for each of the ",
+      communicator->size(),
+      " ranks");
+  std::vector<GroupMember> members;
+  for (size_t rank = 0; rank < names.size(); ++rank) {
+    members.push_back({names[rank], hosts[rank]});
+  }
+  return {
+      new MpiAgent(
+          std::make_unique<MpiTransport>(communicator),
+          std::move(members),
+          std::make_unique<rpc::RequestCallbackImpl>(),
+          options.toCore(communicator->size())),
+      torch::impl::destroy_without_gil<MpiAgent>};
+}
+
+void bindMpi(py::module_& module) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
+      .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
+      .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })
+      .def("initialized", &MpiLibrary::initialized)
+      .def("finalized", &MpiLibrary::finalized)
+      .def("thread_level", &MpiLibrary::threadLevel)
+      .def("library_version", &MpiLibrary::libraryVersion);
+  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
+      .def_static(
+          "duplicate",
+          &Communicator::duplicate,
+          py::arg("runtime"),
+          py::arg("parent"),
+          py::arg("timeout"),
+          NoGil())
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("size", &Communicator::size)
+      .def(
+          "allgather",
+          [](Communicator& self, const py::bytes& data, double timeout) {
+            const std::string mine = data;
+            std::vector<std::string> all;
+            {
+              const py::gil_scoped_release noGil;
+              all = self.allgather(mine, timeout);
+            }
+            std::vector<py::bytes> result(all.begin(), all.end());
+            return result;
+          },
+          py::arg("data"),
+          py::arg("timeout"))
+      .def("free", &Communicator::free, NoGil());
+  py::class_<InitWatchdog>(module, "InitWatchdog")
+      .def(
+          py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
+      .def("cancel", &InitWatchdog::cancel, NoGil());
+}
+
+void bindAgent(py::module_& module) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<PyAgentOptions>(module, "AgentOptions")
+      .def(py::init<>())
+      .def_readwrite("num_worker_threads", &PyAgentOptions::numWorkerThreads)
+      .def_readwrite("rpc_timeout", &PyAgentOptions::rpcTimeout)
+      .def_readwrite("eager_limit", &PyAgentOptions::eagerLimit)
+      .def_readwrite("bulk_chunk", &PyAgentOptions::bulkChunk)
+      .def_readwrite("spin_time", &PyAgentOptions::spinTime)
+      .def_readwrite("max_sleep", &PyAgentOptions::maxSleep);
+
+  // torch's own module holds the base class; it must be known before ours.
+  py::module_::import("torch._C._distributed_rpc");
+  py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
+      .def(py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"))
+      .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
+      .def("shutdown", [](MpiAgent& self) { self.shutdown(); }, NoGil())
+      .def("sync", &MpiAgent::sync, NoGil())
+      .def("leave", [](MpiAgent& self) { self.shutdown(); }, NoGil())
+      .def("get_worker_info", [](const MpiAgent& self) { return self.getWorkerInfo(); }, NoGil())
+      .def(
+          "get_worker_info",
+          [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },
+          NoGil())
+      .def(
+          "get_worker_info",
+          [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); },
+          NoGil())
+      .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
+      .def("get_metrics", &MpiAgent::getMetrics, NoGil())
+      .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+}
+
+void translateExceptions() {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) {
+        std::rethrow_exception(pointer);
+      }
+    } catch (const MissingRanks& error) {
+      PyErr_SetString(PyExc_TimeoutError, error.what());
+    }
+  });
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, module) {
+  translateExceptions();
+  bindMpi(module);
+  bindAgent(module);
+  module.attr("__torch_version__") = TORCH_VERSION;
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,226 @@
+#include "codec/message_codec.h"
+
+#include "transfer/receive_pool.h"
+
+namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+// The head of a body. Behind it: the sizes of all slices (uint64_t each, the top bit set for those inside the body),
+// the tensor descriptions, the payload unless it is a bulk part, the slices that are inside.
+struct BodyHead {
+  uint64_t payloadBytes;
+  uint64_t descriptionBytes;
+  uint32_t tensors;
+  uint32_t slices;
+  uint32_t payloadInBulk;
+  uint32_t reserved;
+};
+
+constexpr uint64_t kInside = uint64_t{1} << 63;
+
+// What is read from a body without touching its data.
+struct Outline {
+  BodyHead head;
+  std::vector<size_t> sizes;
+  std::vector<bool> inside;
+  ConstSpan descriptions;
+};
+
+Outline readOutline(Reader& reader) {
+  Outline outline{};
+  outline.head = reader.get<BodyHead>();
+  if (outline.head.slices > reader.left() / sizeof(uint64_t)) {
+    throw BadMessage("it announces more storages than it lists");
+  }
+  outline.sizes.resize(outline.head.slices);
+  outline.inside.resize(outline.head.slices);
+  for (size_t i = 0; i < outline.sizes.size(); ++i) {
+    const auto size = reader.get<uint64_t>();
+    outline.inside[i] = (size & kInside) != 0;
+    outline.sizes[i] = size & ~kInside;
+  }
+  outline.descriptions = {reader.take(outline.head.descriptionBytes), outline.head.descriptionBytes};
+  return outline;
+}
+
+class ReceiveTarget final : public BulkTarget {
+ public:
+  std::vector<char> payload;
+  std::vector<at::DataPtr> storages; // of the slices that are not inside the body, in order
+};
+
+} // namespace
+
+// ---- sending ----
+
+OutboundRpc::OutboundRpc(
+    int peer,
+    FrameKind kind,
+    uint64_t callId,
+    RpcMessage message,
+    size_t inlineLimit,
+    SendFailureListener& listener)
+    : OutboundMessage(peer, kind, callId),
+      inlineLimit_(inlineLimit),
+      listener_(listener),
+      message_(std::move(message)) {
+  header().messageType = static_cast<uint32_t>(message_->type());
+  header().chargedBytes = kind == FrameKind::kRequest ? messageBytes(*message_) : 0;
+}
+
+size_t OutboundRpc::planBody(std::vector<ConstSpan>& parts) {
+  tensors_ = std::make_unique<TensorWriter>();
+  tensors_->add(message_->tensors());
+  const std::vector<char>& payload = message_->payload();
+  size_t body = sizeof(BodyHead) + tensors_->descriptions().size();
+  if (payload.size() > inlineLimit_) {
+    parts.push_back({payload.data(), payload.size()});
+  } else {
+    body += payload.size();
+  }
+  for (const ConstSpan& slice : tensors_->slices()) {
+    body += sizeof(uint64_t);
+    if (slice.bytes > inlineLimit_) {
+      parts.push_back(slice);
+    } else {
+      body += slice.bytes;
+    }
+  }
+  anyBulk_ = !parts.empty();
+  return body;
+}
+
+void OutboundRpc::writeBody(char* body) {
+  const auto write = [&body](const void* data, size_t bytes) {
+    if (bytes > 0) {
+      std::memcpy(body, data, bytes);
+      body += bytes;
+    }
+  };
+  const std::vector<char>& payload = message_->payload();
+  const std::vector<ConstSpan>& slices = tensors_->slices();
+  BodyHead head{};
+  head.payloadBytes = payload.size();
+  head.descriptionBytes = tensors_->descriptions().size();
+  head.tensors = static_cast<uint32_t>(message_->tensors().size());
+  head.slices = static_cast<uint32_t>(slices.size());
+  head.payloadInBulk = payload.size() > inlineLimit_ ? 1 : 0;
+  write(&head, sizeof(head));
+  for (const ConstSpan& slice : slices) {
+    const uint64_t size = slice.bytes | (slice.bytes > inlineLimit_ ? 0 : kInside);
+    write(&size, sizeof(size));
+  }
+  write(tensors_->descriptions().data(), tensors_->descriptions().size());
+  if (head.payloadInBulk == 0) {
+    write(payload.data(), payload.size());
+  }
+  for (const ConstSpan& slice : slices) {
+    if (slice.bytes <= inlineLimit_) {
+      write(slice.data, slice.bytes);
+    }
+  }
+}
+
+void OutboundRpc::dropSource() {
+  if (!anyBulk_) {
+    message_.reset();
+    tensors_.reset();
+  }
+}
+
+void OutboundRpc::failed(const std::string& reason) noexcept {
+  listener_.onSendFailed(header().kind, peer(), header().callId, reason);
+}
+
+size_t messageBytes(const rpc::Message& message) {
+  size_t bytes = message.payload().size();
+  for (const at::Tensor& tensor : message.tensors()) {
+    if (tensor.defined() && tensor.layout() == at::kStrided) {
+      bytes += static_cast<size_t>(tensor.numel()) * tensor.itemsize();
+    } else if (tensor.defined()) {
+      bytes += 4096; // sparse: counting it would cost more than the error
+    }
+  }
+  return bytes;
+}
+
+// ---- receiving ----
+
+std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body) {
+  Reader reader(body);
+  const Outline outline = readOutline(reader);
+  auto target = std::make_unique<ReceiveTarget>();
+  if (outline.head.payloadInBulk != 0) {
+    target->payload.resize(outline.head.payloadBytes);
+    target->parts.push_back({target->payload.data(), target->payload.size()});
+  }
+  for (size_t i = 0; i < outline.sizes.size(); ++i) {
+    if (!outline.inside[i]) {
+      target->storages.push_back(allocateStorage(outline.sizes[i], /*large=*/true));
+      target->parts.push_back({static_cast<char*>(target->storages.back().get()), outline.sizes[i]});
+    }
+  }
+  return target;
+}
+
+RpcMessage decodeMessage(InboundMessage inbound) {
+  if (!inbound.error.empty()) {
+    throw BadMessage(inbound.error);
+  }
+  const size_t skip = inbound.header.bulkParts * sizeof(uint64_t);
+  Reader reader({inbound.body().data + skip, inbound.body().bytes - skip});
+  const Outline outline = readOutline(reader);
+  auto* target = static_cast<ReceiveTarget*>(inbound.target.get());
+  std::vector<char> payload;
+  if (outline.head.payloadInBulk == 0) {
+    const char* data = reader.take(outline.head.payloadBytes);
+    payload.assign(data, data + outline.head.payloadBytes);
+  } else if (target != nullptr) {
+    payload = std::move(target->payload);
+  }
+  std::vector<at::DataPtr> storages(outline.sizes.size());
+  size_t nextBulk = 0;
+  for (size_t i = 0; i < storages.size(); ++i) {
+    if (outline.inside[i]) {
+      const char* data = reader.take(outline.sizes[i]);
+      storages[i] = allocateStorage(outline.sizes[i], /*large=*/false);
+      if (outline.sizes[i] > 0) {
+        std::memcpy(storages[i].get(), data, outline.sizes[i]);
+      }
+    } else if (target != nullptr && nextBulk < target->storages.size()) {
+      storages[i] = std::move(target->storages[nextBulk++]);
+    } else {
+      throw BadMessage("a storage did not come with it");
+    }
+  }
+  Reader descriptions(outline.descriptions);
+  auto tensors = readTensors(descriptions, outline.head.tensors, std::move(storages), outline.sizes);
+  return c10::make_intrusive<rpc::Message>(
+      std::move(payload),
+      std::move(tensors),
+      static_cast<rpc::MessageType>(inbound.header.messageType),
+      static_cast<int64_t>(inbound.header.callId));
+}
+
+RpcMessage copyMessage(const rpc::Message& message) {
+  TensorWriter writer;
+  writer.add(message.tensors());
+  std::vector<at::DataPtr> storages;
+  std::vector<size_t> sizes;
+  for (const ConstSpan& slice : writer.slices()) {
+    storages.push_back(allocateStorage(slice.bytes, slice.bytes >= size_t{64} << 10));
+    sizes.push_back(slice.bytes);
+    if (slice.bytes > 0) {
+      std::memcpy(storages.back().get(), slice.data, slice.bytes);
+    }
+  }
+  Reader descriptions({writer.descriptions().data(), writer.descriptions().size()});
+  auto tensors = readTensors(descriptions, message.tensors().size(), std::move(storages), sizes);
+  auto payload = message.payload();
+  return c10::make_intrusive<rpc::Message>(std::move(payload), std::move(tensors), message.type(), message.id());
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,85 @@
+// torch's rpc::Message as a frame with bulk parts, and back.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include <torch/csrc/distributed/rpc/message.h>
+
+#include "codec/tensor_codec.h"
+#include "transfer/message.h"
+
+namespace torch_rpc_mpi {
+
+using RpcMessage = c10::intrusive_ptr<torch::distributed::rpc::Message>;
+
+// Told when a message could not be sent, outside the token.
+class SendFailureListener {
+ public:
+  virtual ~SendFailureListener() = default;
+  virtual void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept = 0;
+};
+
+// A request or a response on its way out. `inlineLimit`: slices and payloads up to so many bytes go into the body.
+class OutboundRpc final : public OutboundMessage {
+ public:
+  OutboundRpc(
+      int peer,
+      FrameKind kind,
+      uint64_t callId,
+      RpcMessage message,
+      size_t inlineLimit,
+      SendFailureListener& listener);
+
+  // After encode(): lets go of the message if everything was copied into the frame.
+  void dropSource();
+  bool light() const override {
+    return message_ == nullptr;
+  }
+  void failed(const std::string& reason) noexcept override;
+
+ protected:
+  size_t planBody(std::vector<ConstSpan>& parts) override;
+  void writeBody(char* body) override;
+
+ private:
+  const size_t inlineLimit_;
+  SendFailureListener& listener_;
+  RpcMessage message_;
+  std::unique_ptr<TensorWriter> tensors_;
+  bool anyBulk_ = false;
+};
+
+// A control frame (goodbye, drain): a short text or struct as the body.
+class OutboundControl final : public OutboundMessage {
+ public:
+  OutboundControl(int peer, FrameKind kind, std::string body)
+      : OutboundMessage(peer, kind, 0), body_(std::move(body)) {}
+  bool light() const override {
+    return true;
+  }
+  void failed(const std::string&) noexcept override {}
+
+ protected:
+  size_t planBody(std::vector<ConstSpan>&) override {
+    return body_.size();
+  }
+  void writeBody(char* body) override {
+    std::memcpy(body, body_.data(), body_.size());
+  }
+
+ private:
+  const std::string body_;
+};
+
+// What a message takes of the receiver's memory, roughly: payload and the bytes its tensors show.
+size_t messageBytes(const torch::distributed::rpc::Message& message);
+
+// Memory for the bulk parts that `body` describes. Throws BadMessage, std::bad_alloc.
+std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body);
+// The message that has arrived. Throws BadMessage, and what `inbound.error` says.
+RpcMessage decodeMessage(InboundMessage inbound);
+// What the receiver would decode, without the way there: for calls to oneself, whose arguments are copies as well.
+RpcMessage copyMessage(const torch::distributed::rpc::Message& message);
+
+} // namespace torch_rpc_mpi

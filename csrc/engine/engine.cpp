@@ -1,0 +1,291 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <exception>
+#include <thread>
+
+#include <pthread.h>
+#include <sched.h>
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+constexpr auto kTick = std::chrono::microseconds(200);
+// Threads that complete futures beside those that run requests: user callbacks that block take one each.
+constexpr int kCompletionThreads = 48;
+constexpr auto kFirstSleep = std::chrono::microseconds(50);
+
+thread_local const Engine* currentEngine = nullptr;
+
+} // namespace
+
+Engine::Engine(EngineOptions options, EngineDriver& driver, BellWord& bell)
+    : options_(std::move(options)), driver_(driver), doorbell_(bell) {}
+
+bool Engine::onEngineThread() const {
+  return currentEngine == this;
+}
+
+void Engine::start() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  // One leads, one stands by; more come when tasks need them.
+  spawn();
+  spawn();
+}
+
+void Engine::spawn() {
+  ++threads_;
+  std::thread([self = shared_from_this()] {
+    pthread_setname_np(pthread_self(), "rpc_mpi");
+    currentEngine = self.get();
+    self->options_.threadHook([&] { self->threadMain(); });
+    const std::lock_guard<std::mutex> lock(self->mutex_);
+    --self->threads_;
+    self->stoppedCv_.notify_all();
+  }).detach();
+}
+
+void Engine::threadMain() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (TaskPtr task = nextTask(lock)) {
+    const bool request = task->kind() == Task::Kind::kRequest;
+    lock.unlock();
+    task->run();
+    task.reset();
+    lock.lock();
+    --busy_;
+    running_ -= request ? 1 : 0;
+    updateRunnable();
+  }
+}
+
+void Engine::updateRunnable() {
+  runnable_ = !completions_.empty() || (!requests_.empty() && running_ < options_.numWorkerThreads);
+}
+
+void Engine::enqueue(std::vector<TaskPtr>& tasks) {
+  for (TaskPtr& task : tasks) {
+    (task->kind() == Task::Kind::kRequest ? requests_ : completions_).push_back(std::move(task));
+  }
+  tasks.clear();
+  updateRunnable();
+}
+
+TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
+  while (!stopping_) {
+    if (TaskPtr task = take()) {
+      return task;
+    }
+    if (!leading_ && !broken_) {
+      leading_ = true;
+      lock.unlock();
+      lead();
+      lock.lock();
+      leading_ = false;
+    } else {
+      standBy(lock);
+    }
+  }
+  return nullptr;
+}
+
+TaskPtr Engine::take() {
+  const bool request = completions_.empty();
+  if (request && (requests_.empty() || running_ >= options_.numWorkerThreads)) {
+    return nullptr;
+  }
+  if (threads_ - busy_ < 2) {
+    if (threads_ >= options_.numWorkerThreads + kCompletionThreads + 1) {
+      return nullptr;
+    }
+    spawn();
+  }
+  std::deque<TaskPtr>& queue = request ? requests_ : completions_;
+  TaskPtr task = std::move(queue.front());
+  queue.pop_front();
+  ++busy_;
+  running_ += request ? 1 : 0;
+  updateRunnable();
+  // Somebody must look after leadership and the rest of the queue while this runs.
+  if (!ticking_ && parked_ > 0) {
+    parkedCv_.notify_one();
+  }
+  return task;
+}
+
+void Engine::standBy(std::unique_lock<std::mutex>& lock) {
+  // Ticking is for the time when traffic flows; asleep_ says that it does not.
+  if (!ticking_ && !asleep_ && !broken_) {
+    ticking_ = true;
+    standbyCv_.wait_for(lock, kTick);
+    ticking_ = false;
+    return;
+  }
+  ++parked_;
+  parkedCv_.wait(lock);
+  --parked_;
+}
+
+void Engine::lead() {
+  std::vector<TaskPtr> tasks;
+  auto lastActivity = Clock::now();
+  std::chrono::nanoseconds nextSleep = kFirstSleep;
+  while (!stopping_) {
+    bool active = false;
+    try {
+      active = turnOnce(tasks);
+      // A sender that found the token taken relies on its holder; this one is about to leave.
+      while (!tasks.empty() && driver_.hasQueued()) {
+        turnOnce(tasks);
+      }
+    } catch (const std::exception& error) {
+      breakDown(error.what());
+    }
+    if (!tasks.empty()) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      enqueue(tasks);
+      return;
+    }
+    if (runnable_ || broken_) {
+      return;
+    }
+    const auto now = Clock::now();
+    if (active) {
+      lastActivity = now;
+      nextSleep = kFirstSleep;
+    } else if (now - lastActivity < options_.spinTime) {
+      // More ranks than cores must work: whoever has something to do goes first.
+      sched_yield();
+    } else if (sleep(nextSleep)) {
+      lastActivity = Clock::now();
+      nextSleep = kFirstSleep;
+    } else {
+      nextSleep = std::min<std::chrono::nanoseconds>(nextSleep * 2, options_.maxSleep);
+    }
+  }
+}
+
+bool Engine::turnOnce(std::vector<TaskPtr>& tasks) {
+  TokenHold hold(tokens_);
+  return hold && driver_.turn(*hold, tasks);
+}
+
+bool Engine::sleep(std::chrono::nanoseconds limit) {
+  const auto deadline = driver_.nextDeadline();
+  if (deadline != Clock::time_point::max()) {
+    limit = std::min<std::chrono::nanoseconds>(limit, deadline - Clock::now());
+  }
+  const uint32_t ticket = doorbell_.prepare();
+  asleep_ = true;
+  bool rung = true;
+  if (driver_.hasQueued() || runnable_ || stopping_ || limit.count() <= 0) {
+    doorbell_.cancel();
+  } else {
+    rung = doorbell_.wait(ticket, limit);
+  }
+  asleep_ = false;
+  return rung;
+}
+
+void Engine::breakDown(const std::string& reason) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    broken_ = true;
+  }
+  driver_.onBroken(reason);
+}
+
+void Engine::post(TaskPtr task) {
+  std::vector<TaskPtr> tasks;
+  tasks.push_back(std::move(task));
+  post(tasks);
+}
+
+void Engine::post(std::vector<TaskPtr>& tasks) {
+  if (tasks.empty()) {
+    return;
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) {
+      return; // the caller's vector destroys them, outside the lock
+    }
+    enqueue(tasks);
+    if (!leading_) {
+      wakeIdleThread();
+    }
+  }
+  doorbell_.ring();
+}
+
+void Engine::wakeIdleThread() {
+  if (ticking_) {
+    standbyCv_.notify_one();
+  } else {
+    parkedCv_.notify_one();
+  }
+}
+
+void Engine::submitted(bool expectsReply) {
+  std::vector<TaskPtr> tasks;
+  while (driver_.hasQueued()) {
+    TokenHold hold(tokens_);
+    if (!hold) {
+      break; // its holder looks at the queue again after releasing
+    }
+    try {
+      driver_.turn(*hold, tasks);
+    } catch (const std::exception& error) {
+      hold.release();
+      breakDown(error.what());
+      break;
+    }
+  }
+  post(tasks);
+  if (expectsReply) {
+    doorbell_.ring();
+    // A task that calls out usually waits for the answer, and it may be the leader itself that runs it.
+    if (!leading_ && onEngineThread()) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wakeIdleThread();
+    }
+  }
+}
+
+void Engine::withToken(const std::function<void(ProgressToken&)>& body) {
+  for (;;) {
+    TokenHold hold(tokens_);
+    if (hold) {
+      body(*hold);
+      return;
+    }
+    std::this_thread::yield();
+  }
+}
+
+bool Engine::stop(std::chrono::milliseconds limit) {
+  std::deque<TaskPtr> dropped;
+  std::unique_lock<std::mutex> lock(mutex_);
+  stopping_ = true;
+  for (auto* queue : {&completions_, &requests_}) {
+    std::move(queue->begin(), queue->end(), std::back_inserter(dropped));
+    queue->clear();
+  }
+  runnable_ = false;
+  parkedCv_.notify_all();
+  standbyCv_.notify_all();
+  doorbell_.ring();
+  // A task may stop its own engine (a user's function that calls rpc.shutdown): it does not wait for itself.
+  const int self = onEngineThread() ? 1 : 0;
+  const bool stopped = stoppedCv_.wait_for(lock, limit, [&] { return threads_ <= self; });
+  lock.unlock();
+  return stopped && self == 0;
+}
+
+EngineCounts Engine::counts() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return {threads_, busy_, running_, requests_.size(), completions_.size()};
+}
+
+} // namespace torch_rpc_mpi

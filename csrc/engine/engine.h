@@ -1,0 +1,144 @@
+// The threads of the agent: one of them always drives the transport, the others run what arrived.
+//
+// Note [Leader and followers]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// The leader polls. When a turn yields tasks it gives up leadership and runs them itself, so that a request runs on the
+// thread that received it, without a hand-over. Nobody is woken for that on the hot path: one idle thread, the standby,
+// looks every kTick whether leadership or queued tasks have been lying about since its last look, and takes them. A
+// short request therefore costs no context switch, and a long one delays progress by at most one tick. While the
+// process is idle the standby does not tick; the leader wakes it when it leaves sleep to run a task.
+//
+// A thread takes a task only if another one remains that runs none, starting a new one if it must. So progress,
+// deadlines and flow control never depend on how long user code takes. Requests are bounded by num_worker_threads;
+// completions of futures are not counted with them, because a request may be waiting for just that completion.
+//
+// User code runs only in tasks, never with the token or a lock held.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine/doorbell.h"
+#include "engine/progress_token.h"
+
+namespace torch_rpc_mpi {
+
+using Clock = std::chrono::steady_clock;
+
+// A piece of work for an engine thread.
+class Task {
+ public:
+  enum class Kind {
+    kCompletion, // completes a future, releases memory: short, must not wait behind requests
+    kRequest     // runs what a peer asked for: as long as the user's function takes
+  };
+  virtual ~Task() = default;
+  virtual Kind kind() const = 0;
+  virtual void run() noexcept = 0;
+};
+using TaskPtr = std::unique_ptr<Task>;
+
+// What the leader drives. Called with the token, never concurrently.
+class EngineDriver {
+ public:
+  virtual ~EngineDriver() = default;
+  // One bounded turn: post what was queued, poll, fire deadlines. Appends tasks; returns whether anything happened.
+  virtual bool turn(ProgressToken& token, std::vector<TaskPtr>& tasks) = 0;
+  // Whether something was queued for the token's holder (asked without the token).
+  virtual bool hasQueued() const = 0;
+  // When the next deadline is due; Clock::time_point::max() for none.
+  virtual Clock::time_point nextDeadline() const = 0;
+  // A turn threw: the transport is broken. Called once, without the token; progress has stopped.
+  virtual void onBroken(const std::string& reason) noexcept = 0;
+};
+
+struct EngineOptions {
+  int numWorkerThreads = 16;
+  std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
+  std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
+  // Runs `body` on a new engine thread; the place where the bindings attach a Python thread state for the thread's
+  // life.
+  std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
+};
+
+struct EngineCounts {
+  int threads = 0;
+  int busy = 0;
+  int runningRequests = 0;
+  size_t queuedRequests = 0;
+  size_t queuedCompletions = 0;
+};
+
+// Held by shared_ptr: its threads keep it alive. Members:
+//   mutex_ guards threads_, busy_, running_, parked_, ticking_, completions_, requests_;
+//   leading_, stopping_, broken_, runnable_ are written under mutex_ and read by anyone; asleep_ is the leader's;
+//   tokens_ is the progress token; options_, driver_ and doorbell_ are immutable after construction.
+class Engine : public std::enable_shared_from_this<Engine> {
+ public:
+  Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);
+
+  void start();
+  // Stops after the tasks that are running; queued ones are dropped, in the caller. Returns false when some were still
+  // running after `limit`; their threads go on, and everything they use must stay.
+  bool stop(std::chrono::milliseconds limit);
+
+  // Any thread. The task runs soon on an engine thread, or is destroyed when the engine has stopped.
+  void post(TaskPtr task);
+  void post(std::vector<TaskPtr>& tasks);
+  // Any thread: something was queued for the driver. Runs a turn here if the token is free, otherwise its holder picks
+  // the work up. `expectsReply`: somebody has to poll for the answer from now on.
+  void submitted(bool expectsReply);
+  // Takes the token, waiting for its holder to finish its turn. For starting and closing only.
+  void withToken(const std::function<void(ProgressToken&)>& body);
+  void wake() {
+    doorbell_.ring();
+  }
+
+  EngineCounts counts() const;
+  bool onEngineThread() const;
+
+ private:
+  void spawn(); // with mutex_ held
+  void threadMain();
+  TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
+  TaskPtr take(); // with mutex_ held
+  void standBy(std::unique_lock<std::mutex>& lock);
+  void lead();
+  void wakeIdleThread(); // with mutex_ held
+  bool turnOnce(std::vector<TaskPtr>& tasks);
+  bool sleep(std::chrono::nanoseconds limit); // whether it was rung
+  void enqueue(std::vector<TaskPtr>& tasks);  // with mutex_ held
+  void updateRunnable();                      // with mutex_ held
+  void breakDown(const std::string& reason);
+
+  const EngineOptions options_;
+  EngineDriver& driver_;
+  Doorbell doorbell_;
+  TokenSource tokens_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable parkedCv_;  // idle threads without a duty
+  std::condition_variable standbyCv_; // the ticking one
+  std::condition_variable stoppedCv_;
+  std::deque<TaskPtr> completions_;
+  std::deque<TaskPtr> requests_;
+  int threads_ = 0;
+  int busy_ = 0;
+  int running_ = 0;
+  int parked_ = 0;
+  bool ticking_ = false;
+  std::atomic<bool> stopping_{false};
+  std::atomic<bool> broken_{false};
+  std::atomic<bool> leading_{false};
+  std::atomic<bool> runnable_{false}; // a queued task could be taken now
+  std::atomic<bool> asleep_{false};
+};
+
+} // namespace torch_rpc_mpi

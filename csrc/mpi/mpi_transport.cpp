@@ -1,0 +1,174 @@
+#include "mpi/mpi_transport.h"
+
+#include <algorithm>
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+// Frames taken in one turn: enough to amortise the turn, few enough that sends and deadlines are not starved.
+constexpr size_t kFrameBatch = 16;
+
+} // namespace
+
+MpiTransport::MpiTransport(std::shared_ptr<Communicator> communicator)
+    : communicator_(std::move(communicator)), mpi_(*communicator_->mpi()) {}
+
+OperationStatus MpiTransport::translate(const trm_status& status) const {
+  OperationStatus result;
+  result.source = status.source;
+  result.bytes = status.bytes;
+  if (status.error != 0) {
+    result.error = mpi_.errorText(status.error);
+  } else if (status.cancelled != 0) {
+    result.error = "cancelled";
+  }
+  return result;
+}
+
+void MpiTransport::track(trm_handle request, Operation* op) {
+  requests_.push_back(request);
+  operations_.push_back(op);
+}
+
+void MpiTransport::send(
+    ProgressToken& token,
+    int peer,
+    Channel channel,
+    const void* data,
+    size_t bytes,
+    Operation* op) {
+  trm_handle request = mpi_->request_null;
+  const int code = mpi_->isend(data, bytes, peer, static_cast<int>(channel), communicator_->handle(), &request);
+  if (code != 0) {
+    OperationStatus status;
+    status.error = "MPI_Isend failed: " + mpi_.errorText(code);
+    op->complete(token, status);
+    return;
+  }
+  // Eager sends are complete when they return: one test now spares them the array.
+  int done = 0;
+  trm_status status{};
+  if (mpi_->test(&request, &done, &status) == 0 && done != 0) {
+    op->complete(token, translate(status));
+    return;
+  }
+  track(request, op);
+}
+
+void MpiTransport::receiveFrame(ProgressToken&, void* data, size_t capacity, Operation* op) {
+  trm_handle request = mpi_->request_null;
+  mpi_.check(
+      mpi_->irecv(
+          data, capacity, TRM_ANY_SOURCE, static_cast<int>(Channel::kFrame), communicator_->handle(), &request),
+      "MPI_Irecv");
+  frames_.push_back({request, op});
+}
+
+void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) {
+  trm_handle request = mpi_->request_null;
+  const int code =
+      mpi_->irecv(data, bytes, peer, static_cast<int>(Channel::kBulk), communicator_->handle(), &request);
+  if (code != 0) {
+    OperationStatus status;
+    status.source = peer;
+    status.error = "MPI_Irecv failed: " + mpi_.errorText(code);
+    op->complete(token, status);
+    return;
+  }
+  track(request, op);
+}
+
+size_t MpiTransport::poll(ProgressToken& token) {
+  return pollFrames(token) + pollOthers(token);
+}
+
+size_t MpiTransport::pollFrames(ProgressToken& token) {
+  size_t completed = 0;
+  while (completed < kFrameBatch && !frames_.empty()) {
+    int done = 0;
+    trm_status status{};
+    const int code = mpi_->test(&frames_.front().request, &done, &status);
+    if (code == 0 && done == 0) {
+      break;
+    }
+    Operation* op = frames_.front().op;
+    frames_.pop_front();
+    if (code != 0) {
+      status.error = code;
+    }
+    op->complete(token, translate(status));
+    ++completed;
+  }
+  return completed;
+}
+
+size_t MpiTransport::pollOthers(ProgressToken& token) {
+  const size_t count = requests_.size();
+  if (count == 0) {
+    return 0;
+  }
+  indices_.resize(count);
+  statuses_.resize(count);
+  int completed = 0;
+  mpi_.check(
+      mpi_->testsome(static_cast<int>(count), requests_.data(), &completed, indices_.data(), statuses_.data()),
+      "MPI_Testsome");
+  if (completed <= 0) {
+    return 0;
+  }
+  // The finished ones leave the arrays before their callbacks run, which may append to them.
+  std::vector<std::pair<Operation*, OperationStatus>> finished;
+  finished.reserve(completed);
+  for (int i = 0; i < completed; ++i) {
+    finished.emplace_back(operations_[indices_[i]], translate(statuses_[i]));
+    operations_[indices_[i]] = nullptr;
+  }
+  size_t kept = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (operations_[i] != nullptr) {
+      requests_[kept] = requests_[i];
+      operations_[kept++] = operations_[i];
+    }
+  }
+  requests_.resize(kept);
+  operations_.resize(kept);
+  for (auto& [op, status] : finished) {
+    op->complete(token, status);
+  }
+  return finished.size();
+}
+
+void MpiTransport::cancelFrames() noexcept {
+  for (FrameReceive& frame : frames_) {
+    if (mpi_->cancel(&frame.request) == 0) {
+      trm_status status{};
+      mpi_->wait(&frame.request, &status);
+    }
+  }
+  frames_.clear();
+}
+
+void MpiTransport::close(ProgressToken&, bool agreed) noexcept {
+  if (closed_) {
+    return;
+  }
+  closed_ = true;
+  try {
+    if (mpi_.finalized()) {
+      return;
+    }
+    cancelFrames();
+    // Unfinished ones belong to a peer that left: MPI may still touch their memory, which is why the caller never
+    // frees it. They are not cancelled (a send cannot be) and not waited for (the peer will not answer).
+    requests_.clear();
+    operations_.clear();
+    if (agreed) {
+      communicator_->free();
+    }
+  } catch (const MpiError&) {
+    // Closing is the last thing that happens here; there is nobody left to tell.
+  }
+}
+
+} // namespace torch_rpc_mpi

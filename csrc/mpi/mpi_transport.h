@@ -1,0 +1,53 @@
+// The transport over MPI point-to-point messages.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "mpi/communicator.h"
+#include "transport/transport.h"
+
+namespace torch_rpc_mpi {
+
+// All members are guarded by the progress token; communicator_ is immutable.
+class MpiTransport final : public Transport {
+ public:
+  explicit MpiTransport(std::shared_ptr<Communicator> communicator);
+
+  int rank() const override {
+    return communicator_->rank();
+  }
+  int size() const override {
+    return communicator_->size();
+  }
+  void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
+  void receiveFrame(ProgressToken& token, void* data, size_t capacity, Operation* op) override;
+  void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) override;
+  size_t poll(ProgressToken& token) override;
+  void close(ProgressToken& token, bool agreed) noexcept override;
+
+ private:
+  struct FrameReceive {
+    trm_handle request;
+    Operation* op;
+  };
+
+  size_t pollFrames(ProgressToken& token);
+  size_t pollOthers(ProgressToken& token);
+  void track(trm_handle request, Operation* op);
+  OperationStatus translate(const trm_status& status) const;
+  void cancelFrames() noexcept;
+
+  const std::shared_ptr<Communicator> communicator_;
+  const MpiLibrary& mpi_;
+  // MPI matches receives in the order they were posted: only the head can be the next to complete.
+  std::deque<FrameReceive> frames_;
+  // Sends that did not complete at once and bulk receives: parallel arrays, as MPI_Testsome wants them.
+  std::vector<trm_handle> requests_;
+  std::vector<Operation*> operations_;
+  std::vector<int> indices_;
+  std::vector<trm_status> statuses_;
+  bool closed_ = false;
+};
+
+} // namespace torch_rpc_mpi

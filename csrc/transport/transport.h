@@ -1,0 +1,56 @@
+// The seam between the protocol and the thing that moves bytes.
+//
+// Everything above it (frames, credits, bulk streams, draining) is tested in one process against a fake; only
+// mpi/mpi_transport.cpp knows that the bytes travel by MPI.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "engine/progress_token.h"
+
+namespace torch_rpc_mpi {
+
+constexpr int kAnySource = -1;
+
+// Messages on one channel between one pair of ranks keep their order; two channels are independent of each other.
+enum class Channel : int { kFrame = 1, kBulk = 2 };
+
+struct OperationStatus {
+  int source = kAnySource; // of a receive
+  size_t bytes = 0;        // received
+  std::string error;       // empty on success; the library's own text otherwise
+  bool ok() const {
+    return error.empty();
+  }
+};
+
+// A send or receive under way. The poster owns it and keeps it, and the memory it names, alive until complete() was
+// called or the transport was closed.
+class Operation {
+ public:
+  virtual ~Operation() = default;
+  // Called exactly once by whoever holds the token; may post further operations. Never throws.
+  virtual void complete(ProgressToken& token, const OperationStatus& status) noexcept = 0;
+};
+
+// Every call needs the progress token: exactly one thread talks to the transport at any moment.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  virtual void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) = 0;
+  // Receives on kFrame take any source and complete in the order in which they were posted.
+  virtual void receiveFrame(ProgressToken& token, void* data, size_t capacity, Operation* op) = 0;
+  virtual void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) = 0;
+  // Completes what has finished, a bounded batch at a time; returns how many operations that were.
+  virtual size_t poll(ProgressToken& token) = 0;
+  // Cancels posted receives and gives up on unfinished sends; no operation completes afterwards. Local. With
+  // `agreed` every rank does the same and nothing is in flight, so that the communicator is freed as well.
+  virtual void close(ProgressToken& token, bool agreed) noexcept = 0;
+};
+
+} // namespace torch_rpc_mpi

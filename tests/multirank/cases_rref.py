@@ -1,0 +1,372 @@
+"""RRefs: values that live elsewhere, their proxies, their copies, and their end."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.rpc as rpc
+from cases_calls import identity, scale_and_add, script_scale_and_add
+from harness import World, case, debug_info, equal, eventually, signal_and_wait
+from torch import Tensor
+from torch.distributed.rpc import RRef
+
+held: list[RRef] = []
+
+
+class Account:
+    """A remote object with state."""
+
+    def __init__(self, balance: int = 0) -> None:
+        self.balance = balance
+
+    def deposit(self, amount: int, *, times: int = 1) -> int:
+        self.balance += amount * times
+        return self.balance
+
+    def fail(self) -> None:
+        raise ValueError("account is closed")
+
+
+def hold(rref: RRef) -> None:
+    held.append(rref)
+
+
+def let_go() -> None:
+    held.clear()
+
+
+def fetch(rref: RRef) -> Any:
+    return rref.to_here()
+
+
+def fetch_held() -> Any:
+    return held[0].to_here()
+
+
+def forward_along(rref: RRef, names: list[str]) -> Any:
+    """Passes a user's copy on to further users, and returns what the last of them sees."""
+    if not names:
+        return rref.to_here()
+    return rpc.rpc_sync(names[0], forward_along, args=(rref, names[1:]))
+
+
+def new_here(value: Any) -> RRef:
+    return RRef(value)
+
+
+def new_elsewhere(to: str, value: Any) -> RRef:
+    return rpc.remote(to, identity, args=(value,))
+
+
+def local_value(rref: RRef) -> Any:
+    return rref.local_value()
+
+
+def describe(rref: RRef) -> tuple[bool, bool, str, int]:
+    return rref.is_owner(), rref.confirmed_by_owner(), rref.owner_name(), rref.owner().id
+
+
+def raise_value_error() -> None:
+    raise ValueError("not to be had")
+
+
+@torch.jit.script
+def script_to_here(rref: RRef[Tensor]) -> Tensor:
+    return rref.to_here()
+
+
+@torch.jit.script
+def script_describe(rref: RRef[Tensor]) -> tuple[bool, bool, str]:
+    return rref.is_owner(), rref.confirmed_by_owner(), rref.owner_name()
+
+
+@torch.jit.script
+def script_local_value(rref: RRef[Tensor]) -> Tensor:
+    return rref.local_value()
+
+
+@torch.jit.script
+def script_pass_on(rref: RRef[Tensor]) -> RRef[Tensor]:
+    return rref
+
+
+CREATE = {
+    "python": lambda to: rpc.remote(to, scale_and_add, args=(torch.ones(3), 2.0)),
+    "builtin": lambda to: rpc.remote(to, torch.add, args=(torch.ones(3), 1)),
+    "script": lambda to: rpc.remote(to, script_scale_and_add, args=(torch.ones(3), 2.0)),
+}
+
+
+@case(each=CREATE, sizes=(1, 2, 4, 6))
+def to_here(world: World, create: Any) -> None:
+    for to in world.everyone:
+        rref = create(to)
+        equal(rref.to_here(), torch.full((3,), 2.0))
+        equal(rref.to_here(timeout=20), torch.full((3,), 2.0))
+        equal((rref.owner_name(), rref.owner().name, rref.is_owner()), (to, to, to == world.name()))
+
+
+@case()
+def local_rref(world: World) -> None:
+    rref = RRef(torch.arange(3))
+    equal(rref.local_value(), torch.arange(3))
+    equal(rref.to_here(), torch.arange(3))
+    assert rref.is_owner()
+    assert rref.confirmed_by_owner()
+
+
+@case()
+def local_value_only_at_the_owner(world: World) -> None:
+    rref = rpc.remote(world.next, identity, args=(1,))
+    with pytest.raises(RuntimeError, match=rf"rank.*{world.rank}|local_value.*non-owner|owner.*{world.next}"):
+        rref.local_value()
+    equal(rpc.rpc_sync(world.next, local_value, args=(rref,)), 1)
+
+
+@case(sizes=(1, 4))
+def proxies(world: World) -> None:
+    account = rpc.remote(world.next, Account, args=(10,))
+    equal(account.rpc_sync().deposit(1), 11)
+    equal(account.rpc_async().deposit(2).wait(), 13)
+    equal(account.remote().deposit(3, times=2).to_here(), 19)
+    equal(account.rpc_sync(timeout=20).deposit(0), 19)
+    # A proxy can be kept and used again.
+    proxy = account.rpc_sync()
+    equal([proxy.deposit(1) for _ in range(3)], [20, 21, 22])
+    with pytest.raises(ValueError, match="account is closed"):
+        account.rpc_sync().fail()
+    for proxy in (account.rpc_sync(), account.rpc_async(), account.remote()):
+        with pytest.raises(AttributeError, match="withdraw"):
+            result = proxy.withdraw(1)
+            result.wait() if hasattr(result, "wait") else result.to_here()
+
+
+@case(each=CREATE)
+def proxies_of_tensors(world: World, create: Any) -> None:
+    rref = create(world.next)
+    equal(rref.rpc_sync().size(), torch.Size([3]))
+    equal(rref.rpc_async().view(3, 1).wait(), torch.full((3, 1), 2.0))
+    equal(rref.remote().add(1).to_here(), torch.full((3,), 3.0))
+
+
+@case(sizes=(1, 4))
+def get_type(world: World) -> None:
+    for to in (world.name(), world.next):
+        assert rpc.remote(to, Account)._get_type() is Account
+        assert rpc.remote(to, Account)._get_type(blocking=False).wait() is Account
+        assert rpc.remote(to, torch.add, args=(torch.ones(1), 1))._get_type(timeout=20) is Tensor
+    with pytest.raises(ValueError, match="not to be had"):
+        rpc.remote(world.next, raise_value_error)._get_type()
+    with pytest.raises(ValueError, match="not to be had"):
+        rpc.remote(world.next, raise_value_error)._get_type(blocking=False).wait()
+
+
+@case()
+def creation_future(world: World) -> None:
+    for create in CREATE.values():
+        rref = create(world.next)
+        rref._get_future().wait()
+        assert rref.confirmed_by_owner()
+
+
+@case()
+def description_and_equality(world: World) -> None:
+    mine, theirs = RRef(1), rpc.remote(world.next, identity, args=(1,))
+    assert str(mine).startswith(f"OwnerRRef(GloballyUniqueId(created_on={world.rank}, local_id=")
+    assert str(theirs).startswith(f"UserRRef(RRefId = GloballyUniqueId(created_on={world.rank}, local_id=")
+    assert theirs.owner() == rpc.get_worker_info(world.next)
+
+
+# Copies
+
+
+@case(sizes=(2, 4, 6))
+def passed_round_the_world(world: World) -> None:
+    route = [world.name(world.rank + hop) for hop in range(1, 2 * world.size)]
+    value = torch.full((5,), float(world.rank))
+    for rref in (RRef(value), rpc.remote(world.next, identity, args=(value,))):
+        equal(forward_along(rref, route), value)
+
+
+@case()
+def passed_before_it_exists(world: World) -> None:
+    """A copy of an RRef whose value is still being made waits for it."""
+    rref = rpc.remote(world.next, signal_and_wait, args=("started", "go"))
+    third = rpc.rpc_async(world.name(world.rank + 2), fetch, args=(rref,))
+    world.wait("started")
+    assert not third.done()
+    world.barrier()
+    world.signal("go", "made")
+    equal(third.wait(), "made")
+
+
+@case()
+def returned_from_calls(world: World) -> None:
+    made_there = rpc.rpc_sync(world.next, new_here, args=(7,))
+    equal((made_there.to_here(), made_there.owner_name()), (7, world.next))
+    third = world.name(world.rank + 2)
+    made_elsewhere = rpc.rpc_sync(world.next, new_elsewhere, args=(third, 8))
+    equal((made_elsewhere.to_here(), made_elsewhere.owner_name()), (8, third))
+    nested = rpc.remote(world.next, new_elsewhere, args=(third, 9))
+    equal(nested.to_here().to_here(), 9)
+    equal(rpc.rpc_sync(world.next, new_elsewhere, args=(world.name(), 10)).local_value(), 10)
+
+
+@case()
+def sent_to_its_owner(world: World) -> None:
+    rref = rpc.remote(world.next, identity, args=(torch.ones(2),))
+    equal(rpc.rpc_sync(world.next, fetch, args=(rref,)), torch.ones(2))
+    equal(rpc.remote(world.next, fetch, args=(rref,)).to_here(), torch.ones(2))
+    equal(rpc.rpc_sync(world.next, describe, args=(rref,)), (True, True, world.next, (world.rank + 1) % world.size))
+
+
+@case()
+def inside_containers(world: World) -> None:
+    rrefs = [rpc.remote(to, identity, args=(to,)) for to in world.everyone]
+    back = rpc.rpc_sync(world.next, identity, args=({"rrefs": rrefs, "tensor": torch.ones(2)},))
+    equal([rref.to_here() for rref in back["rrefs"]], world.everyone)
+
+
+@case()
+def in_torchscript(world: World) -> None:
+    rref = rpc.remote(world.next, torch.add, args=(torch.ones(3), 1))
+    third, value = world.name(world.rank + 2), torch.full((3,), 2.0)
+    equal(script_to_here(rref), value)
+    equal(rpc.rpc_sync(third, script_to_here, args=(rref,)), value)
+    equal(rpc.rpc_sync(third, script_describe, args=(rref,)), (False, True, world.next))
+    equal(rpc.rpc_sync(world.next, script_local_value, args=(rref,)), value)
+    equal(rpc.rpc_sync(third, script_pass_on, args=(rref,)).to_here(), value)
+    equal(rpc.remote(third, script_pass_on, args=(rref,)).to_here().to_here(), value)
+    with pytest.raises(RuntimeError, match=r"Can't call RRef.local_value\(\) on a non-owner RRef"):
+        script_local_value(rref)
+
+
+@case()
+def pickling_outside_of_rpc_is_refused(world: World) -> None:
+    with pytest.raises(RuntimeError, match="Can not pickle rref in python pickler"):
+        pickle.dumps(RRef(1))
+
+
+# Errors
+
+
+@case()
+def remote_errors(world: World) -> None:
+    with pytest.raises(ValueError, match="not to be had"):
+        rpc.remote(world.next, raise_value_error).to_here()
+    with pytest.raises(ValueError, match="not to be had"):
+        rpc.remote(world.name(), raise_value_error).to_here()
+    with pytest.raises(RuntimeError, match="size"):
+        rpc.remote(world.next, torch.add, args=(torch.ones(2), torch.ones(3))).to_here()
+
+
+# The end of RRefs. The counts are torch's own; messages that delete travel after the call that caused them.
+
+
+@case()
+def owner_forgets_when_the_last_user_does(world: World) -> None:
+    before = debug_info("num_owner_rrefs")
+    world.barrier()
+    rrefs = [rpc.remote(world.next, identity, args=(i,)) for i in range(10)]
+    equal([rref.to_here() for rref in rrefs], list(range(10)))
+    world.barrier()
+    equal(debug_info("num_owner_rrefs"), before + 10)
+    world.barrier()
+    del rrefs
+    eventually(lambda: debug_info("num_owner_rrefs") == before, "owner RRefs are deleted")
+    eventually(lambda: debug_info("num_pending_users") == 0, "no user is pending")
+
+
+@case()
+def a_copy_keeps_the_value_alive(world: World) -> None:
+    before = debug_info("num_owner_rrefs")
+    world.barrier()
+    third = world.name(world.rank + 2)
+    rref = rpc.remote(world.next, identity, args=("kept",))
+    rpc.rpc_sync(third, hold, args=(rref,))
+    del rref
+    world.barrier()
+    equal(rpc.rpc_sync(third, fetch_held), "kept")
+    equal(debug_info("num_owner_rrefs"), before + 1)
+    world.barrier()
+    rpc.rpc_sync(third, let_go)
+    eventually(lambda: debug_info("num_owner_rrefs") == before, "the copy's deletion reaches the owner")
+
+
+@case()
+def a_shared_local_rref_is_released(world: World) -> None:
+    before = debug_info("num_owner_rrefs")
+    rref = RRef("mine")
+    equal(debug_info("num_owner_rrefs"), before)
+    world.barrier()
+    rpc.rpc_sync(world.next, hold, args=(rref,))
+    equal(debug_info("num_owner_rrefs"), before + 1)
+    equal(rpc.rpc_sync(world.next, fetch_held), "mine")
+    world.barrier()
+    rpc.rpc_sync(world.next, let_go)
+    eventually(lambda: debug_info("num_owner_rrefs") == before, "the user's deletion reaches the owner")
+    equal(rref.local_value(), "mine")
+
+
+@case()
+def many_rrefs_leave_nothing(world: World) -> None:
+    before = debug_info("num_owner_rrefs")
+    world.barrier()
+    for _ in range(5):
+        rrefs = [rpc.remote(world.name(i), torch.add, args=(torch.ones(2), i)) for i in range(100)]
+        for i, rref in enumerate(rrefs):
+            equal(rpc.rpc_sync(world.name(i + 1), fetch, args=(rref,)), torch.full((2,), i + 1.0))
+    del rrefs, rref
+    eventually(lambda: debug_info("num_owner_rrefs") == before, "all owner RRefs are deleted")
+    eventually(lambda: debug_info("num_pending_futures") == 0, "nothing is pending")
+
+
+# Shutdown with living RRefs
+
+
+@case(session=False)
+def shutdown_ignores_living_rrefs(world: World) -> None:
+    world.init()
+    rref = rpc.remote(world.next, identity, args=(1,))
+    equal(rref.to_here(), 1)
+    rpc.shutdown()
+    with pytest.raises(RuntimeError, match="Cannot call to_here\\(\\) on it after deletion"):
+        rref.to_here()
+
+
+@case(session=False)
+def shutdown_reports_leaks_when_asked_to(world: World) -> None:
+    world.init()
+    rref = rpc.remote(world.next, identity, args=(1,))
+    equal(rref.to_here(), 1)
+    world.barrier()
+    rpc.api._ignore_rref_leak = False
+    # What graceful shutdown would do for the user, and so hides: without it the RRefs leak.
+    delete, rpc.api._delete_all_user_and_unforked_owner_rrefs = (
+        rpc.api._delete_all_user_and_unforked_owner_rrefs,
+        lambda: None,
+    )
+    try:
+        with pytest.raises(RuntimeError, match="Leaking RRef"):
+            rpc.shutdown()
+    finally:
+        rpc.api._ignore_rref_leak = True
+        rpc.api._delete_all_user_and_unforked_owner_rrefs = delete
+    assert not rpc.api._is_current_rpc_agent_set()
+    del rref
+
+
+@case(session=False)
+def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
+    world.init()
+    rref = rpc.remote(world.next, Account, args=(1,))
+    equal(rref.rpc_sync().deposit(1), 2)
+    del rref
+    rpc.api._ignore_rref_leak = False
+    try:
+        rpc.shutdown()
+    finally:
+        rpc.api._ignore_rref_leak = True

