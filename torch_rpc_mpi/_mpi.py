@@ -99,8 +99,8 @@ class LoadedMPI:
         return int(comm.toint() if self.abi == "standard" else comm.py2f())
 
     def library(self) -> str:
-        """One line that names the MPI library."""
-        return self.runtime.library_version().strip().splitlines()[0].rstrip("\0 ")
+        """The MPI library's name and version, without the build details that follow."""
+        return " ".join(self.runtime.library_version().split("\n")[0].split(",")[0].split())
 
 
 _loaded: LoadedMPI | None = None

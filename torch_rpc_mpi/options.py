@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
-import numbers
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import torch
 from torch._C._distributed_rpc import RpcBackendOptions
+
+from ._option_checks import (
+    Option,
+    check_communicator,
+    check_device_maps,
+    check_devices,
+    check_float,
+    check_int,
+    check_str,
+    to_device_map,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from typing_extensions import Unpack
 
-    DeviceLike = int | str | torch.device
-    DeviceMap = Mapping[DeviceLike, DeviceLike]
-
-ENVIRONMENT_PREFIX = "TORCH_RPC_MPI_"
+DeviceLike = int | str | torch.device
+DeviceMap = Mapping[DeviceLike, DeviceLike]
 
 # A frame carries its inline tensors, and frames are what credits and receive buffers are counted in.
 _MAX_EAGER_LIMIT = 1 << 20
@@ -35,220 +41,66 @@ _MAX_EAGER_LIMIT = 1 << 20
 _MIN_BULK_CHUNK, _MAX_BULK_CHUNK = 1 << 12, 1 << 30
 
 
-@dataclass(frozen=True)
-class Option:
-    """One row of the table."""
-
-    name: str
-    type: str
-    default: object
-    unit: str
-    meaning: str
-    check: Callable[[Option, object], object]
-    minimum: float | None = None
-    maximum: float | None = None
-    from_environment: bool = False
-
-    @property
-    def environment(self) -> str | None:
-        """The variable that gives the default of an engine's knob; the rest is a program's own business."""
-        return ENVIRONMENT_PREFIX + self.name.upper() if self.from_environment else None
-
-    def checked(self, value: object) -> object:
-        """``value`` in its normal form. Raises TypeError or ValueError, naming the option and what was given."""
-        return self.check(self, value)
-
-    def wrong_type(self, value: object, what: str) -> TypeError:
-        return TypeError(
-            f"MPIRpcBackendOptions: {self.name} must be {what}, but got {value!r} of type {type(value).__name__}"
-        )
-
-    def default_from(self, environ: Mapping[str, str]) -> object:
-        """The default: from the environment where the option has a variable that is set, else the table's."""
-        text = environ.get(self.environment) if self.environment else None
-        if text is None:
-            return self.checked(self.default)
-        parse: Callable[[str], object] = int if self.type == "int" else float
-        try:
-            return self.checked(parse(text))
-        except ValueError as error:
-            raise ValueError(
-                f"environment variable {self.environment}={text!r} is not usable: {error}. Correct or unset it "
-                f"(default: {self.default} {self.unit})."
-            ) from None
-
-
-def _in_range(option: Option, value: float) -> None:
-    limits = []
-    if option.minimum is not None and value < option.minimum:
-        limits.append(f"at least {option.minimum:.15g}")
-    if option.maximum is not None and value > option.maximum:
-        limits.append(f"at most {option.maximum:.15g}")
-    if limits:
-        no_limit = "; 0 means no limit" if "0 = no limit" in option.meaning else ""
-        raise ValueError(
-            f"MPIRpcBackendOptions: {option.name} must be {limits[0]} ({option.unit}{no_limit}), but got {value}"
-        )
-
-
-def _check_int(option: Option, value: object) -> int:
-    # bool is an int to Python; num_worker_threads=True is a mistake to a reader.
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise option.wrong_type(value, f"an integer ({option.unit})")
-    _in_range(option, int(value))
-    return int(value)
-
-
-def _check_float(option: Option, value: object) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise option.wrong_type(value, f"a number ({option.unit})")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"MPIRpcBackendOptions: {option.name} must be finite ({option.unit}), but got {number}")
-    _in_range(option, number)
-    return number
-
-
-def _check_str(option: Option, value: object) -> str:
-    if not isinstance(value, str):
-        raise option.wrong_type(value, "a string")
-    return value
-
-
-def _to_device(value: Any, option: Option) -> torch.device:
-    if isinstance(value, bool) or not isinstance(value, (int, str, torch.device)):
-        raise option.wrong_type(value, "made of devices (int, str or torch.device)")
-    try:
-        return torch.device(value)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"MPIRpcBackendOptions: {option.name}: no device {value!r} here: {reason}") from None
-
-
-def _to_device_map(device_map: object, option: Option) -> dict[torch.device, torch.device]:
-    if not isinstance(device_map, Mapping):
-        raise option.wrong_type(device_map, "a dictionary from callee name to a dictionary of devices")
-    full: dict[torch.device, torch.device] = {}
-    reverse: dict[torch.device, torch.device] = {}
-    for source, target in device_map.items():
-        source, target = _to_device(source, option), _to_device(target, option)
-        if target in reverse:
-            raise ValueError(
-                f"`device_map` only supports 1-to-1 mapping, trying to map {source} and {reverse[target]} to {target}"
-            )
-        full[source] = target
-        reverse[target] = source
-    return full
-
-
-def _check_device_maps(option: Option, value: object) -> dict[str, dict[torch.device, torch.device]]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise option.wrong_type(value, "a dictionary from callee name to a dictionary of devices")
-    for to in value:
-        if not isinstance(to, str):
-            raise option.wrong_type(to, "keyed by callee names (str)")
-    return {to: _to_device_map(device_map, option) for to, device_map in value.items()}
-
-
-def _check_devices(option: Option, value: object) -> list[torch.device]:
-    if value is None:
-        return []
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise option.wrong_type(value, "a list of devices")
-    devices = [_to_device(device, option) for device in value]
-    for device in devices:
-        if device.type in ("cpu", "meta"):
-            raise ValueError(
-                f"`set_devices` expect a list of accelerator devices, but got device type {device.type}. CPU tensors "
-                "need no entry."
-            )
-    return devices
-
-
-def _check_communicator(option: Option, value: object) -> object:
-    if value is None:
-        return None
-    # Whoever holds a communicator has imported mpi4py.MPI; importing it here would initialise MPI.
-    MPI = sys.modules.get("mpi4py.MPI")
-    if MPI is None or not isinstance(value, MPI.Comm):
-        raise option.wrong_type(value, "an mpi4py intracommunicator")
-    if MPI.Is_finalized():
-        raise ValueError("MPIRpcBackendOptions: comm cannot be used any more, because MPI was finalised")
-    if value == MPI.COMM_NULL:
-        raise ValueError(
-            "MPIRpcBackendOptions: comm is MPI.COMM_NULL: it was freed, or this process is no member of it (Split() "
-            "with MPI.UNDEFINED gives that). Call init_rpc on the members only, and free the communicator afterwards."
-        )
-    if value.Is_inter():
-        raise ValueError(
-            "MPIRpcBackendOptions: comm is an intercommunicator, which has two groups of ranks, but RPC needs one. "
-            "Pass comm.Merge() of it."
-        )
-    return value
-
-
 OPTIONS: tuple[Option, ...] = (
     Option(
         "num_worker_threads", "int", 16, "threads",
         "How many incoming requests run at once. One more thread moves the data, whatever the requests do.",
-        _check_int, minimum=1, maximum=4096, from_environment=True,
+        check_int, minimum=1, maximum=4096, from_environment=True,
     ),
     Option(
         "rpc_timeout", "float", 60.0, "seconds",
         "Default time limit of a call (0 = no limit); a call's own `timeout=` wins.",
-        _check_float, minimum=0,
+        check_float, minimum=0,
     ),
     Option(
         "init_method", "str", "mpi://", "URL",
         "Where torch's rendezvous takes its store from. Under a launcher `mpi://` needs no address and no port. "
         "torch's default `env://` means `mpi://` here when torch itself fills it in.",
-        _check_str,
+        check_str,
     ),
     Option(
         "device_maps", "dict[str, dict]", None, "devices",
         "Per callee name: which device of this worker goes to which device of the callee; one to one. See also "
         "`set_device_map`.",
-        _check_device_maps,
+        check_device_maps,
     ),
     Option(
         "devices", "list", None, "devices",
         "Accelerators that this worker uses for RPC; by default those in the device maps.",
-        _check_devices,
+        check_devices,
     ),
     Option(
         "comm", "mpi4py.MPI.Intracomm", None, "communicator",
         "Whose members form the RPC group; by default `MPI.COMM_WORLD`. It is duplicated, so that its own traffic "
         "never mixes with RPC's, and may be freed after `init_rpc`.",
-        _check_communicator,
+        check_communicator,
     ),
     Option(
         "init_timeout", "float", 60.0, "seconds",
         "How long `init_rpc` waits for the other ranks (0 = no limit), in `MPI_Init` and while the group forms.",
-        _check_float, minimum=0, from_environment=True,
+        check_float, minimum=0, from_environment=True,
     ),
     Option(
         "eager_limit", "int", 16384, "bytes",
         "Tensors up to this size travel inside the message; larger ones are sent from their own memory. Must be the "
         "same on all ranks.",
-        _check_int, minimum=0, maximum=_MAX_EAGER_LIMIT, from_environment=True,
+        check_int, minimum=0, maximum=_MAX_EAGER_LIMIT, from_environment=True,
     ),
     Option(
         "bulk_chunk", "int", 4 << 20, "bytes",
         "Large tensors are sent in pieces of this size, so that small messages pass in between. Must be the same on "
         "all ranks.",
-        _check_int, minimum=_MIN_BULK_CHUNK, maximum=_MAX_BULK_CHUNK, from_environment=True,
+        check_int, minimum=_MIN_BULK_CHUNK, maximum=_MAX_BULK_CHUNK, from_environment=True,
     ),
     Option(
         "spin_time", "float", 0.001, "seconds",
         "How long the engine keeps polling after the last traffic before it starts to sleep: latency against CPU time.",
-        _check_float, minimum=0, maximum=3600, from_environment=True,
+        check_float, minimum=0, maximum=3600, from_environment=True,
     ),
     Option(
         "max_sleep", "float", 0.001, "seconds",
         "The longest sleep of an idle engine, and so the latency that a first message from another host may see.",
-        _check_float, minimum=1e-6, maximum=1, from_environment=True,
+        check_float, minimum=1e-6, maximum=1, from_environment=True,
     ),
 )  # fmt: skip
 
@@ -288,6 +140,8 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
         TypeError: an unknown option, or a value of the wrong type.
         ValueError: a value out of range, or a communicator that cannot carry RPC.
     """
+
+    __signature__: ClassVar[inspect.Signature]  # for help(), with the table's defaults
 
     num_worker_threads: int
     device_maps: dict[str, dict[torch.device, torch.device]]
@@ -332,21 +186,21 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
         """
         option = _BY_NAME["device_maps"]
         known = self.device_maps.get(to, {})
-        added = _to_device_map(device_map, option)
+        added = to_device_map(device_map, option)
         for source, target in added.items():
             if known.get(source, target) != target:
                 raise ValueError(
                     f"`set_device_map` only supports 1-to-1 mapping, trying to map {source} to {target} and "
                     f"{known[source]}"
                 )
-        self.device_maps = {**self.device_maps, to: _to_device_map({**known, **added}, option)}
+        self.device_maps = {**self.device_maps, to: to_device_map({**known, **added}, option)}
 
     def set_devices(self, devices: Sequence[DeviceLike]) -> None:
         """Sets the accelerators that this worker uses for RPC."""
         self.devices = list(devices)  # type: ignore[arg-type]
 
 
-MPIRpcBackendOptions.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+MPIRpcBackendOptions.__signature__ = inspect.Signature(
     [inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in OPTIONS]
 )
 

@@ -3,8 +3,6 @@
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 
-#include <fmt/format.h>
-
 namespace torch_rpc_mpi {
 
 namespace {
@@ -87,14 +85,14 @@ std::string MpiAgent::whatJoinWaitsFor() const {
   std::string own;
   for (size_t peer = 0; peer < workers_.size(); ++peer) {
     if (const size_t pending = calls_.sizeOf(static_cast<int>(peer))) {
-      own += fmt::format("{}{} to {}", own.empty() ? "" : ", ", pending, describe(static_cast<int>(peer)));
+      own += c10::str(own.empty() ? "" : ", ", pending, " to ", describe(static_cast<int>(peer)));
     }
   }
   if (!own.empty()) {
     return "calls of this worker are unanswered: " + own;
   }
   if (const int64_t serving = serving_.load()) {
-    return fmt::format("this worker is still serving {} calls", serving);
+    return c10::str("this worker is still serving ", serving, " calls");
   }
   return "this worker is idle, but another one has not called shutdown or is still busy";
 }
@@ -120,7 +118,7 @@ void MpiAgent::shutdownImpl() {
     exchange_.close(token, agreed);
     arrivals_.clear();
   });
-  failAllCalls(fmt::format("RPC was shut down on {} before this call was answered", describe(rank_)));
+  failAllCalls(c10::str("RPC was shut down on ", describe(rank_), " before this call was answered"));
   if (!stopped) {
     LOG(WARNING) << "RPC on " << describe(rank_) << " was shut down while " << engine_->counts().busy
                  << " functions called through it were still running";

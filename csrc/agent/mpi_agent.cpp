@@ -1,6 +1,5 @@
 #include "agent/mpi_agent.h"
 
-#include <fmt/format.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "agent/fork_guard.h"
@@ -18,8 +17,14 @@ EngineOptions engineOptions(const AgentOptions& options) {
   result.numWorkerThreads = options.numWorkerThreads;
   result.spinTime = options.spinTime;
   result.maxSleep = options.maxSleep;
+  result.coresToSpare = options.coresToSpare;
   result.threadHook = options.threadHook;
   return result;
+}
+
+std::string timeoutText(std::chrono::milliseconds timeout) {
+  std::string text = rpc::kRpcTimeoutErrorStr;
+  return text.replace(text.find("{}"), 2, std::to_string(timeout.count()));
 }
 
 } // namespace
@@ -92,7 +97,7 @@ std::vector<rpc::WorkerInfo> MpiAgent::getWorkerInfos() const {
 }
 
 std::string MpiAgent::describe(int rank) const {
-  return fmt::format("worker '{}' (rank {} on host {})", workers_[rank].name_, rank, hosts_[rank]);
+  return c10::str("worker '", workers_[rank].name_, "' (rank ", rank, " on host ", hosts_[rank], ")");
 }
 
 // ---- calling ----
@@ -246,8 +251,7 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
 
 void MpiAgent::expire(Clock::time_point now) {
   for (PendingCall& call : calls_.takeExpired(now)) {
-    std::string error = rpc::makeRPCError(
-        fmt::format(fmt::runtime(rpc::kRpcTimeoutErrorStr), call.timeout.count()), rpc::RPCErrorType::TIMEOUT);
+    std::string error = rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT);
     arrivals_.push_back(std::make_unique<ErrorTask>(std::move(call), std::move(error)));
   }
 }
@@ -272,10 +276,12 @@ void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
       onPeerGone(
           token,
           message.source,
-          fmt::format(
-              "RPC to {} failed: it has left ({}). Calls to it can no longer be answered",
+          c10::str(
+              "RPC to ",
               describe(message.source),
-              std::string(message.body().data, message.body().bytes)));
+              " failed: it has left (",
+              std::string(message.body().data, message.body().bytes),
+              "). Calls to it can no longer be answered"));
       break;
     case FrameKind::kDrain:
       drain_.onFrame(token, message.source, message.body());
@@ -308,7 +314,7 @@ void MpiAgent::onPeerGone(ProgressToken& token, int peer, const std::string& rea
 }
 
 void MpiAgent::onBroken(const std::string& reason) noexcept {
-  const std::string text = fmt::format("RPC on {} stopped: {}", describe(rank_), reason);
+  const std::string text = c10::str("RPC on ", describe(rank_), " stopped: ", reason);
   LOG(ERROR) << text;
   failAllCalls(text);
   joinFailed(text);
@@ -351,7 +357,7 @@ std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
     const std::lock_guard<std::mutex> lock(metricsMutex_);
     const double average =
         gilWaits_ == 0 ? 0 : static_cast<double>(gilWaitMicroseconds_) / static_cast<double>(gilWaits_);
-    metrics["agent.gil_average_wait_time_us"] = fmt::format("{:.6f}", average);
+    metrics["agent.gil_average_wait_time_us"] = std::to_string(average);
   }
   return metrics;
 }

@@ -23,6 +23,7 @@ struct AgentOptions {
   int numWorkerThreads = torch::distributed::rpc::kDefaultNumWorkerThreads;
   std::chrono::milliseconds rpcTimeout{60000};
   ExchangeOptions exchange;
+  int coresToSpare = 1; // see Note [How many at once]
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };

@@ -1,4 +1,9 @@
 // The Python face of the core. With python_functions.cpp the only place that knows Python.
+#include <algorithm>
+#include <cmath>
+
+#include <sched.h>
+
 #include <torch/csrc/distributed/rpc/request_callback_impl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -29,6 +34,13 @@ void withPythonThreadState(const std::function<void()>& body) {
   }
 }
 
+// Those that this process may use: launchers often bind a rank to a few.
+int availableCores() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : 1;
+}
+
 // AgentOptions as Python sees them: seconds.
 struct PyAgentOptions {
   int numWorkerThreads = rpc::kDefaultNumWorkerThreads;
@@ -38,10 +50,13 @@ struct PyAgentOptions {
   double spinTime = 0.001;
   double maxSleep = 0.001;
 
-  AgentOptions toCore(int worldSize) const {
+  AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
+    options.coresToSpare = std::clamp(availableCores() / std::max(ranksOnHost, 1) / 2, 1, 4);
     options.numWorkerThreads = numWorkerThreads;
-    options.rpcTimeout = std::chrono::milliseconds(static_cast<int64_t>(rpcTimeout * rpc::kSecToMsConversion));
+    // Rounded up: the smallest timeout is not "none".
+    options.rpcTimeout =
+        std::chrono::milliseconds(static_cast<int64_t>(std::ceil(rpcTimeout * rpc::kSecToMsConversion)));
     options.exchange.eagerLimit = eagerLimit;
     options.exchange.bulkChunk = bulkChunk;
     // What all peers together may have waiting here stays bounded; each may always have something.
@@ -74,12 +89,13 @@ std::shared_ptr<MpiAgent> makeAgent(
   for (size_t rank = 0; rank < names.size(); ++rank) {
     members.push_back({names[rank], hosts[rank]});
   }
+  const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
   return {
       new MpiAgent(
           std::make_unique<MpiTransport>(communicator),
           std::move(members),
           std::make_unique<rpc::RequestCallbackImpl>(),
-          options.toCore(communicator->size())),
+          options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
       torch::impl::destroy_without_gil<MpiAgent>};
 }
 

@@ -18,6 +18,12 @@ constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
 
+// What this engine thread runs.
+thread_local struct {
+  Task::Kind kind = Task::Kind::kCompletion;
+  bool waiting = false; // it made a call, for which it probably waits
+} currentTask;
+
 } // namespace
 
 Engine::Engine(EngineOptions options, EngineDriver& driver, BellWord& bell)
@@ -49,24 +55,41 @@ void Engine::spawn() {
 void Engine::threadMain() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (TaskPtr task = nextTask(lock)) {
-    const bool request = task->kind() == Task::Kind::kRequest;
+    Lane& lane = lanes_[static_cast<size_t>(task->kind())];
     lock.unlock();
+    currentTask = {task->kind(), false};
     task->run();
     task.reset();
     lock.lock();
-    --busy_;
-    running_ -= request ? 1 : 0;
+    --lane.running;
+    lane.waiting -= currentTask.waiting ? 1 : 0;
+    ++ended_;
     updateRunnable();
   }
 }
 
+int Engine::busy() const {
+  return lanes_[0].running + lanes_[1].running;
+}
+
+bool Engine::mayRun(Task::Kind kind) const {
+  const Lane& lane = lanes_[static_cast<size_t>(kind)];
+  const int limit = kind == Task::Kind::kRequest ? options_.numWorkerThreads : kCompletionThreads;
+  return !lane.queue.empty() && lane.running < limit && lane.running - lane.waiting < lane.atOnce;
+}
+
 void Engine::updateRunnable() {
-  runnable_ = !completions_.empty() || (!requests_.empty() && running_ < options_.numWorkerThreads);
+  for (Lane& lane : lanes_) {
+    if (lane.queue.empty()) {
+      lane.atOnce = options_.coresToSpare;
+    }
+  }
+  runnable_ = mayRun(Task::Kind::kCompletion) || mayRun(Task::Kind::kRequest);
 }
 
 void Engine::enqueue(std::vector<TaskPtr>& tasks) {
   for (TaskPtr& task : tasks) {
-    (task->kind() == Task::Kind::kRequest ? requests_ : completions_).push_back(std::move(task));
+    lanes_[static_cast<size_t>(task->kind())].queue.push_back(std::move(task));
   }
   tasks.clear();
   updateRunnable();
@@ -91,21 +114,17 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
 }
 
 TaskPtr Engine::take() {
-  const bool request = completions_.empty();
-  if (request && (requests_.empty() || running_ >= options_.numWorkerThreads)) {
+  const auto kind = mayRun(Task::Kind::kCompletion) ? Task::Kind::kCompletion : Task::Kind::kRequest;
+  if (!mayRun(kind)) {
     return nullptr;
   }
-  if (threads_ - busy_ < 2) {
-    if (threads_ >= options_.numWorkerThreads + kCompletionThreads + 1) {
-      return nullptr;
-    }
+  if (threads_ - busy() < 2) {
     spawn();
   }
-  std::deque<TaskPtr>& queue = request ? requests_ : completions_;
-  TaskPtr task = std::move(queue.front());
-  queue.pop_front();
-  ++busy_;
-  running_ += request ? 1 : 0;
+  Lane& lane = lanes_[static_cast<size_t>(kind)];
+  TaskPtr task = std::move(lane.queue.front());
+  lane.queue.pop_front();
+  ++lane.running;
   updateRunnable();
   // Somebody must look after leadership and the rest of the queue while this runs.
   if (!ticking_ && parked_ > 0) {
@@ -118,13 +137,40 @@ void Engine::standBy(std::unique_lock<std::mutex>& lock) {
   // Ticking is for the time when traffic flows; asleep_ says that it does not.
   if (!ticking_ && !asleep_ && !broken_) {
     ticking_ = true;
-    standbyCv_.wait_for(lock, kTick);
+    const bool timedOut = standbyCv_.wait_for(lock, kTick) == std::cv_status::timeout;
     ticking_ = false;
+    if (timedOut) {
+      tick();
+    }
     return;
   }
   ++parked_;
   parkedCv_.wait(lock);
   --parked_;
+}
+
+void Engine::tick() {
+  if (ended_ == endedAtTick_ && busy() > 0) {
+    for (Lane& lane : lanes_) {
+      if (!lane.queue.empty()) {
+        lane.atOnce = std::min(lane.atOnce * 2, 1024);
+      }
+    }
+    updateRunnable();
+  }
+  endedAtTick_ = ended_;
+}
+
+void Engine::taskMayWait() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!currentTask.waiting) {
+    currentTask.waiting = true;
+    ++lanes_[static_cast<size_t>(currentTask.kind)].waiting;
+    updateRunnable();
+  }
+  if (!leading_ || runnable_) {
+    wakeIdleThread();
+  }
 }
 
 void Engine::lead() {
@@ -245,10 +291,8 @@ void Engine::submitted(bool expectsReply) {
   post(tasks);
   if (expectsReply) {
     doorbell_.ring();
-    // A task that calls out usually waits for the answer, and it may be the leader itself that runs it.
-    if (!leading_ && onEngineThread()) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      wakeIdleThread();
+    if (onEngineThread()) {
+      taskMayWait();
     }
   }
 }
@@ -268,9 +312,9 @@ bool Engine::stop(std::chrono::milliseconds limit) {
   std::deque<TaskPtr> dropped;
   std::unique_lock<std::mutex> lock(mutex_);
   stopping_ = true;
-  for (auto* queue : {&completions_, &requests_}) {
-    std::move(queue->begin(), queue->end(), std::back_inserter(dropped));
-    queue->clear();
+  for (Lane& lane : lanes_) {
+    std::move(lane.queue.begin(), lane.queue.end(), std::back_inserter(dropped));
+    lane.queue.clear();
   }
   runnable_ = false;
   parkedCv_.notify_all();
@@ -285,7 +329,9 @@ bool Engine::stop(std::chrono::milliseconds limit) {
 
 EngineCounts Engine::counts() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {threads_, busy_, running_, requests_.size(), completions_.size()};
+  const Lane& requests = lanes_[static_cast<size_t>(Task::Kind::kRequest)];
+  const Lane& completions = lanes_[static_cast<size_t>(Task::Kind::kCompletion)];
+  return {threads_, busy(), requests.running, requests.queue.size(), completions.queue.size()};
 }
 
 } // namespace torch_rpc_mpi

@@ -12,9 +12,17 @@
 // deadlines and flow control never depend on how long user code takes. Requests are bounded by num_worker_threads;
 // completions of futures are not counted with them, because a request may be waiting for just that completion.
 //
+// Note [How many at once]
+// ~~~~~~~~~~~~~~~~~~~~~~~
+// Short tasks of Python functions run one after the other faster than side by side, where they fight for the GIL. So
+// only as many run at once as there are cores to spare, until the standby finds that none has ended since its last look
+// although others wait: then they are long, and it doubles the number, up to the bounds above. A task that makes a call
+// itself will probably wait for it, and does not count while it does.
+//
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -35,7 +43,7 @@ using Clock = std::chrono::steady_clock;
 // A piece of work for an engine thread.
 class Task {
  public:
-  enum class Kind {
+  enum class Kind : size_t {
     kCompletion, // completes a future, releases memory: short, must not wait behind requests
     kRequest     // runs what a peer asked for: as long as the user's function takes
   };
@@ -61,6 +69,7 @@ class EngineDriver {
 
 struct EngineOptions {
   int numWorkerThreads = 16;
+  int coresToSpare = 1; // tasks of a kind that run at once while they are short
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
   // Runs `body` on a new engine thread; the place where the bindings attach a Python thread state for the thread's
@@ -77,7 +86,7 @@ struct EngineCounts {
 };
 
 // Held by shared_ptr: its threads keep it alive. Members:
-//   mutex_ guards threads_, busy_, running_, parked_, ticking_, completions_, requests_;
+//   mutex_ guards lanes_, threads_, parked_, ticking_, ended_, endedAtTick_;
 //   leading_, stopping_, broken_, runnable_ are written under mutex_ and read by anyone; asleep_ is the leader's;
 //   tokens_ is the progress token; options_, driver_ and doorbell_ are immutable after construction.
 class Engine : public std::enable_shared_from_this<Engine> {
@@ -108,14 +117,20 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void spawn(); // with mutex_ held
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
-  TaskPtr take(); // with mutex_ held
+  TaskPtr take();  // with mutex_ held
+  int busy() const; // with mutex_ held
   void standBy(std::unique_lock<std::mutex>& lock);
   void lead();
-  void wakeIdleThread(); // with mutex_ held
+  // All with mutex_ held.
+  void wakeIdleThread();
+  bool mayRun(Task::Kind kind) const;
+  void tick();
   bool turnOnce(std::vector<TaskPtr>& tasks);
+  void enqueue(std::vector<TaskPtr>& tasks);
+  void updateRunnable();
+
   bool sleep(std::chrono::nanoseconds limit); // whether it was rung
-  void enqueue(std::vector<TaskPtr>& tasks);  // with mutex_ held
-  void updateRunnable();                      // with mutex_ held
+  void taskMayWait();
   void breakDown(const std::string& reason);
 
   const EngineOptions options_;
@@ -127,13 +142,19 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::condition_variable parkedCv_;  // idle threads without a duty
   std::condition_variable standbyCv_; // the ticking one
   std::condition_variable stoppedCv_;
-  std::deque<TaskPtr> completions_;
-  std::deque<TaskPtr> requests_;
+  // By Task::Kind: what is queued, and of the running ones how many there are and how many probably wait for a call.
+  struct Lane {
+    std::deque<TaskPtr> queue;
+    int running = 0;
+    int waiting = 0;
+    int atOnce = 1;
+  };
+  std::array<Lane, 2> lanes_;
   int threads_ = 0;
-  int busy_ = 0;
-  int running_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
+  uint64_t ended_ = 0;
+  uint64_t endedAtTick_ = 0;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> broken_{false};
   std::atomic<bool> leading_{false};

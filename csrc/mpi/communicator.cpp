@@ -61,7 +61,7 @@ std::string missingText(const std::vector<char>& present, double timeout, const 
 // collective context, so that it cannot meet the user's own messages. When the time is over the flags are read although
 // the operation is not complete: they serve the error text alone.
 struct CheckIn {
-  explicit CheckIn(int size) : present(size, 0), mine(1), counts(size, 1), zeros(size, 0), offsets(size) {
+  explicit CheckIn(int size) : present(size, 0), mine(1, 1), counts(size, 1), zeros(size, 0), offsets(size) {
     for (int rank = 0; rank < size; ++rank) {
       offsets[rank] = rank;
     }

@@ -27,6 +27,9 @@ class OutboundMessage : public Operation {
   bool encoded() const {
     return static_cast<bool>(frame_);
   }
+  const FrameBuffer& frame() const {
+    return frame_;
+  }
   int peer() const {
     return peer_;
   }

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.rpc as rpc
 from cases_calls import APIS, scale_and_add, script_scale_and_add
-from harness import World, case, equal, world
+from harness import Event, World, case, equal
 from torch import Tensor
 from torch.futures import Future
 
@@ -130,7 +130,7 @@ def errors(world: World, api: Any) -> None:
         api(world.next, raises_at_once)
     with pytest.raises(Exception, match="failed later"):
         api(world.next, future_with_error)
-    with pytest.raises(RuntimeError, match="must return a torch.futures.Future object"):
+    with pytest.raises(RuntimeError, match=r"must return a torch.futures.Future object"):
         api(world.next, not_a_future)
     equal(api(world.next, scale_and_add, args=(torch.ones(2), 2.0)), torch.full((2,), 2.0))
 
@@ -176,18 +176,18 @@ def batching_on_fewer_threads_than_callers(world: World) -> None:
 
 
 @rpc.functions.async_execution
-def completed_by_event(key: str) -> Future[str]:
-    """A future that a plain thread completes, when an event comes."""
+def completed_by_event(event: Event) -> Future[str]:
+    """A future that a plain thread completes, when the event comes."""
     result: Future[str] = Future()
-    threading.Thread(target=lambda: result.set_result(world().wait(key))).start()
+    threading.Thread(target=lambda: result.set_result(event.wait())).start()
     return result
 
 
 @case(options={"num_worker_threads": 1})
 def pending_answers_hold_no_thread(world: World) -> None:
-    futures = [rpc.rpc_async(world.next, completed_by_event, args=("go",)) for _ in range(8)]
+    go = world.event("go")
+    futures = [rpc.rpc_async(world.next, completed_by_event, args=(go,)) for _ in range(8)]
     equal(rpc.rpc_sync(world.next, torch.add, args=(torch.ones(1), 1)), torch.full((1,), 2.0))
-    world.barrier()
     assert not any(future.done() for future in futures)
-    world.signal("go", "gone")
+    go.signal("gone")
     equal(torch.futures.wait_all(futures), ["gone"] * 8)

@@ -1,4 +1,4 @@
-"""RRefs: values that live elsewhere, their proxies, their copies, and their end."""
+"""RRefs: values that live elsewhere, their proxies, and their copies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 import torch
 import torch.distributed.rpc as rpc
 from cases_calls import identity, scale_and_add, script_scale_and_add
-from harness import World, case, debug_info, equal, eventually, signal_and_wait
+from harness import World, case, equal, signal_and_wait
 from torch import Tensor
 from torch.distributed.rpc import RRef
-
-held: list[RRef] = []
 
 
 class Account:
@@ -30,20 +28,8 @@ class Account:
         raise ValueError("account is closed")
 
 
-def hold(rref: RRef) -> None:
-    held.append(rref)
-
-
-def let_go() -> None:
-    held.clear()
-
-
 def fetch(rref: RRef) -> Any:
     return rref.to_here()
-
-
-def fetch_held() -> Any:
-    return held[0].to_here()
 
 
 def forward_along(rref: RRef, names: list[str]) -> Any:
@@ -138,10 +124,12 @@ def proxies(world: World) -> None:
     equal([proxy.deposit(1) for _ in range(3)], [20, 21, 22])
     with pytest.raises(ValueError, match="account is closed"):
         account.rpc_sync().fail()
-    for proxy in (account.rpc_sync(), account.rpc_async(), account.remote()):
-        with pytest.raises(AttributeError, match="withdraw"):
-            result = proxy.withdraw(1)
-            result.wait() if hasattr(result, "wait") else result.to_here()
+    with pytest.raises(AttributeError, match="withdraw"):
+        account.rpc_sync().withdraw(1)
+    with pytest.raises(AttributeError, match="withdraw"):
+        account.rpc_async().withdraw(1).wait()
+    with pytest.raises(AttributeError, match="withdraw"):
+        account.remote().withdraw(1)
 
 
 @case(each=CREATE)
@@ -194,12 +182,12 @@ def passed_round_the_world(world: World) -> None:
 @case()
 def passed_before_it_exists(world: World) -> None:
     """A copy of an RRef whose value is still being made waits for it."""
-    rref = rpc.remote(world.next, signal_and_wait, args=("started", "go"))
+    started, go = world.event("started"), world.event("go")
+    rref = rpc.remote(world.next, signal_and_wait, args=(started, go))
     third = rpc.rpc_async(world.name(world.rank + 2), fetch, args=(rref,))
-    world.wait("started")
+    started.wait()
     assert not third.done()
-    world.barrier()
-    world.signal("go", "made")
+    go.signal("made")
     equal(third.wait(), "made")
 
 
@@ -261,112 +249,3 @@ def remote_errors(world: World) -> None:
         rpc.remote(world.name(), raise_value_error).to_here()
     with pytest.raises(RuntimeError, match="size"):
         rpc.remote(world.next, torch.add, args=(torch.ones(2), torch.ones(3))).to_here()
-
-
-# The end of RRefs. The counts are torch's own; messages that delete travel after the call that caused them.
-
-
-@case()
-def owner_forgets_when_the_last_user_does(world: World) -> None:
-    before = debug_info("num_owner_rrefs")
-    world.barrier()
-    rrefs = [rpc.remote(world.next, identity, args=(i,)) for i in range(10)]
-    equal([rref.to_here() for rref in rrefs], list(range(10)))
-    world.barrier()
-    equal(debug_info("num_owner_rrefs"), before + 10)
-    world.barrier()
-    del rrefs
-    eventually(lambda: debug_info("num_owner_rrefs") == before, "owner RRefs are deleted")
-    eventually(lambda: debug_info("num_pending_users") == 0, "no user is pending")
-
-
-@case()
-def a_copy_keeps_the_value_alive(world: World) -> None:
-    before = debug_info("num_owner_rrefs")
-    world.barrier()
-    third = world.name(world.rank + 2)
-    rref = rpc.remote(world.next, identity, args=("kept",))
-    rpc.rpc_sync(third, hold, args=(rref,))
-    del rref
-    world.barrier()
-    equal(rpc.rpc_sync(third, fetch_held), "kept")
-    equal(debug_info("num_owner_rrefs"), before + 1)
-    world.barrier()
-    rpc.rpc_sync(third, let_go)
-    eventually(lambda: debug_info("num_owner_rrefs") == before, "the copy's deletion reaches the owner")
-
-
-@case()
-def a_shared_local_rref_is_released(world: World) -> None:
-    before = debug_info("num_owner_rrefs")
-    rref = RRef("mine")
-    equal(debug_info("num_owner_rrefs"), before)
-    world.barrier()
-    rpc.rpc_sync(world.next, hold, args=(rref,))
-    equal(debug_info("num_owner_rrefs"), before + 1)
-    equal(rpc.rpc_sync(world.next, fetch_held), "mine")
-    world.barrier()
-    rpc.rpc_sync(world.next, let_go)
-    eventually(lambda: debug_info("num_owner_rrefs") == before, "the user's deletion reaches the owner")
-    equal(rref.local_value(), "mine")
-
-
-@case()
-def many_rrefs_leave_nothing(world: World) -> None:
-    before = debug_info("num_owner_rrefs")
-    world.barrier()
-    for _ in range(5):
-        rrefs = [rpc.remote(world.name(i), torch.add, args=(torch.ones(2), i)) for i in range(100)]
-        for i, rref in enumerate(rrefs):
-            equal(rpc.rpc_sync(world.name(i + 1), fetch, args=(rref,)), torch.full((2,), i + 1.0))
-    del rrefs, rref
-    eventually(lambda: debug_info("num_owner_rrefs") == before, "all owner RRefs are deleted")
-    eventually(lambda: debug_info("num_pending_futures") == 0, "nothing is pending")
-
-
-# Shutdown with living RRefs
-
-
-@case(session=False)
-def shutdown_ignores_living_rrefs(world: World) -> None:
-    world.init()
-    rref = rpc.remote(world.next, identity, args=(1,))
-    equal(rref.to_here(), 1)
-    rpc.shutdown()
-    with pytest.raises(RuntimeError, match="Cannot call to_here\\(\\) on it after deletion"):
-        rref.to_here()
-
-
-@case(session=False)
-def shutdown_reports_leaks_when_asked_to(world: World) -> None:
-    world.init()
-    rref = rpc.remote(world.next, identity, args=(1,))
-    equal(rref.to_here(), 1)
-    world.barrier()
-    rpc.api._ignore_rref_leak = False
-    # What graceful shutdown would do for the user, and so hides: without it the RRefs leak.
-    delete, rpc.api._delete_all_user_and_unforked_owner_rrefs = (
-        rpc.api._delete_all_user_and_unforked_owner_rrefs,
-        lambda: None,
-    )
-    try:
-        with pytest.raises(RuntimeError, match="Leaking RRef"):
-            rpc.shutdown()
-    finally:
-        rpc.api._ignore_rref_leak = True
-        rpc.api._delete_all_user_and_unforked_owner_rrefs = delete
-    assert not rpc.api._is_current_rpc_agent_set()
-    del rref
-
-
-@case(session=False)
-def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
-    world.init()
-    rref = rpc.remote(world.next, Account, args=(1,))
-    equal(rref.rpc_sync().deposit(1), 2)
-    del rref
-    rpc.api._ignore_rref_leak = False
-    try:
-        rpc.shutdown()
-    finally:
-        rpc.api._ignore_rref_leak = True

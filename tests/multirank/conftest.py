@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from multirank_plugin import *  # noqa: E402, F403 (hooks and fixtures)
+from multirank_plugin import *  # noqa: F403 (hooks and fixtures)

@@ -14,11 +14,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.rpc as rpc
 from events import EventClient
+
+WAIT_LIMIT = 45.0
 
 # Below the watchdog of a case, so that a lost answer is reported as torch's timeout error, with the call in its stack.
 SESSION_OPTIONS = {"rpc_timeout": 40.0, "num_worker_threads": 16}
@@ -152,7 +154,7 @@ class World:
         self._scope = ""
         self._barriers = 0
         self._sessions = 0
-        self._events: Any = EventClient(os.environ["RPC_TEST_EVENTS"])
+        self.events: Any = EventClient(os.environ["RPC_TEST_EVENTS"])
 
     @property
     def mpi(self) -> bool:
@@ -200,51 +202,72 @@ class World:
     def enter(self, scope: str) -> None:
         self._scope, self._barriers = scope, 0
 
+    def event(self, key: str) -> Event:
+        """An event of this rank alone."""
+        return Event(self._scope, f"{key} of rank {self.rank}")
+
     def signal(self, key: str, value: str = "") -> None:
-        self._events("signal", self._scope, key, value)
+        """Signals an event that all ranks know by this name."""
+        Event(self._scope, key).signal(value)
 
-    def wait(self, key: str, timeout: float = 45.0) -> str:
-        """Waits for a `signal()`, and returns its value. Raises if another rank fails meanwhile."""
-        kind, value = self._events("wait", self._scope, key, timeout)
-        if kind == "failed":
-            raise Aborted(f"rank {value} failed while this rank waited for {key!r}")
-        if kind == "timeout":
-            raise TimeoutError(f"no signal {key!r} within {timeout} s")
-        return value
+    def wait(self, key: str, timeout: float = WAIT_LIMIT) -> str:
+        """Waits for an event that all ranks know by this name."""
+        return Event(self._scope, key).wait(timeout)
 
-    def barrier(self) -> None:
+    def barrier(self, timeout: float = WAIT_LIMIT) -> None:
         self._barriers += 1
         key = f"barrier {self._barriers}"
-        if self._events("count", self._scope, key) == self.size:
+        if self.events("count", self._scope, key) == self.size:
             self.signal(key)
-        self.wait(key)
+        self.wait(key, timeout)
 
     def fail(self) -> None:
         """Wakes the ranks that wait for this one in the current scope."""
-        self._events("fail", self._scope, str(self.rank))
+        self.events("fail", self._scope, str(self.rank))
 
 
-current: World
+class Event(NamedTuple):
+    """An event of one rank, that others can be told of: it keeps its scope wherever it is sent."""
+
+    scope: str
+    key: str
+
+    def signal(self, value: str = "") -> None:
+        world().events("signal", self.scope, self.key, value)
+
+    def wait(self, timeout: float = WAIT_LIMIT) -> str:
+        """Waits for the signal, and returns its value. Raises if another rank fails meanwhile."""
+        kind, value = world().events("wait", self.scope, self.key, timeout)
+        if kind == "failed":
+            raise Aborted(f"rank {value} failed while this rank waited for {self.key!r}")
+        if kind == "timeout":
+            raise TimeoutError(f"no signal {self.key!r} within {timeout} s")
+        return value
+
+
+_worlds: list[World] = []
 
 
 def world() -> World:
-    """The world of this process, for functions that run at a callee."""
-    return current
+    """The world of this process."""
+    if not _worlds:
+        _worlds.append(World())
+    return _worlds[0]
 
 
-def wait(key: str) -> str:
-    """Blocks a callee until `key` is signalled; itself a function for remote calls."""
-    return current.wait(key)
+def wait(event: Event) -> str:
+    """Blocks a callee until the event; a function for remote calls."""
+    return event.wait()
 
 
-def signal_and_wait(signal: str, key: str) -> str:
-    """Tells that the call has arrived, then blocks."""
-    current.signal(signal)
-    return current.wait(key)
+def signal_and_wait(arrived: Event, event: Event) -> str:
+    """Tells that the call has arrived, then blocks; a function for remote calls."""
+    arrived.signal()
+    return event.wait()
 
 
 def debug_info(key: str) -> int:
-    """A number of torch's RPC debug information; itself a function for remote calls."""
+    """A number of torch's RPC debug information; a function for remote calls."""
     return int(rpc._get_debug_info()[key])
 
 

@@ -116,12 +116,15 @@ def meeting_point(module: str, backend: str) -> Iterator[tuple[Path, dict[str, s
     with tempfile.TemporaryDirectory(prefix="rpc-ranks-") as scratch:
         address = f"{scratch}/events"
         with contextlib.closing(EventServer(address)):
-            yield Path(scratch), {
-                "RPC_TEST_EVENTS": address,
-                "RPC_TEST_SCRATCH": scratch,
-                "RPC_TEST_MODULES": str(Path(sys.modules[module].__file__).parent),
-                "RPC_TEST_BACKEND": backend,
-            }
+            yield (
+                Path(scratch),
+                {
+                    "RPC_TEST_EVENTS": address,
+                    "RPC_TEST_SCRATCH": scratch,
+                    "RPC_TEST_MODULES": str(Path(sys.modules[module].__file__).parent),
+                    "RPC_TEST_BACKEND": backend,
+                },
+            )
 
 
 @dataclasses.dataclass
@@ -143,7 +146,7 @@ class Report:
     def outcome(self, name: str) -> Outcome:
         begun = [any(record.get("begin") == name for record in records) for records in self._records]
         if not any(begun):
-            return Outcome(False, f"not run: {self._fate()}\n{self._output}\n{self._tails()}")
+            return Outcome(False, f"not run: {self._fate()}\n{self._tails()}")
         ends = [next((r for r in records if r.get("end") == name), None) for records in self._records]
         problems: dict[str, list[int]] = {}  # often several ranks have the same
         for rank, end in enumerate(ends):
@@ -151,7 +154,7 @@ class Report:
             if error:
                 problems.setdefault(error + self._log(rank, name), []).append(rank)
         if name == "end" and not problems and self._status != 0:
-            problems[f"{self._fate()} after a graceful shutdown\n{self._output}\n{self._tails()}"] = list(range(len(ends)))
+            problems[f"{self._fate()} after a graceful shutdown\n{self._tails()}"] = list(range(len(ends)))
         return Outcome(True, "\n".join(f"ranks {ranks}:\n{text}" for text, ranks in problems.items()) or None)
 
     def _fate(self) -> str:
@@ -164,7 +167,8 @@ class Report:
         return f"--- output:\n{text[-12000:]}\n" if text else ""
 
     def _tails(self) -> str:
-        return "\n".join(f"--- last output of rank {rank}:\n{log[-2000:]}" for rank, log in enumerate(self._logs) if log)
+        outputs = {"the launcher": self._output} | {f"rank {rank}": log for rank, log in enumerate(self._logs)}
+        return "\n".join(f"--- last output of {who}:\n{text[-2000:]}" for who, text in outputs.items() if text)
 
 
 def run_cases(module: str, size: int, names: Sequence[str], backend: str) -> Report:

@@ -4,8 +4,8 @@
     python ranks.py program MODULE PROGRAM
 
 Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
-{"end": case, "error": traceback or null, "seconds"}. Their output goes to rankN.log, and so do the stacks of all threads
-of a case that passes its limit; the launcher then sees no progress and ends the launch.
+{"end": case, "error": traceback or null, "seconds"}. Their output goes to rankN.log, and so do the stacks of all
+threads of a case that passes its limit; the launcher then sees no progress and ends the launch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Runner:
             self._world.fail()
         self._world.enter(f"{name}/after")
         try:
-            self._world.barrier()
+            self._world.barrier(limit)
         except Exception:
             error = error or traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
@@ -113,12 +113,11 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     kind, module, *names = sys.argv[1:]
-    harness.current = harness.World()
     sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
     if kind == "program":
-        run_program(harness.current, module, names[0])
+        run_program(harness.world(), module, names[0])
     else:
-        run_cases(harness.current, module, names)
+        run_cases(harness.world(), module, names)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Runtime:
         return self.level
 
     def library_version(self) -> str:
-        return "Fake MPI 1.0\nbuilt for tests\n\0"
+        return "Fake  MPI 1.0, package: none\nbuilt for tests\n"
 
 
 class Communicator:

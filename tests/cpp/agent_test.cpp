@@ -1,0 +1,223 @@
+// Whole agents, several in one process, over the fake network.
+#include "agent/mpi_agent.h"
+
+#include <thread>
+
+#include <ATen/Functions.h>
+
+#include "check.h"
+#include "fake_transport.h"
+
+using namespace torch_rpc_mpi;
+using torch_rpc_mpi::testing::FakeNetwork;
+using torch_rpc_mpi::testing::FakeTransport;
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+// Answers with what it was sent; the payload chooses how.
+class EchoCallback final : public rpc::RequestCallback {
+ public:
+  mutable std::vector<JitFuturePtr> held;
+  mutable std::mutex mutex;
+
+ protected:
+  JitFuturePtr processMessage(rpc::Message& request, std::vector<c10::Stream>) const override {
+    const std::string text(request.payload().begin(), request.payload().end());
+    if (text == "throw") {
+      throw std::runtime_error("the function failed");
+    }
+    auto future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+    if (text == "hold") {
+      const std::lock_guard<std::mutex> lock(mutex);
+      held.push_back(future);
+      return future;
+    }
+    future->markCompleted(at::IValue(c10::make_intrusive<rpc::Message>(
+        std::vector<char>(request.payload()), std::vector<at::Tensor>(request.tensors()),
+        rpc::MessageType::SCRIPT_RET)));
+    return future;
+  }
+};
+
+struct Group {
+  explicit Group(int size, AgentOptions options = {}) : network(std::make_shared<FakeNetwork>(size)) {
+    options.exchange.bulkChunk = 64 << 10;
+    std::vector<GroupMember> members;
+    for (int rank = 0; rank < size; ++rank) {
+      members.push_back({"worker" + std::to_string(rank), "host"});
+    }
+    for (int rank = 0; rank < size; ++rank) {
+      auto callback = std::make_unique<EchoCallback>();
+      callbacks.push_back(callback.get());
+      agents.push_back(std::make_shared<MpiAgent>(
+          std::make_unique<FakeTransport>(network, rank), members, std::move(callback), options));
+    }
+    for (auto& agent : agents) {
+      agent->start();
+    }
+  }
+  ~Group() {
+    for (auto& agent : agents) {
+      agent->shutdown();
+    }
+  }
+  JitFuturePtr call(int from, int to, const std::string& text, std::vector<at::Tensor> tensors = {}, float timeout = -1) {
+    return agents[from]->send(
+        agents[from]->getWorkerInfo(static_cast<rpc::worker_id_t>(to)),
+        c10::make_intrusive<rpc::Message>(
+            std::vector<char>(text.begin(), text.end()), std::move(tensors), rpc::MessageType::SCRIPT_CALL),
+        timeout);
+  }
+  void joinAll(float timeout = 30) {
+    std::vector<std::thread> threads;
+    for (auto& agent : agents) {
+      threads.emplace_back([&] { agent->join(true, timeout); });
+    }
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+  }
+  std::shared_ptr<FakeNetwork> network;
+  std::vector<EchoCallback*> callbacks;
+  std::vector<std::shared_ptr<MpiAgent>> agents;
+};
+
+RpcMessage answer(const JitFuturePtr& future) {
+  future->waitAndThrow();
+  return future->value().toCustomClass<rpc::Message>();
+}
+
+std::string textOf(const RpcMessage& message) {
+  return {message->payload().begin(), message->payload().end()};
+}
+
+std::string errorOf(const JitFuturePtr& future) {
+  future->wait();
+  return future->hasError() ? future->tryRetrieveErrorMessage() : "no error";
+}
+
+} // namespace
+
+TEST(agent_answers_calls_to_others_and_itself) {
+  Group group(3);
+  for (int to = 0; to < 3; ++to) {
+    CHECK_EQUAL(textOf(answer(group.call(0, to, "hello"))), "hello");
+  }
+}
+
+TEST(agent_carries_tensors_of_all_sizes) {
+  Group group(2);
+  for (const int64_t elements : {0L, 1L, 100L, 4095L, 4096L, 4097L, 100000L, 3000000L}) {
+    const at::Tensor tensor = at::randn({elements});
+    const auto response = answer(group.call(0, 1, "t", {tensor, tensor}));
+    CHECK_THAT(response->tensors().size() == 2);
+    CHECK_THAT(at::equal(response->tensors()[0], tensor));
+    CHECK_THAT(response->tensors()[0].storage().is_alias_of(response->tensors()[1].storage()));
+  }
+}
+
+TEST(agent_arguments_of_a_call_to_itself_are_copies) {
+  Group group(1);
+  const at::Tensor tensor = at::ones({3});
+  const auto response = answer(group.call(0, 0, "t", {tensor}));
+  CHECK_THAT(!response->tensors()[0].storage().is_alias_of(tensor.storage()));
+}
+
+TEST(agent_many_calls_both_ways) {
+  AgentOptions options;
+  options.exchange.windowRequests = 8;
+  Group group(2, options);
+  std::vector<JitFuturePtr> futures;
+  for (int i = 0; i < 500; ++i) {
+    futures.push_back(group.call(i % 2, 1 - i % 2, std::to_string(i), i % 7 == 0 ? std::vector<at::Tensor>{at::full({50000}, i)} : std::vector<at::Tensor>{}));
+  }
+  for (int i = 0; i < 500; ++i) {
+    CHECK_EQUAL(textOf(answer(futures[i])), std::to_string(i));
+  }
+}
+
+TEST(agent_errors_name_the_callee) {
+  Group group(2);
+  const std::string error = errorOf(group.call(0, 1, "throw"));
+  CHECK_THAT(error.find("worker1") != std::string::npos);
+  CHECK_THAT(error.find("rank 1 on host host") != std::string::npos);
+  CHECK_THAT(error.find("the function failed") != std::string::npos);
+}
+
+TEST(agent_times_out_with_torchs_text_and_drops_the_late_response) {
+  Group group(2);
+  const std::string error = errorOf(group.call(0, 1, "hold", {}, 0.05F));
+  CHECK_THAT(error.find("RPC ran for more than set timeout (50 ms)") != std::string::npos);
+  group.callbacks[1]->held[0]->markCompleted(at::IValue(c10::make_intrusive<rpc::Message>(
+      std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
+  CHECK_EQUAL(textOf(answer(group.call(0, 1, "after"))), "after");
+}
+
+TEST(agent_refuses_misuse) {
+  Group group(2);
+  CHECK_THROWS(group.call(0, 1, "x", {}, -2), "must not be negative");
+  CHECK_THROWS(group.agents[0]->getWorkerInfo("nobody"), "Unknown destination worker nobody");
+  CHECK_THROWS(group.agents[0]->getWorkerInfo(static_cast<rpc::worker_id_t>(7)), "Unknown destination worker 7");
+  CHECK_THROWS(group.agents[0]->join(true, -1), "must not be negative");
+}
+
+TEST(agent_join_agrees_and_shutdown_closes_in_agreement) {
+  for (const int size : {1, 2, 3, 6}) {
+    Group group(size);
+    for (int from = 0; from < size; ++from) {
+      for (int to = 0; to < size; ++to) {
+        answer(group.call(from, to, "x", {at::randn({40000})}));
+      }
+    }
+    group.joinAll();
+    for (auto& agent : group.agents) {
+      agent->shutdown();
+    }
+    CHECK_THROWS(group.call(0, 0, "x"), "no longer running");
+  }
+}
+
+TEST(agent_join_waits_for_a_call_under_way) {
+  Group group(2);
+  const auto future = group.call(0, 1, "hold");
+  while ([&] {
+    const std::lock_guard<std::mutex> lock(group.callbacks[1]->mutex);
+    return group.callbacks[1]->held.empty();
+  }()) {
+    std::this_thread::yield();
+  }
+  CHECK_THROWS(group.agents[0]->join(true, 0.05F), "calls of this worker are unanswered: 1 to worker 'worker1'");
+  group.callbacks[1]->held[0]->markCompleted(at::IValue(c10::make_intrusive<rpc::Message>(
+      std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
+  answer(future);
+  group.joinAll();
+}
+
+TEST(agent_calls_to_one_who_left_fail_with_its_name) {
+  Group group(3);
+  const auto pending = group.call(0, 1, "hold");
+  group.agents[1]->shutdown();
+  const std::string error = errorOf(pending);
+  CHECK_THAT(error.find("worker 'worker1' (rank 1 on host host)") != std::string::npos);
+  CHECK_THAT(error.find("it has left") != std::string::npos);
+  CHECK_THAT(errorOf(group.call(0, 1, "late")).find("it has left") != std::string::npos);
+  CHECK_EQUAL(textOf(answer(group.call(0, 2, "others go on"))), "others go on");
+  CHECK_THROWS(group.agents[0]->join(true, 30), "it has left");
+}
+
+TEST(agent_own_pending_calls_fail_at_shutdown) {
+  Group group(2);
+  const auto pending = group.call(0, 1, "hold");
+  group.agents[0]->shutdown();
+  CHECK_THAT(errorOf(pending).find("shut down on worker 'worker0'") != std::string::npos);
+}
+
+TEST(agent_counts_what_it_does) {
+  Group group(2);
+  answer(group.call(0, 1, "x", {at::randn({100000})}));
+  const auto metrics = group.agents[0]->getMetrics();
+  CHECK_EQUAL(metrics.at("agent.client_active_calls"), "0");
+  CHECK_EQUAL(metrics.at("mpi.frames_sent"), "1");
+  CHECK_THAT(std::stoul(metrics.at("mpi.bytes_sent")) > 400000);
+}

@@ -1,0 +1,222 @@
+#include "engine/engine.h"
+
+#include <latch>
+#include <semaphore>
+#include <thread>
+
+#include "check.h"
+
+using namespace torch_rpc_mpi;
+
+namespace {
+
+struct FunctionTask final : Task {
+  FunctionTask(Kind which, std::function<void()> what) : kind_(which), body(std::move(what)) {}
+  Kind kind() const override {
+    return kind_;
+  }
+  void run() noexcept override {
+    body();
+  }
+  const Kind kind_;
+  std::function<void()> body;
+};
+
+// A driver that hands out what was queued, and counts its turns.
+struct Driver : EngineDriver {
+  bool turn(ProgressToken&, std::vector<TaskPtr>& tasks) override {
+    CHECK_THAT(!inside.exchange(true)); // never two at once
+    turns.fetch_add(1);
+    bool moved = false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      moved = !queue.empty();
+      std::move(queue.begin(), queue.end(), std::back_inserter(tasks));
+      queue.clear();
+    }
+    const bool fail = broken;
+    inside = false;
+    if (fail) {
+      throw std::runtime_error("the wire is cut");
+    }
+    return moved;
+  }
+  bool hasQueued() const override {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return !queue.empty();
+  }
+  Clock::time_point nextDeadline() const override {
+    return Clock::time_point::max();
+  }
+  void onBroken(const std::string& reason) noexcept override {
+    brokenReason = reason;
+    brokenSignal.release();
+  }
+  void put(Task::Kind kind, std::function<void()> body) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    queue.push_back(std::make_unique<FunctionTask>(kind, std::move(body)));
+  }
+  mutable std::mutex mutex;
+  std::vector<TaskPtr> queue;
+  std::atomic<bool> inside{false};
+  std::atomic<int> turns{0};
+  std::atomic<bool> broken{false};
+  std::string brokenReason;
+  std::binary_semaphore brokenSignal{0};
+};
+
+struct Running {
+  explicit Running(int workers) {
+    EngineOptions options;
+    options.numWorkerThreads = workers;
+    engine = std::make_shared<Engine>(options, driver, bell);
+    engine->start();
+  }
+  ~Running() {
+    engine->stop(std::chrono::seconds(10));
+  }
+  void request(std::function<void()> body) {
+    driver.put(Task::Kind::kRequest, std::move(body));
+    engine->submitted(false);
+  }
+  void completion(std::function<void()> body) {
+    driver.put(Task::Kind::kCompletion, std::move(body));
+    engine->submitted(false);
+  }
+  Driver driver;
+  BellWord bell;
+  std::shared_ptr<Engine> engine;
+};
+
+} // namespace
+
+TEST(engine_runs_what_arrives) {
+  Running running(4);
+  std::latch done(100);
+  for (int i = 0; i < 100; ++i) {
+    running.request([&] { done.count_down(); });
+  }
+  done.wait();
+}
+
+TEST(engine_progresses_and_completes_while_all_workers_block) {
+  Running running(3);
+  std::latch blocked(3);
+  std::binary_semaphore release{0};
+  std::latch released(3);
+  for (int i = 0; i < 3; ++i) {
+    running.request([&] {
+      blocked.count_down();
+      release.acquire();
+      release.release();
+      released.count_down();
+    });
+  }
+  blocked.wait();
+  CHECK_EQUAL(running.engine->counts().runningRequests, 3);
+  std::atomic<bool> fourth{false};
+  std::binary_semaphore fourthRan{0};
+  running.request([&] {
+    fourth = true;
+    fourthRan.release();
+  });
+  // Completions are not bounded by the workers, and the driver still turns.
+  std::latch completed(5);
+  for (int i = 0; i < 5; ++i) {
+    running.completion([&] { completed.count_down(); });
+  }
+  completed.wait();
+  const int turns = running.driver.turns;
+  while (running.driver.turns == turns) {
+    std::this_thread::yield();
+  }
+  CHECK_THAT(!fourth);
+  release.release();
+  released.wait();
+  fourthRan.acquire();
+}
+
+TEST(engine_runs_long_requests_side_by_side) {
+  Running running(8);
+  std::latch all(8); // passes only if eight run at once
+  for (int i = 0; i < 8; ++i) {
+    running.request([&] { all.arrive_and_wait(); });
+  }
+  all.wait();
+}
+
+TEST(engine_runs_completions_that_block_each_other) {
+  Running running(1);
+  std::latch both(2);
+  running.completion([&] { both.arrive_and_wait(); });
+  running.completion([&] { both.arrive_and_wait(); });
+  both.wait();
+}
+
+TEST(engine_a_task_may_submit_and_wait) {
+  Running running(2);
+  std::binary_semaphore done{0};
+  running.request([&] {
+    std::binary_semaphore inner{0};
+    running.driver.put(Task::Kind::kCompletion, [&] { inner.release(); });
+    running.engine->submitted(/*expectsReply=*/true);
+    inner.acquire();
+    done.release();
+  });
+  done.acquire();
+}
+
+TEST(engine_wakes_from_sleep) {
+  Running running(2);
+  for (int i = 0; i < 5; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5)); // long enough to fall asleep; nothing depends on it
+    std::binary_semaphore done{0};
+    running.request([&] { done.release(); });
+    done.acquire();
+  }
+}
+
+TEST(engine_stop_drops_what_is_queued_and_reports_what_runs) {
+  Driver driver;
+  BellWord bell;
+  EngineOptions options;
+  options.numWorkerThreads = 1;
+  auto engine = std::make_shared<Engine>(options, driver, bell);
+  engine->start();
+  std::binary_semaphore started{0};
+  std::binary_semaphore release{0};
+  std::binary_semaphore ended{0};
+  std::atomic<bool> second{false};
+  engine->post(std::make_unique<FunctionTask>(Task::Kind::kRequest, [&] {
+    started.release();
+    release.acquire();
+    ended.release();
+  }));
+  engine->post(std::make_unique<FunctionTask>(Task::Kind::kRequest, [&] { second = true; }));
+  started.acquire();
+  CHECK_THAT(!engine->stop(std::chrono::milliseconds(20)));
+  release.release();
+  ended.acquire();
+  CHECK_THAT(engine->stop(std::chrono::seconds(10)));
+  CHECK_THAT(!second);
+}
+
+TEST(engine_a_broken_driver_is_reported_and_tasks_still_run) {
+  Running running(2);
+  running.driver.broken = true;
+  running.driver.brokenSignal.acquire();
+  CHECK_EQUAL(running.driver.brokenReason, "the wire is cut");
+  std::binary_semaphore done{0};
+  running.engine->post(std::make_unique<FunctionTask>(Task::Kind::kCompletion, [&] { done.release(); }));
+  done.acquire();
+}
+
+TEST(doorbell_a_ring_between_prepare_and_wait_is_not_lost) {
+  BellWord word;
+  Doorbell bell(word);
+  const uint32_t ticket = bell.prepare();
+  bell.ring();
+  CHECK_THAT(bell.wait(ticket, std::chrono::hours(1)));
+  const uint32_t next = bell.prepare();
+  CHECK_THAT(!bell.wait(next, std::chrono::microseconds(100)));
+}

@@ -1,0 +1,154 @@
+// A network of ranks inside one process, for testing everything above the transport seam without MPI.
+//
+// It keeps MPI's promises and no others: order within a channel between two ranks, frame receives matched in the order
+// they were posted, a send complete only when its data was copied out (so that a sender that frees early is caught by
+// the address sanitizer), truncation as an error.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "transport/transport.h"
+
+namespace torch_rpc_mpi::testing {
+
+class FakeNetwork {
+ public:
+  explicit FakeNetwork(int size) : size_(size) {}
+  int size() const {
+    return size_;
+  }
+  // Sends up to so many bytes are copied at once, as eager MPI messages are; the others when they are received.
+  size_t eagerBytes = 4096;
+
+ private:
+  friend class FakeTransport;
+  struct Message {
+    const char* data; // the sender's memory, unless it was copied
+    std::string copy;
+    size_t bytes;
+    int source;
+    std::shared_ptr<bool> taken;
+  };
+  const int size_;
+  std::mutex mutex_;
+  std::map<std::pair<int, int>, std::deque<Message>> bulk_; // (source, destination)
+  std::map<int, std::deque<Message>> frames_;               // destination
+};
+
+class FakeTransport final : public Transport {
+ public:
+  FakeTransport(std::shared_ptr<FakeNetwork> network, int rank) : network_(std::move(network)), rank_(rank) {}
+
+  int rank() const override {
+    return rank_;
+  }
+  int size() const override {
+    return network_->size();
+  }
+
+  void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override {
+    auto taken = std::make_shared<bool>(false);
+    FakeNetwork::Message message{static_cast<const char*>(data), "", bytes, rank_, taken};
+    const bool eager = bytes <= network_->eagerBytes;
+    if (eager) {
+      message.copy.assign(message.data, bytes);
+      message.data = nullptr;
+    }
+    {
+      const std::lock_guard<std::mutex> lock(network_->mutex_);
+      auto& queue = channel == Channel::kFrame ? network_->frames_[peer] : network_->bulk_[{rank_, peer}];
+      queue.push_back(std::move(message));
+    }
+    ++sends;
+    if (eager) {
+      op->complete(token, {});
+    } else {
+      sends_.push_back({taken, op});
+    }
+  }
+  void receiveFrame(ProgressToken&, void* data, size_t capacity, Operation* op) override {
+    frames_.push_back({kAnySource, static_cast<char*>(data), capacity, op});
+  }
+  void receiveBulk(ProgressToken&, int peer, void* data, size_t bytes, Operation* op) override {
+    bulk_.push_back({peer, static_cast<char*>(data), bytes, op});
+  }
+
+  size_t poll(ProgressToken& token) override {
+    std::vector<std::pair<Operation*, OperationStatus>> done;
+    {
+      const std::lock_guard<std::mutex> lock(network_->mutex_);
+      auto& arrived = network_->frames_[rank_];
+      while (!frames_.empty() && !arrived.empty()) {
+        done.emplace_back(frames_.front().op, deliver(frames_.front(), arrived));
+        frames_.pop_front();
+      }
+      for (auto receive = bulk_.begin(); receive != bulk_.end();) {
+        auto& queue = network_->bulk_[{receive->peer, rank_}];
+        if (queue.empty()) {
+          ++receive;
+          continue;
+        }
+        done.emplace_back(receive->op, deliver(*receive, queue));
+        receive = bulk_.erase(receive);
+      }
+      for (auto sent = sends_.begin(); sent != sends_.end();) {
+        if (*sent->first) {
+          done.emplace_back(sent->second, OperationStatus{});
+          sent = sends_.erase(sent);
+        } else {
+          ++sent;
+        }
+      }
+    }
+    for (auto& [op, status] : done) {
+      op->complete(token, status);
+    }
+    return done.size();
+  }
+  void close(ProgressToken&, bool agreed) noexcept override {
+    closed = true;
+    closedByAgreement = agreed;
+    frames_.clear();
+  }
+
+  int sends = 0;
+  bool closed = false;
+  bool closedByAgreement = false;
+
+ private:
+  struct Receive {
+    int peer;
+    char* data;
+    size_t bytes;
+    Operation* op;
+  };
+  static OperationStatus deliver(const Receive& receive, std::deque<FakeNetwork::Message>& queue) {
+    FakeNetwork::Message message = std::move(queue.front());
+    queue.pop_front();
+    const char* data = message.data != nullptr ? message.data : message.copy.data();
+    OperationStatus status;
+    status.source = message.source;
+    status.bytes = std::min(message.bytes, receive.bytes);
+    if (status.bytes > 0) {
+      std::copy(data, data + status.bytes, receive.data);
+    }
+    if (message.bytes > receive.bytes) {
+      status.error = "message truncated";
+    }
+    *message.taken = true;
+    return status;
+  }
+
+  const std::shared_ptr<FakeNetwork> network_;
+  const int rank_;
+  std::deque<Receive> frames_;
+  std::vector<Receive> bulk_;
+  std::vector<std::pair<std::shared_ptr<bool>, Operation*>> sends_;
+};
+
+} // namespace torch_rpc_mpi::testing

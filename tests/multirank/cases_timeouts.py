@@ -1,0 +1,190 @@
+"""Timeouts: the default, per call, none, and what remains of a call that ran out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.rpc as rpc
+from cases_calls import APIS, identity
+from cases_rref import Account, fetch
+from harness import SESSION_OPTIONS, World, case, debug_info, equal, eventually, in_threads, signal_and_wait, wait
+
+
+def ran_out(milliseconds: int | str = r"\d+") -> str:
+    """torch's text."""
+    return rf"RPC ran for more than set timeout \({milliseconds} ms\) and will now be marked with an error"
+
+
+@case(each=("sync", "async"), sizes=(1, 4))
+def per_call(world: World, api: str) -> None:
+    go = world.event("go")
+    with pytest.raises(RuntimeError, match=ran_out(100)):
+        APIS[api](world.next, wait, args=(go,), timeout=0.1)
+    with pytest.raises(RuntimeError, match=ran_out(1)):
+        APIS[api](world.next, wait, args=(go,), timeout=0.001)
+    go.signal("done")
+    equal(APIS[api](world.next, wait, args=(go,), timeout=20), "done")
+    equal(APIS[api](world.next, wait, args=(go,), timeout=0), "done")
+
+
+@case()
+def default_of_the_session(world: World) -> None:
+    equal(rpc.get_rpc_timeout(), SESSION_OPTIONS["rpc_timeout"])
+
+
+@case(options={"rpc_timeout": 0.2}, sizes=(2,))
+def default_from_the_options(world: World) -> None:
+    assert rpc.get_rpc_timeout() == pytest.approx(0.2)
+    go = world.event("go")
+    with pytest.raises(RuntimeError, match=ran_out(200)):
+        rpc.rpc_sync(world.next, wait, args=(go,))
+    go.signal("done")
+    rpc._set_rpc_timeout(SESSION_OPTIONS["rpc_timeout"])  # shutdown's own calls need more
+    equal(rpc.rpc_sync(world.next, wait, args=(go,)), "done")
+
+
+@case()
+def default_set_later(world: World) -> None:
+    """It holds for calls made from then on, if they bring none of their own."""
+    before, go = world.event("before"), world.event("go")
+    try:
+        old = rpc.rpc_async(world.next, signal_and_wait, args=(before, go))
+        before.wait()
+        rpc._set_rpc_timeout(0.05)
+        assert rpc.get_rpc_timeout() == pytest.approx(0.05)
+        futures = [rpc.rpc_async(world.next, wait, args=(go,)) for _ in range(5)]
+        for future in futures:
+            with pytest.raises(RuntimeError, match=ran_out(50)):
+                future.wait()
+        own = rpc.rpc_async(world.next, wait, args=(go,), timeout=20)
+        rpc._set_rpc_timeout(0)
+        unlimited = rpc.rpc_async(world.next, wait, args=(go,))
+        go.signal("done")
+        equal([old.wait(), own.wait(), unlimited.wait()], ["done"] * 3)
+    finally:
+        rpc._set_rpc_timeout(SESSION_OPTIONS["rpc_timeout"])
+
+
+@case()
+def each_call_its_own_deadline(world: World) -> None:
+    """Long and short ones mixed, issued in an order that is not the order in which they run out."""
+    go = world.event("go")
+    milliseconds = [400, 50, 300, 100, 200, 150, 350, 250]
+    futures = [rpc.rpc_async(world.next, wait, args=(go,), timeout=ms / 1000) for ms in milliseconds]
+    patient = rpc.rpc_async(world.next, wait, args=(go,))
+    for future, ms in zip(futures, milliseconds, strict=True):
+        with pytest.raises(RuntimeError) as caught:
+            future.wait()
+        found = re.search(ran_out(r"(\d+)"), str(caught.value))
+        assert found, caught.value
+        assert abs(int(found[1]) - ms) <= 1  # seconds travel as 32-bit floats
+    assert not patient.done()
+    go.signal("done")
+    equal(patient.wait(), "done")
+
+
+@case()
+def a_late_answer_harms_nobody(world: World) -> None:
+    """The answer to a call that ran out is dropped, also a large one; answers to others are not mixed up with it."""
+    started, go = world.event("started"), world.event("go")
+    future = rpc.rpc_async(world.next, answer_late, args=(started, go), timeout=0.2)
+    started.wait()
+    with pytest.raises(RuntimeError, match=ran_out(200)):
+        future.wait()
+    go.signal()
+    equal([rpc.rpc_sync(world.next, identity, args=(i,)) for i in range(100)], list(range(100)))
+    with pytest.raises(RuntimeError, match=ran_out(200)):
+        future.wait()
+
+
+def answer_late(started: Any, go: Any) -> torch.Tensor:
+    signal_and_wait(started, go)
+    return torch.ones(3_000_000)
+
+
+@case(tensorpipe="its deadlines need a free worker thread")
+def many_run_out_at_once(world: World) -> None:
+    go = world.event("go")
+
+    def calls(thread: int) -> None:
+        futures = [rpc.rpc_async(world.next, wait, args=(go,), timeout=0.1 + 0.001 * i) for i in range(50)]
+        for future in futures:
+            with pytest.raises(RuntimeError, match=ran_out()):
+                future.wait()
+
+    in_threads(2, calls)
+    go.signal()
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+
+
+@case()
+def callbacks_of_calls_that_ran_out(world: World) -> None:
+    go = world.event("go")
+    handled = rpc.rpc_async(world.next, wait, args=(go,), timeout=0.1).then(recover)
+    equal(handled.wait(), "recovered")
+    go.signal()
+
+
+def recover(future: torch.futures.Future) -> str:
+    with pytest.raises(RuntimeError, match=ran_out()):
+        future.wait()
+    return "recovered"
+
+
+# RRefs
+
+
+@case()
+def creation_of_rrefs(world: World) -> None:
+    go = world.event("go")
+    rref = rpc.remote(world.next, wait, args=(go,), timeout=0.1)
+    with pytest.raises(RuntimeError, match=ran_out(100)):
+        rref._get_future().wait()
+    eventually(lambda: debug_info("num_pending_futures") == 0, "the failure is handled")
+    with pytest.raises(RuntimeError, match=r"RRef creation via rpc.remote\(\) timed out"):
+        rref.to_here()
+    with pytest.raises(RuntimeError, match=r"RRef creation via rpc.remote\(\) timed out"):
+        rpc.rpc_sync(world.name(world.rank + 2), fetch, args=(rref,))
+    go.signal()
+
+
+@case()
+def to_here(world: World) -> None:
+    go = world.event("go")
+    rref = rpc.remote(world.next, wait, args=(go,))
+    with pytest.raises(RuntimeError, match=ran_out(100)):
+        rref.to_here(timeout=0.1)
+    go.signal("made")
+    equal(rref.to_here(timeout=20), "made")
+
+
+class Slow(Account):
+    """An account with a method that waits."""
+
+    def wait(self, event: Any) -> str:
+        return event.wait()
+
+
+@case()
+def proxies(world: World) -> None:
+    go = world.event("go")
+    slow = rpc.remote(world.next, Slow)
+    with pytest.raises(RuntimeError, match=ran_out(200)):
+        slow.rpc_sync(timeout=0.2).wait(go)
+    with pytest.raises(RuntimeError, match=ran_out(200)):
+        slow.rpc_async(timeout=0.2).wait(go).wait()
+    go.signal("done")
+    equal(slow.rpc_sync(timeout=20).wait(go), "done")
+
+
+@case()
+def type_of_rrefs(world: World) -> None:
+    go = world.event("go")
+    rref = rpc.remote(world.next, wait, args=(go,))
+    with pytest.raises(RuntimeError, match=ran_out(100)):
+        rref._get_type(timeout=0.1)
+    go.signal("done")
+    assert rpc.remote(world.next, wait, args=(go,))._get_type(timeout=20) is str
