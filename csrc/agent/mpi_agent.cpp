@@ -108,8 +108,9 @@ std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
   }
   TORCH_CHECK(
       seconds >= 0, "An RPC timeout must not be negative, but is ", seconds, " s. Give seconds, or 0 for no limit");
-  // Round up: the smallest timeout that a user can give is not "none".
-  return std::chrono::milliseconds(static_cast<int64_t>(std::ceil(double{seconds} * rpc::kSecToMsConversion)));
+  // At least 1 ms: the smallest timeout that a user can give is not "none".
+  const int64_t milliseconds = std::llround(double{seconds} * rpc::kSecToMsConversion);
+  return std::chrono::milliseconds(seconds > 0 ? std::max<int64_t>(milliseconds, 1) : 0);
 }
 
 void MpiAgent::checkUsable(const rpc::Message& message) const {

@@ -74,8 +74,7 @@ int Engine::busy() const {
 
 bool Engine::mayRun(Task::Kind kind) const {
   const Lane& lane = lanes_[static_cast<size_t>(kind)];
-  const int limit = kind == Task::Kind::kRequest ? options_.numWorkerThreads : kCompletionThreads;
-  return !lane.queue.empty() && lane.running < limit && lane.running - lane.waiting < lane.atOnce;
+  return !lane.queue.empty() && lane.running < limitOf(kind) && lane.running - lane.waiting < lane.atOnce;
 }
 
 void Engine::updateRunnable() {
@@ -93,6 +92,23 @@ void Engine::enqueue(std::vector<TaskPtr>& tasks) {
   }
   tasks.clear();
   updateRunnable();
+  if (!ticking_ && parked_ > 0 && backlog()) {
+    parkedCv_.notify_one();
+  }
+}
+
+bool Engine::backlog() const {
+  for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
+    const Lane& lane = lanes_[static_cast<size_t>(kind)];
+    if (!lane.queue.empty() && lane.running > 0 && lane.running < limitOf(kind)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+int Engine::limitOf(Task::Kind kind) const {
+  return kind == Task::Kind::kRequest ? options_.numWorkerThreads : kCompletionThreads;
 }
 
 TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
@@ -118,7 +134,8 @@ TaskPtr Engine::take() {
   if (!mayRun(kind)) {
     return nullptr;
   }
-  if (threads_ - busy() < 2) {
+  // Beside this one there is to be a leader and a standby.
+  if (threads_ - busy() < 3) {
     spawn();
   }
   Lane& lane = lanes_[static_cast<size_t>(kind)];
@@ -134,8 +151,8 @@ TaskPtr Engine::take() {
 }
 
 void Engine::standBy(std::unique_lock<std::mutex>& lock) {
-  // Ticking is for the time when traffic flows; asleep_ says that it does not.
-  if (!ticking_ && !asleep_ && !broken_) {
+  // Ticking is for the time when traffic flows (asleep_ says that it does not) or when tasks wait for others to end.
+  if (!ticking_ && !broken_ && (!asleep_ || backlog())) {
     ticking_ = true;
     const bool timedOut = standbyCv_.wait_for(lock, kTick) == std::cv_status::timeout;
     ticking_ = false;

@@ -8,7 +8,7 @@
 // short request therefore costs no context switch, and a long one delays progress by at most one tick. While the
 // process is idle the standby does not tick; the leader wakes it when it leaves sleep to run a task.
 //
-// A thread takes a task only if another one remains that runs none, starting a new one if it must. So progress,
+// A thread takes a task only if two others remain that run none, starting new ones if it must. So progress,
 // deadlines and flow control never depend on how long user code takes. Requests are bounded by num_worker_threads;
 // completions of futures are not counted with them, because a request may be waiting for just that completion.
 //
@@ -124,6 +124,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // All with mutex_ held.
   void wakeIdleThread();
   bool mayRun(Task::Kind kind) const;
+  int limitOf(Task::Kind kind) const;
+  bool backlog() const; // something waits only because others of its kind run
   void tick();
   bool turnOnce(std::vector<TaskPtr>& tasks);
   void enqueue(std::vector<TaskPtr>& tasks);

@@ -287,9 +287,9 @@ void Exchange::released(int source, uint64_t chargedBytes) {
   }
 }
 
-void Exchange::sendDueCredits(ProgressToken& token) {
+bool Exchange::sendDueCredits(ProgressToken& token) {
   if (!hasDue()) {
-    return;
+    return false;
   }
   std::vector<int> due;
   {
@@ -305,13 +305,14 @@ void Exchange::sendDueCredits(ProgressToken& token) {
       transmit(token, std::make_unique<CreditMessage>(rank));
     }
   }
+  return !due.empty();
 }
 
 // ---- receiving ----
 
 bool Exchange::poll(ProgressToken& token) {
-  sendDueCredits(token);
-  const bool moved = transport_.poll(token) > 0;
+  bool moved = sendDueCredits(token);
+  moved |= transport_.poll(token) > 0;
   if (!fatal_.empty()) {
     throw std::runtime_error(fatal_);
   }

@@ -108,7 +108,7 @@ class Exchange {
   void sendFailed(ProgressToken& token, int peer, const std::string& reason);
   void sendWaiting(ProgressToken& token, int peer);
   bool hasCredit(const Peer& peer, uint64_t bytes) const;
-  void sendDueCredits(ProgressToken& token);
+  bool sendDueCredits(ProgressToken& token);
   void pumpOut(ProgressToken& token, int peer);
   void pumpIn(ProgressToken& token, int peer);
   void openParts(Inbound& inbound, int peer);

@@ -27,7 +27,7 @@ class ReceivePool {
   // Gives back to the system what has not been used since `before`.
   void trim(Clock::time_point before);
   size_t cachedBytes() const;
-  // The size that is really taken for a request of `bytes`: a quarter more at most.
+  // The size that is really taken for a request of `bytes`: at most a quarter more, or a (huge) page.
   static size_t classSize(size_t bytes);
 
  private:

@@ -327,7 +327,7 @@ class Net(torch.nn.Module):
 
 
 def use_module(module: Any, x: Tensor) -> Tensor:
-    return module(x)
+    return module.forward(x)
 
 
 def make_net() -> Net:
@@ -351,7 +351,8 @@ def remote_module(world: World) -> None:
 def remote_module_made_from_an_rref_and_sent_on(world: World) -> None:
     x, local = torch.ones(3, 4), Net(2.0)
     module = RemoteModule.init_from_module_rref(world.next, rpc.remote(world.next, make_net))
-    torch.testing.assert_close(module(x), local(x))
+    # Not module(x): torch leaves the hooks out of modules made this way.
+    torch.testing.assert_close(module.forward(x), local(x))
     torch.testing.assert_close(rpc.rpc_sync(world.name(world.rank + 2), use_module, args=(module, x)), local(x))
 
 

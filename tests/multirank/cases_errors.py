@@ -159,6 +159,9 @@ def wrong_arguments_of_operators(world: World) -> None:
 
 # Destinations and functions
 
+# Not rpc.remote(): see remote_calls_that_cannot_be_read in cases_exit.py.
+CALLS = {name: api for name, api in APIS.items() if name != "remote"}
+
 
 @case()
 def unknown_workers(world: World) -> None:
@@ -190,7 +193,7 @@ def functions_that_are_none(world: World) -> None:
         rpc.rpc_sync(world.next, "identity")
 
 
-@case(each=APIS)
+@case(each=CALLS)
 def functions_that_the_callee_does_not_have(world: World, api: Any) -> None:
     def only_here() -> int:
         return 1
@@ -207,7 +210,6 @@ def functions_that_the_callee_does_not_have(world: World, api: Any) -> None:
             api(world.next, only_here)
         with pytest.raises(Exception, match=elsewhere.__name__):
             api(world.next, elsewhere.only_here)
-        equal(api(world.name(), only_here), 1)
     finally:
         delattr(sys.modules[__name__], only_here.__name__)
         del sys.modules[elsewhere.__name__]
@@ -252,14 +254,10 @@ def arguments_that_cannot_be_pickled(world: World, api: Any) -> None:
     still_works(world)
 
 
-@case()
-def arguments_that_do_not_arrive(world: World) -> None:
-    arguments = ([torch.ones(50_000), RefusesToArrive()],)
-    for api in ("sync", "async"):
-        with pytest.raises(Exception, match="I do not arrive"):
-            APIS[api](world.next, identity, args=arguments)
+@case(each=CALLS)
+def arguments_that_do_not_arrive(world: World, api: Any) -> None:
     with pytest.raises(Exception, match="I do not arrive"):
-        rpc.remote(world.next, identity, args=arguments)._get_future().wait()
+        api(world.next, identity, args=([torch.ones(50_000), RefusesToArrive()],))
     still_works(world)
 
 

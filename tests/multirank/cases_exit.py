@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
 import pytest
+import torch
 import torch.distributed.rpc as rpc
 from cases_calls import identity
+from cases_errors import RefusesToArrive
 from cases_rref import Account
-from harness import World, equal, program
+from cases_session import AT_ONCE, check_calls
+from harness import Event, World, equal, program, signal_and_wait
+
+ABORTS = "it aborts when the interpreter ends under it"
+INIT_TIMEOUT = "it has no time limit of its own for that"
+
+kept: list[object] = []  # what is alive when the interpreter ends
 
 # RRefs at the end. Not cases: torch's RRef context keeps the first session's agent for the life of the process.
 
@@ -43,3 +58,221 @@ def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
     del rref
     rpc.api._ignore_rref_leak = False
     rpc.shutdown()
+
+
+@program(tensorpipe="its shutdown waits for to_here() of such RRefs, which torch never completes")
+def remote_calls_that_cannot_be_read(world: World) -> None:
+    """torch gives the owner's copy no value and the user no error, so only a timeout ends to_here()."""
+    world.init()
+    rref = rpc.remote(world.next, identity, args=([torch.ones(50_000), RefusesToArrive()],))
+    with pytest.raises(Exception, match=r"I do not arrive|RPC ran for more than set timeout|RRef creation"):
+        rref.to_here(timeout=2)
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    rpc.shutdown(timeout=20)
+
+
+# How it begins
+
+
+@program(tensorpipe="about this backend")
+def literally_as_documented(world: World) -> None:
+    """Nothing of this backend is imported by the program."""
+    rpc.init_rpc(world.name(), backend="MPI")
+    assert type(rpc.api._get_current_rpc_agent()).__module__.startswith("torch_rpc_mpi")
+    equal(rpc.rpc_sync(world.next, torch.add, args=(torch.ones(2), 1)), torch.full((2,), 2.0))
+    rpc.shutdown()
+
+
+@program(tensorpipe="about this backend")
+def mpi_started_by_the_user(world: World) -> None:
+    from mpi4py import MPI
+
+    equal(MPI.COMM_WORLD.allreduce(1), world.size)
+    world.init()
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    rpc.shutdown()
+    equal(MPI.COMM_WORLD.allreduce(1), world.size)
+
+
+@program(launcher=False, succeeds=False, expect=["mpirun"], tensorpipe="it needs no launcher")
+def no_launcher(world: World) -> None:
+    rpc.init_rpc("worker0", backend="MPI")
+
+
+@program(launcher=False, tensorpipe="it needs no launcher")
+def no_launcher_for_one_rank(world: World) -> None:
+    rpc.init_rpc("worker0", backend="MPI", rank=0, world_size=1)
+    equal(rpc.rpc_sync("worker0", identity, args=(1,)), 1)
+    rpc.shutdown()
+
+
+@program(
+    launcher=False,
+    succeeds=False,
+    expect=["no MPI library", "pip install", "MPI4PY_LIBMPI"],
+    env={"MPI4PY_LIBMPI": "/nonexistent/libmpi.so"},
+    tensorpipe="it needs no MPI",
+)
+def no_mpi_library(world: World) -> None:
+    rpc.init_rpc("worker0", backend="MPI")
+
+
+@program(succeeds=False, expect=["(?i)thread.level|MPI_THREAD"], tensorpipe="it needs no MPI")
+def thread_level_too_low(world: World) -> None:
+    import mpi4py
+
+    mpi4py.rc.thread_level = "funneled"
+    world.init()
+
+
+@program(succeeds=False, expect=["(?i)finali"], tensorpipe="it needs no MPI")
+def mpi_finalised_before(world: World) -> None:
+    from mpi4py import MPI
+
+    MPI.Finalize()
+    world.init()
+
+
+@program(
+    size=4, succeeds=None, expect=[r"rank 0 saw .*ranks? 3\b", r"rank 2 saw .*ranks? 3\b"], tensorpipe=INIT_TIMEOUT
+)
+def missing_worker(world: World) -> None:
+    """All ranks are in MPI, but one never calls init_rpc."""
+    from mpi4py import MPI
+
+    equal(MPI.COMM_WORLD.allreduce(1), world.size)
+    if world.rank == 3:
+        for rank in range(3):
+            world.wait(f"rank {rank} gave up")
+        return
+    with pytest.raises(RuntimeError) as caught:
+        world.init(init_timeout=3)
+    print(f"rank {world.rank} saw", " ".join(str(caught.value).split()), flush=True)
+    world.signal(f"rank {world.rank} gave up")
+
+
+@program(size=2, succeeds=False, expect=["MPI_Init", "init_timeout"], tensorpipe=INIT_TIMEOUT)
+def missing_worker_in_mpi_init(world: World) -> None:
+    """One rank never starts MPI; the launcher ends it with the others."""
+    if world.rank == 1:
+        world.wait("never")
+    world.init(init_timeout=3)
+
+
+@program(size=4, succeeds=False, expect=["must match", r"ranks? 1\b"], tensorpipe=INIT_TIMEOUT)
+def bad_name_on_one_rank(world: World) -> None:
+    world.init("a bad name" if world.rank == 1 else None, init_timeout=5)
+
+
+# How it ends
+
+
+@program(size=4)
+def exit_after_shutdown(world: World) -> None:
+    world.init()
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    rpc.shutdown()
+
+
+@program(size=4, forbid=["terminate called", "Fatal Python error", "Segmentation"], tensorpipe=ABORTS)
+def exit_without_shutdown(world: World) -> None:
+    world.init()
+    rref = rpc.remote(world.next, identity, args=(1,))
+    equal(rref.to_here(), 1)
+    kept.append(rref)
+    world.barrier()
+
+
+def leave_early(world: World) -> bool:
+    """Ranks 0 and 2 have calls pending at rank 1. True on rank 1, which is to leave while it runs them."""
+    world.init()
+    started, never = world.event("started"), world.event("never")
+    if world.rank == 1:
+        world.barrier()
+        return True
+    pending = rpc.rpc_async(world.name(1), signal_and_wait, args=(started, never))
+    started.wait()
+    world.barrier()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        pending.wait()
+    assert time.monotonic() - begin < AT_ONCE, "the pending call failed only by its timeout"
+    if world.mpi:
+        assert world.name(1) in str(caught.value), caught.value
+    with pytest.raises(RuntimeError):
+        rpc.rpc_sync(world.name(1), identity, args=(1,))
+    equal(rpc.rpc_sync(world.name(2 - world.rank), identity, args=(1,)), 1)
+    world.signal(f"rank {world.rank} is done")
+    world.wait(f"rank {2 - world.rank} is done")
+    rpc.shutdown(graceful=False)
+    print(f"rank {world.rank} survived", flush=True)
+    return False
+
+
+SURVIVED = ["rank 0 survived", "rank 2 survived"]
+CRASHED = ["terminate called", "Fatal Python error", "Segmentation", "Assertion"]
+
+
+@program(size=3, expect=SURVIVED, forbid=CRASHED)
+def one_exits_without_shutdown(world: World) -> None:
+    leave_early(world)
+
+
+@program(size=3, succeeds=False, expect=[*SURVIVED, "KeyboardInterrupt"], forbid=CRASHED)
+def keyboard_interrupt_in_one_rank(world: World) -> None:
+    if leave_early(world):
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait()
+
+
+@program(size=3, succeeds=False, expect=[*SURVIVED, "ValueError: on purpose"], forbid=CRASHED)
+def exception_in_one_rank(world: World) -> None:
+    if leave_early(world):
+        raise ValueError("on purpose")
+
+
+@program(size=3, tensorpipe="it waits for the one who left without a limit")
+def graceful_shutdown_without_one_who_left(world: World) -> None:
+    """It may raise, as not everyone came, but it ends the session in time, and the next one is as good as the first."""
+    world.init()
+    check_calls(world)
+    world.barrier()
+    if world.rank == 1:
+        rpc.shutdown(graceful=False)
+    world.barrier()
+    if world.rank != 1:
+        begin = time.monotonic()
+        try:
+            rpc.shutdown(timeout=5)
+        except RuntimeError as error:
+            assert world.name(1) in str(error)  # noqa: PT017 (whether it raises is torch's affair)
+        assert time.monotonic() - begin < 5 + AT_ONCE
+        assert not rpc.api._is_current_rpc_agent_set()
+    world.barrier()
+    world.init()
+    check_calls(world)
+    rpc.shutdown()
+
+
+@program(size=2, forbid=CRASHED, tensorpipe=ABORTS)
+def exit_while_calls_are_under_way(world: World) -> None:
+    """Requests come in while the interpreter ends."""
+    world.init()
+    futures = [rpc.rpc_async(world.next, identity, args=(torch.ones(10_000),)) for _ in range(500)]
+    world.barrier()
+    kept.append(futures)
+
+
+@program(size=2, forbid=CRASHED, tensorpipe=ABORTS)
+def exit_from_within_a_session_thread(world: World) -> None:
+    """sys.exit in the main thread while others wait for answers."""
+    world.init()
+    never = world.event("never")
+    threading.Thread(target=wait_and_ignore, args=(world, never), daemon=True).start()
+    world.barrier()
+    sys.exit(0)
+
+
+def wait_and_ignore(world: World, never: Event) -> None:
+    with contextlib.suppress(RuntimeError):
+        rpc.rpc_sync(world.next, signal_and_wait, args=(world.event("started"), never))
