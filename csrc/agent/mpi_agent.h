@@ -20,7 +20,7 @@
 namespace torch_rpc_mpi {
 
 struct AgentOptions {
-  int numWorkerThreads = torch::distributed::rpc::kDefaultNumWorkerThreads;
+  int numWorkerThreads = 16;
   std::chrono::milliseconds rpcTimeout{60000};
   ExchangeOptions exchange;
   int coresToSpare = 1; // see Note [How many at once]

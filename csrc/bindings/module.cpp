@@ -43,7 +43,7 @@ int availableCores() {
 
 // AgentOptions as Python sees them: seconds.
 struct PyAgentOptions {
-  int numWorkerThreads = rpc::kDefaultNumWorkerThreads;
+  int numWorkerThreads = AgentOptions().numWorkerThreads;
   double rpcTimeout = rpc::kDefaultRpcTimeoutSeconds;
   size_t eagerLimit = ExchangeOptions().eagerLimit;
   size_t bulkChunk = ExchangeOptions().bulkChunk;

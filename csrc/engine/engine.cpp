@@ -14,6 +14,10 @@ namespace {
 constexpr auto kTick = std::chrono::microseconds(200);
 // Threads that complete futures beside those that run requests: user callbacks that block take one each.
 constexpr int kCompletionThreads = 48;
+// How long no task of a kind ends, while others wait, before more of them run at once. Completions are short by nature;
+// what holds them up is usually the GIL, which Python's threads pass on every 5 ms.
+constexpr auto kStuckRequests = std::chrono::milliseconds(1);
+constexpr auto kStuckCompletions = std::chrono::milliseconds(10);
 constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
@@ -63,7 +67,7 @@ void Engine::threadMain() {
     lock.lock();
     --lane.running;
     lane.waiting -= currentTask.waiting ? 1 : 0;
-    ++ended_;
+    ++lane.ended;
     updateRunnable();
   }
 }
@@ -167,15 +171,18 @@ void Engine::standBy(std::unique_lock<std::mutex>& lock) {
 }
 
 void Engine::tick() {
-  if (ended_ == endedAtTick_ && busy() > 0) {
-    for (Lane& lane : lanes_) {
-      if (!lane.queue.empty()) {
-        lane.atOnce = std::min(lane.atOnce * 2, 1024);
-      }
+  const auto now = Clock::now();
+  for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
+    Lane& lane = lanes_[static_cast<size_t>(kind)];
+    if (lane.queue.empty() || lane.ended != lane.endedAtLook) {
+      lane.endedAtLook = lane.ended;
+      lane.stuckSince = now;
+    } else if (now - lane.stuckSince >= (kind == Task::Kind::kRequest ? kStuckRequests : kStuckCompletions)) {
+      lane.atOnce = std::min(lane.atOnce * 2, limitOf(kind));
+      lane.stuckSince = now;
     }
-    updateRunnable();
   }
-  endedAtTick_ = ended_;
+  updateRunnable();
 }
 
 void Engine::taskMayWait() {

@@ -15,7 +15,7 @@
 // Note [How many at once]
 // ~~~~~~~~~~~~~~~~~~~~~~~
 // Short tasks of Python functions run one after the other faster than side by side, where they fight for the GIL. So
-// only as many run at once as there are cores to spare, until the standby finds that none has ended since its last look
+// only as many run at once as there are cores to spare, until the standby finds that none has ended for a while
 // although others wait: then they are long, and it doubles the number, up to the bounds above. A task that makes a call
 // itself will probably wait for it, and does not count while it does.
 //
@@ -86,7 +86,7 @@ struct EngineCounts {
 };
 
 // Held by shared_ptr: its threads keep it alive. Members:
-//   mutex_ guards lanes_, threads_, parked_, ticking_, ended_, endedAtTick_;
+//   mutex_ guards lanes_, threads_, parked_, ticking_;
 //   leading_, stopping_, broken_, runnable_ are written under mutex_ and read by anyone; asleep_ is the leader's;
 //   tokens_ is the progress token; options_, driver_ and doorbell_ are immutable after construction.
 class Engine : public std::enable_shared_from_this<Engine> {
@@ -150,13 +150,14 @@ class Engine : public std::enable_shared_from_this<Engine> {
     int running = 0;
     int waiting = 0;
     int atOnce = 1;
+    uint64_t ended = 0;
+    uint64_t endedAtLook = 0;
+    Clock::time_point stuckSince;
   };
   std::array<Lane, 2> lanes_;
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
-  uint64_t ended_ = 0;
-  uint64_t endedAtTick_ = 0;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> broken_{false};
   std::atomic<bool> leading_{false};

@@ -10,6 +10,7 @@ threads of a case that passes its limit; the launcher then sees no progress and 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -36,6 +38,14 @@ class Recorder:
         self._file.write(json.dumps(record) + "\n")
 
 
+def _report(error: BaseException) -> str:
+    """The traceback, without this file's own frames at its top."""
+    frames = error.__traceback__
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(error.with_traceback(frames)))
+
+
 class Runner:
     """Runs cases one after the other, and keeps the RPC session that they ask for."""
 
@@ -45,13 +55,22 @@ class Runner:
         self._options: dict[str, Any] | None = None  # of the session that is up
 
     def run(self, case: harness.Case) -> None:
-        self._guarded(case.name, case.limit, lambda: self._body(case))
+        error = self._guarded(case.name, case.limit, lambda: self._body(case))
+        if error and not case.session:
+            self._recover()
 
     def end(self) -> None:
         """Graceful shutdown is what every launch tests last; the launcher checks the exit status as well."""
         self._guarded("end", EXIT_LIMIT, self._close)
 
-    def _guarded(self, name: str, limit: float, body: Any) -> None:
+    def _recover(self) -> None:
+        """Ends the session that a failed case leaves behind, so that the next case fails of its own faults only."""
+        with contextlib.suppress(Exception):
+            rpc.shutdown(graceful=False)
+        # torch counts collective calls for the life of the process, and the ranks have made different numbers of them.
+        rpc.api._all_gather_sequence_id.clear()
+
+    def _guarded(self, name: str, limit: float, body: Callable[[], None]) -> str | None:
         self._recorder.write(begin=name)
         print(f"--- {name}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback_later(limit)
@@ -59,16 +78,19 @@ class Runner:
         self._world.enter(name)
         try:
             body()
-        except BaseException:  # a KeyboardInterrupt or SystemExit here is the case's failure, not the runner's
-            error = traceback.format_exc()
+        except (
+            BaseException
+        ) as raised:  # a KeyboardInterrupt or SystemExit here is the case's failure, not the runner's
+            error = _report(raised)
             self._world.fail()
         self._world.enter(f"{name}/after")
         try:
             self._world.barrier(limit)
-        except Exception:
-            error = error or traceback.format_exc()
+        except Exception as raised:
+            error = error or _report(raised)
         faulthandler.cancel_dump_traceback_later()
         self._recorder.write(end=name, error=error, seconds=round(time.perf_counter() - begin, 3))
+        return error
 
     def _body(self, case: harness.Case) -> None:
         options = dict(case.options) if case.session else None
