@@ -1,8 +1,11 @@
 """Type stubs of the extension module; see csrc/bindings/."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch._C._distributed_rpc import RpcAgent, WorkerInfo
+from torch import Tensor
+from torch._C import Future
+from torch._C._distributed_rpc import PyRRef, RpcAgent, WorkerInfo
 
 class MPIRuntime:
     """The MPI library that mpi4py has loaded, reached through the shim of its ABI."""
@@ -58,5 +61,67 @@ class MPIAgent(RpcAgent):
     def shutdown(self) -> None: ...
     def sync(self) -> None: ...
     def leave(self) -> None: ...
+
+
+# The entry points; documented in functions.py.
+
+def py_rpc_builtin(
+    dst: WorkerInfo, op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], rpc_timeout_seconds: float
+) -> Future[Any]: ...
+def py_rpc_python_udf(
+    dst: WorkerInfo,
+    pickled_python_udf: bytes,
+    tensors: Sequence[Tensor],
+    rpc_timeout_seconds: float,
+    is_async_execution: bool,
+) -> Future[Any]: ...
+def py_rpc_torchscript(
+    dst_worker_name: str,
+    qualified_name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rpc_timeout_seconds: float,
+    is_async_execution: bool,
+) -> Future[Any]: ...
+def py_remote_builtin(
+    dst: WorkerInfo, op_name: str, rpc_timeout_seconds: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> PyRRef: ...
+def py_remote_python_udf(
+    dst: WorkerInfo,
+    pickled_python_udf: bytes,
+    tensors: Sequence[Tensor],
+    rpc_timeout_seconds: float,
+    is_async_execution: bool,
+) -> PyRRef: ...
+def py_remote_torchscript(
+    dst_worker_name: str,
+    qualified_name: str,
+    rpc_timeout_seconds: float,
+    is_async_execution: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> PyRRef: ...
+def send_builtin(
+    dst: WorkerInfo, op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], rpc_timeout_seconds: float
+) -> Future[Any]: ...
+def send_python_udf(
+    dst: WorkerInfo,
+    pickled_python_udf: bytes,
+    tensors: Sequence[Tensor],
+    rpc_timeout_seconds: float,
+    is_async_execution: bool,
+) -> Future[Any]: ...
+def send_torchscript(
+    dst_worker_name: str,
+    qualified_name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rpc_timeout_seconds: float,
+    is_async_execution: bool,
+) -> Future[Any]: ...
+def to_py_jit_future(message_future: Future[Any], has_value: bool) -> Future[Any]: ...
+
+# For the tests: the overload that a call means, found as the entry points find it, or among all overloads as torch does.
+def match_builtin(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], among_all: bool) -> str: ...
 
 __torch_version__: str

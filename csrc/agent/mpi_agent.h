@@ -105,6 +105,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
 
   // Serving (callee's side), agent/serve.cpp
   void serve(InboundMessage inbound);
+  JitFuturePtr process(torch::distributed::rpc::Message& request);
   void run(RpcMessage request, const std::function<void(RpcMessage)>& respond);
   void respond(int peer, uint64_t id, RpcMessage response);
   RpcMessage responseOf(torch::distributed::rpc::JitFuture& future, int64_t id) const;

@@ -2,6 +2,8 @@
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 
+#include <thread>
+
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
@@ -41,11 +43,34 @@ void MpiAgent::serve(InboundMessage inbound) {
   });
 }
 
+JitFuturePtr MpiAgent::process(rpc::Message& request) {
+  if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
+    return (*cb_)(request, {});
+  }
+  // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's
+  // profiles miss them once each of its threads has had its turn): so each gets a new thread.
+  JitFuturePtr future;
+  std::exception_ptr error;
+  std::thread([&] {
+    options_.threadHook([&] {
+      try {
+        future = (*cb_)(request, {});
+      } catch (...) {
+        error = std::current_exception();
+      }
+    });
+  }).join();
+  if (error) {
+    std::rethrow_exception(error);
+  }
+  return future;
+}
+
 void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& respond) {
   const int64_t id = request->id();
   JitFuturePtr future;
   try {
-    future = (*cb_)(*request, {});
+    future = process(*request);
   } catch (const std::exception& error) {
     respond(errorResponse(error.what(), id));
     return;

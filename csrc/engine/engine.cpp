@@ -96,7 +96,7 @@ void Engine::enqueue(std::vector<TaskPtr>& tasks) {
   }
   tasks.clear();
   updateRunnable();
-  if (!ticking_ && parked_ > 0 && backlog()) {
+  if (!ticking_ && backlog()) {
     parkedCv_.notify_one();
   }
 }
@@ -122,6 +122,9 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
     }
     if (!leading_ && !broken_) {
       leading_ = true;
+      if (!ticking_ && backlog()) {
+        parkedCv_.notify_one();
+      }
       lock.unlock();
       lead();
       lock.lock();
@@ -148,7 +151,7 @@ TaskPtr Engine::take() {
   ++lane.running;
   updateRunnable();
   // Somebody must look after leadership and the rest of the queue while this runs.
-  if (!ticking_ && parked_ > 0) {
+  if (!ticking_) {
     parkedCv_.notify_one();
   }
   return task;

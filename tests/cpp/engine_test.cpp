@@ -145,6 +145,22 @@ TEST(engine_runs_long_requests_side_by_side) {
   all.wait();
 }
 
+TEST(engine_runs_long_requests_of_one_batch_side_by_side_after_sleeping) {
+  Running running(2);
+  for (int round = 0; round < 20; ++round) {
+    std::latch warm(20); // so that threads exist and are parked
+    for (int i = 0; i < 20; ++i) {
+      running.completion([&] { warm.count_down(); });
+    }
+    warm.wait();
+    std::this_thread::sleep_for(std::chrono::milliseconds(4));
+    std::latch both(2);
+    running.driver.put(Task::Kind::kRequest, [&] { both.arrive_and_wait(); });
+    running.request([&] { both.arrive_and_wait(); });
+    both.wait();
+  }
+}
+
 TEST(engine_runs_completions_that_block_each_other) {
   Running running(1);
   std::latch both(2);

@@ -287,31 +287,6 @@ def engine_options(world: World, options: dict[str, Any]) -> None:
 # Communicators
 
 
-@case(session=False, sizes=(4, 6), tensorpipe=MPI_ONLY)
-def groups_of_their_own(world: World) -> None:
-    """Two groups at once, each with ranks 0, 1, ... of its own, and the same names."""
-    from mpi4py import MPI
-
-    for color, key in ((world.rank % 2, world.rank), (world.rank // 2, -world.rank)):
-        comm = MPI.COMM_WORLD.Split(color, key)
-        name = f"member{comm.rank}"
-        world.init(name, comm=comm)
-        equal((rpc.get_worker_info().id, rpc.get_worker_info().name), (comm.rank, name))
-        for rank in range(comm.size):
-            equal(
-                rpc.rpc_sync(f"member{rank}", world_rank_of),
-                comm.group.Translate_ranks([rank], MPI.COMM_WORLD.group)[0],
-            )
-        rpc.shutdown()
-        comm.Free()
-
-
-def world_rank_of() -> int:
-    from harness import world
-
-    return world().rank
-
-
 @case(session=False, tensorpipe=MPI_ONLY)
 def a_communicator_freed_right_after_init(world: World) -> None:
     from mpi4py import MPI

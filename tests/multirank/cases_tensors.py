@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ MIB = 2**20
 def _storable(dtype: torch.dtype) -> bool:
     """Leaves out the quantized dtypes, which need a quantizer, and the bit fields, which have no operators at all."""
     try:
-        torch.empty(2, dtype=dtype).clone()
+        with warnings.catch_warnings():  # some dtypes are announced as experimental
+            warnings.simplefilter("ignore")
+            torch.empty(2, dtype=dtype).clone()
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return not str(dtype).startswith(("torch.q", "torch.bits"))

@@ -1,0 +1,206 @@
+#include "bindings/functions_module.h"
+
+#include <memory>
+#include <sstream>
+
+#include <torch/csrc/distributed/rpc/python_rpc_handler.h>
+
+#include "builtin_operator.h"
+#include "python_functions.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+namespace rpc = torch::distributed::rpc;
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+using PyFuture = std::shared_ptr<torch::jit::PythonFutureWrapper>;
+using Tensors = std::vector<torch::Tensor>;
+
+PyFuture wrap(c10::intrusive_ptr<JitFuture> future) {
+  return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
+}
+
+// What a Python function raised at the callee comes as a value. It is raised in the thread that asks for the value,
+// where the user sees it.
+PyFuture wrapRaising(c10::intrusive_ptr<JitFuture> future) {
+  return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future), [](const py::object& value) {
+    const py::gil_scoped_release noGil; // getInstance() refuses to be called with it
+    rpc::PythonRpcHandler::getInstance().handleException(value);
+  });
+}
+
+// torch gets these through a Python call, which checks them.
+py::args positional(const py::tuple& args) {
+  return py::reinterpret_borrow<py::args>(args);
+}
+
+py::kwargs keywords(const py::dict& kwargs) {
+  for (const auto& item : kwargs) {
+    if (!PyUnicode_Check(item.first.ptr())) {
+      throw py::type_error("keywords must be strings");
+    }
+  }
+  return py::reinterpret_borrow<py::kwargs>(kwargs);
+}
+
+std::string overloadOf(const BuiltinCall& call) {
+  std::ostringstream schema;
+  schema << call.op->schema();
+  return schema.str();
+}
+
+void bindBuiltin(py::module_& module) {
+  module.def(
+      "py_rpc_builtin",
+      [](const WorkerInfo& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout) {
+        return wrap(pyRpcBuiltin(dst, name, positional(args), keywords(kwargs), timeout));
+      },
+      py::arg("dst"),
+      py::arg("op_name"),
+      py::arg("args"),
+      py::arg("kwargs"),
+      py::arg("rpc_timeout_seconds"));
+  module.def(
+      "send_builtin",
+      [](const WorkerInfo& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout) {
+        return wrap(sendBuiltin(dst, name, positional(args), keywords(kwargs), timeout));
+      },
+      py::arg("dst"),
+      py::arg("op_name"),
+      py::arg("args"),
+      py::arg("kwargs"),
+      py::arg("rpc_timeout_seconds"));
+  module.def(
+      "py_remote_builtin",
+      [](const WorkerInfo& dst, const std::string& name, float timeout, const py::tuple& args, const py::dict& kwargs) {
+        return pyRemoteBuiltin(dst, name, timeout, positional(args), keywords(kwargs));
+      },
+      py::arg("dst"),
+      py::arg("op_name"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("args"),
+      py::arg("kwargs"));
+  module.def(
+      "match_builtin",
+      [](const std::string& name, const py::tuple& args, const py::dict& kwargs, bool amongAll) {
+        const auto match = amongAll ? matchBuiltinAmongAll : matchBuiltin;
+        return overloadOf(match(name, positional(args), keywords(kwargs)));
+      },
+      py::arg("op_name"),
+      py::arg("args"),
+      py::arg("kwargs"),
+      py::arg("among_all"));
+}
+
+void bindPythonUdf(py::module_& module) {
+  module.def(
+      "py_rpc_python_udf",
+      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
+        return wrapRaising(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync));
+      },
+      py::arg("dst"),
+      py::arg("pickled_python_udf"),
+      py::arg("tensors"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"),
+      NoGil());
+  module.def(
+      "send_python_udf",
+      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
+        return wrap(sendPythonUdf(dst, pickled, tensors, timeout, isAsync));
+      },
+      py::arg("dst"),
+      py::arg("pickled_python_udf"),
+      py::arg("tensors"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"),
+      NoGil());
+  module.def(
+      "py_remote_python_udf",
+      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
+        return pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync);
+      },
+      py::arg("dst"),
+      py::arg("pickled_python_udf"),
+      py::arg("tensors"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"),
+      NoGil());
+}
+
+void bindTorchscript(py::module_& module) {
+  module.def(
+      "py_rpc_torchscript",
+      [](const std::string& dst,
+         const std::string& name,
+         const py::tuple& args,
+         const py::dict& kwargs,
+         float timeout,
+         bool isAsync) { return wrap(pyRpcTorchscript(dst, name, args, kwargs, timeout, isAsync)); },
+      py::arg("dst_worker_name"),
+      py::arg("qualified_name"),
+      py::arg("args"),
+      py::arg("kwargs"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"),
+      NoGil());
+  module.def(
+      "send_torchscript",
+      [](const std::string& dst,
+         const std::string& name,
+         const py::tuple& args,
+         const py::dict& kwargs,
+         float timeout,
+         bool isAsync) { return wrap(sendTorchscript(dst, name, args, kwargs, timeout, isAsync)); },
+      py::arg("dst_worker_name"),
+      py::arg("qualified_name"),
+      py::arg("args"),
+      py::arg("kwargs"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"),
+      NoGil());
+  module.def(
+      "py_remote_torchscript",
+      [](const std::string& dst,
+         const std::string& name,
+         float timeout,
+         bool isAsync,
+         const py::tuple& args,
+         const py::dict& kwargs) {
+        const py::args positionals = positional(args);
+        const py::kwargs named = keywords(kwargs);
+        const py::gil_scoped_release noGil;
+        return pyRemoteTorchscript(dst, name, timeout, isAsync, positionals, named);
+      },
+      py::arg("dst_worker_name"),
+      py::arg("qualified_name"),
+      py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"),
+      py::arg("args"),
+      py::arg("kwargs"));
+}
+
+} // namespace
+
+void bindFunctions(py::module_& module) {
+  // torch's own modules hold the classes of the arguments and results; they must be known before the functions.
+  py::module_::import("torch._C._distributed_rpc");
+  bindBuiltin(module);
+  bindPythonUdf(module);
+  bindTorchscript(module);
+  module.def(
+      "to_py_jit_future",
+      [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {
+        auto future = toPyJitFuture(messageFuture.fut, hasValue);
+        return hasValue ? wrapRaising(std::move(future)) : wrap(std::move(future));
+      },
+      py::arg("message_future"),
+      py::arg("has_value"),
+      NoGil());
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,253 @@
+#include "python_functions.h"
+
+#include <memory>
+#include <utility>
+
+#include <ATen/ThreadLocalState.h>
+#include <torch/csrc/distributed/autograd/utils.h>
+#include <torch/csrc/distributed/rpc/message.h>
+#include <torch/csrc/distributed/rpc/python_call.h>
+#include <torch/csrc/distributed/rpc/python_remote_call.h>
+#include <torch/csrc/distributed/rpc/python_resp.h>
+#include <torch/csrc/distributed/rpc/python_rpc_handler.h>
+#include <torch/csrc/distributed/rpc/rref_context.h>
+#include <torch/csrc/distributed/rpc/script_call.h>
+#include <torch/csrc/distributed/rpc/script_remote_call.h>
+#include <torch/csrc/distributed/rpc/script_resp.h>
+#include <torch/csrc/distributed/rpc/torchscript_functions.h>
+#include <torch/csrc/distributed/rpc/utils.h>
+
+#include "builtin_operator.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+namespace rpc = torch::distributed::rpc;
+
+using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
+using MessagePtr = c10::intrusive_ptr<rpc::Message>;
+
+// A future of a Python object holds it as an IValue that takes the GIL to let go of it.
+c10::IValue toPyIValue(const rpc::Message& response) {
+  rpc::MessageType type = response.type();
+  // Also attaches the autograd function of the tensors received, and unpacks profiling.
+  const auto command = rpc::deserializeResponse(response, type);
+  switch (type) {
+    case rpc::MessageType::SCRIPT_RET: {
+      c10::IValue value = static_cast<rpc::ScriptResp&>(*command).value();
+      const py::gil_scoped_acquire gil;
+      return torch::jit::toIValue(torch::jit::toPyObject(std::move(value)), c10::PyObjectType::get());
+    }
+    case rpc::MessageType::PYTHON_RET: {
+      const auto& value = static_cast<rpc::PythonResp&>(*command).serializedPyObj();
+      auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
+      const py::gil_scoped_acquire gil;
+      return torch::jit::toIValue(handler.deserialize(value), c10::PyObjectType::get());
+    }
+    default:
+      TORCH_CHECK(false, "Unrecognized response message type ", type);
+  }
+}
+
+JitFuturePtr send(const WorkerInfo& dst, MessagePtr message, bool forceGradRecording, float rpcTimeoutSeconds) {
+  const auto agent = rpc::RpcAgent::getCurrentRpcAgent();
+  return torch::distributed::autograd::sendMessageWithAutograd(
+      *agent, dst, std::move(message), forceGradRecording, rpcTimeoutSeconds);
+}
+
+JitFuturePtr sendBuiltin(const WorkerInfo& dst, BuiltinCall call, float rpcTimeoutSeconds) {
+  auto message = rpc::ScriptCall(std::move(call.op), std::move(call.stack)).toMessage();
+  return send(dst, std::move(message), /*forceGradRecording=*/false, rpcTimeoutSeconds);
+}
+
+// A value that stays at its worker. `sendCall` sends the call that makes it, with the ids given, and returns the future
+// of the response.
+template <typename SendCall>
+PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const SendCall& sendCall) {
+  auto& context = rpc::RRefContext::getInstance();
+  if (context.getWorkerId() != dst.id_) {
+    auto userRRef = context.createUserRRef(dst.id_, type);
+    const JitFuturePtr created = sendCall(userRRef->rrefId(), userRRef->forkId());
+    userRRef->registerOwnerCreationFuture(created);
+    context.addPendingUser(userRRef->forkId(), userRRef);
+    created->addCallback(at::wrapPropagateTLSState([forkId = userRRef->forkId()](JitFuture& future) {
+      rpc::callback::confirmPendingUser(future, forkId);
+    }));
+    return PyRRef(std::move(userRRef));
+  }
+  auto ownerRRef = context.createOwnerRRef(type);
+  // The call goes through the agent even to oneself: until it has, this keeps the value whatever other copies do.
+  context.addSelfAsFork(ownerRRef);
+  const JitFuturePtr created = sendCall(ownerRRef->rrefId(), ownerRRef->rrefId());
+  ownerRRef->registerOwnerCreationFuture(created);
+  created->addCallback(at::wrapPropagateTLSState([rrefId = ownerRRef->rrefId()](JitFuture& future) {
+    auto deleted = rpc::callback::finishCreatingOwnerRRef(future, rrefId);
+    if (deleted && deleted->isPyObj()) {
+      const py::gil_scoped_acquire gil;
+      deleted.reset();
+    }
+  }));
+  return PyRRef(std::move(ownerRRef));
+}
+
+struct ScriptFunctionCall {
+  ScriptFunctionCall(const std::string& qualifiedName, const py::tuple& args, const py::dict& kwargs)
+      : name(qualifiedName),
+        schema(rpc::PythonRpcHandler::getInstance().jitCompilationUnit()->get_function(name).getSchema()) {
+    const py::gil_scoped_acquire gil;
+    stack = torch::jit::createStackForSchema(
+        schema, py::reinterpret_borrow<py::args>(args), py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
+  }
+
+  c10::QualifiedName name;
+  c10::FunctionSchema schema;
+  torch::jit::Stack stack;
+};
+
+} // namespace
+
+JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue) {
+  if (!hasValue) {
+    return messageJitFuture->then(
+        at::wrapPropagateTLSState([](JitFuture& future) {
+          if (future.hasError()) {
+            std::rethrow_exception(future.exception_ptr());
+          }
+          return c10::IValue();
+        }),
+        c10::NoneType::get());
+  }
+  // createInstance() keeps the devices.
+  auto pyFuture = messageJitFuture->createInstance(c10::PyObjectType::get());
+  messageJitFuture->addCallback(at::wrapPropagateTLSState([pyFuture](JitFuture& future) {
+    // setErrorIfNeeded(), because Python code may have completed the future that it was given.
+    if (future.hasError()) {
+      pyFuture->setErrorIfNeeded(future.exception_ptr());
+      return;
+    }
+    try {
+      const auto message = future.value().toCustomClass<rpc::Message>();
+      pyFuture->markCompleted(toPyIValue(*message), future.storages());
+    } catch (...) {
+      pyFuture->setErrorIfNeeded(std::current_exception());
+    }
+  }));
+  return pyFuture;
+}
+
+JitFuturePtr sendBuiltin(
+    const WorkerInfo& dst,
+    const std::string& opName,
+    const py::args& args,
+    const py::kwargs& kwargs,
+    float rpcTimeoutSeconds) {
+  auto call = matchBuiltin(opName, args, kwargs);
+  const py::gil_scoped_release noGil;
+  return sendBuiltin(dst, std::move(call), rpcTimeoutSeconds);
+}
+
+JitFuturePtr sendPythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution) {
+  rpc::SerializedPyObj function(std::move(pickledPythonUDF), std::move(tensors));
+  auto message = rpc::PythonCall(std::move(function), isAsyncExecution).toMessage();
+  // Also if no argument is a tensor: the result may be one.
+  return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+}
+
+JitFuturePtr sendTorchscript(
+    const std::string& dstWorkerName,
+    const std::string& qualifiedNameStr,
+    const py::tuple& argsTuple,
+    const py::dict& kwargsDict,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution) {
+  ScriptFunctionCall call(qualifiedNameStr, argsTuple, kwargsDict);
+  const WorkerInfo& dst = rpc::RpcAgent::getCurrentRpcAgent()->getWorkerInfo(dstWorkerName);
+  auto message = rpc::ScriptCall(call.name, std::move(call.stack), isAsyncExecution).toMessage();
+  return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+}
+
+JitFuturePtr pyRpcBuiltin(
+    const WorkerInfo& dst,
+    const std::string& opName,
+    const py::args& args,
+    const py::kwargs& kwargs,
+    float rpcTimeoutSeconds) {
+  auto call = matchBuiltin(opName, args, kwargs);
+  const py::gil_scoped_release noGil;
+  return toPyJitFuture(sendBuiltin(dst, std::move(call), rpcTimeoutSeconds));
+}
+
+JitFuturePtr pyRpcPythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution) {
+  return toPyJitFuture(sendPythonUdf(dst, pickledPythonUDF, tensors, rpcTimeoutSeconds, isAsyncExecution));
+}
+
+// Not through sendTorchscript(): the future has the type that the function returns, so that scripts can wait for it.
+JitFuturePtr pyRpcTorchscript(
+    const std::string& dstWorkerName,
+    const std::string& qualifiedNameStr,
+    const py::tuple& argsTuple,
+    const py::dict& kwargsDict,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution) {
+  ScriptFunctionCall call(qualifiedNameStr, argsTuple, kwargsDict);
+  return rpc::rpcTorchscript(
+      dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution);
+}
+
+PyRRef pyRemoteBuiltin(
+    const WorkerInfo& dst,
+    const std::string& opName,
+    float rpcTimeoutSeconds,
+    const py::args& args,
+    const py::kwargs& kwargs) {
+  auto call = matchBuiltin(opName, args, kwargs);
+  const py::gil_scoped_release noGil;
+  const c10::TypePtr type = call.op->schema().returns().at(0).type();
+  return createRemotely(dst, type, [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
+    auto message = rpc::ScriptRemoteCall(std::move(call.op), std::move(call.stack), rrefId, forkId).toMessage();
+    return send(dst, std::move(message), /*forceGradRecording=*/false, rpcTimeoutSeconds);
+  });
+}
+
+PyRRef pyRemotePythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution) {
+  rpc::SerializedPyObj function(std::move(pickledPythonUDF), std::move(tensors));
+  return createRemotely(
+      dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
+        auto message = rpc::PythonRemoteCall(
+                           std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution)
+                           .toMessage();
+        return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+      });
+}
+
+PyRRef pyRemoteTorchscript(
+    const std::string& dstWorkerName,
+    const std::string& qualifiedNameStr,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    const py::args& args,
+    const py::kwargs& kwargs) {
+  ScriptFunctionCall call(qualifiedNameStr, args, kwargs);
+  return PyRRef(rpc::remoteTorchscript(
+      dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution));
+}
+
+} // namespace torch_rpc_mpi

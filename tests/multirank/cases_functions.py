@@ -1,0 +1,233 @@
+"""The entry points beside torch's own, case by case: results, errors, RRef counts, gradients, profiler, futures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.autograd as dist_autograd
+import torch.distributed.rpc as rpc
+from cases_calls import wait_in_script
+from functions_table import CASES, Call, Ours, Torchs, outcome, qualified, scale, script_scale, serialize
+from harness import World, case, debug_info, equal, eventually, in_threads, signal_and_wait
+from torch.autograd.profiler_legacy import profile
+
+from torch_rpc_mpi import functions
+
+APIS = {"torchs": Torchs, "ours": Ours}
+CREATE = {
+    "builtin": Call("builtin", "aten::add", (torch.ones(3), 1)),
+    "function": Call("udf", scale, (torch.ones(3),)),
+    "script": Call("script", qualified(script_scale), (torch.ones(3),)),
+}
+
+
+def counts() -> dict[str, str]:
+    return rpc._rref_context_get_debug_info()
+
+
+def counts_at(world: World) -> list[dict[str, str]]:
+    return [rpc.rpc_sync(name, counts) for name in world.everyone]
+
+
+def settled(world: World, own: bool) -> bool:
+    """Whether all owners have answered, and calls to oneself have let go of the fork that stands for them."""
+    everywhere = counts_at(world)
+    waiting = sum(int(info["num_pending_users"]) + int(info["num_pending_futures"]) for info in everywhere)
+    return waiting == 0 and not (own and int(everywhere[world.rank]["num_forks"]))
+
+
+@case(each=CASES, sizes=(1, 2), limit=90.0)
+def ends_as_with_torchs_own(world: World, call: Call) -> None:
+    for name in dict.fromkeys((world.next, world.name())):
+        dst = rpc.get_worker_info(name)
+        expected, actual = outcome(call, Torchs, dst), outcome(call, Ours, dst)
+        assert actual == expected, f"{actual} instead of {expected}"
+
+
+@case(each=CREATE, sizes=(1, 2))
+def reference_counts(world: World, call: Call) -> None:
+    """While RRefs live and after they are gone, each count is what torch's own function makes it."""
+    if world.rank != 0:
+        return
+    for name in world.everyone:
+        dst = rpc.get_worker_info(name)
+        before = counts_at(world)
+        created = {}
+        for key, api in APIS.items():
+            rrefs = [call.create(api, dst) for _ in range(5)]
+            for rref in rrefs:
+                equal(rref.to_here(), torch.full((3,), 2.0))
+            for rref in rrefs:
+                rref._get_future().wait()
+            eventually(lambda: settled(world, own=dst.name == world.name()), "calls settle")
+            created[key] = counts_at(world)
+            del rrefs, rref
+            eventually(lambda before=before: counts_at(world) == before, f"counts {before}")
+        equal(created["ours"], created["torchs"])
+
+
+@case(each=CREATE, sizes=(1, 2))
+def rrefs_of_either_are_alike_elsewhere(world: World, call: Call) -> None:
+    """They travel, are forked, and serve proxies."""
+    dst = rpc.get_worker_info(world.next)
+    for api in (Torchs, Ours):
+        rref = call.create(api, dst)
+        equal(rpc.rpc_sync(world.name(world.rank + 1), torch.Tensor.add, args=(rref.to_here(), 1)), torch.full((3,), 3.0))
+        equal(rpc.rpc_sync(world.next, fetch, args=(rref,)), torch.full((3,), 2.0))
+        equal(rref.rpc_sync().sum().item(), 6.0)
+
+
+def fetch(rref: Any) -> Any:
+    return rref.to_here()
+
+
+@case(each=CREATE, sizes=(1, 2))
+def gradients(world: World, call: Call) -> None:
+    x = torch.ones(3, requires_grad=True)
+    call = call._replace(args=(x, *call.args[1:]))
+    dst = rpc.get_worker_info(world.next)
+    results = {}
+    for key, api in APIS.items():
+        with dist_autograd.context() as context:
+            value = call.start(api, dst).wait()
+            there = call.create(api, dst).to_here()
+            dist_autograd.backward(context, [(value * there).sum()])
+            results[key] = dist_autograd.get_gradients(context)[x]
+    equal(results["ours"], results["torchs"])
+    assert results["ours"].abs().sum() > 0
+
+
+@case(each=CREATE, sizes=(1, 2))
+def gradients_without_a_tensor_that_needs_them(world: World, call: Call) -> None:
+    """Python and TorchScript calls are recorded even then, those of builtin operators are not."""
+    dst = rpc.get_worker_info(world.next)
+    recorded = {}
+    for key, api in APIS.items():
+        with dist_autograd.context() as context:
+            call.start(api, dst).wait()
+            recorded[key] = len(dist_autograd._retrieve_context(context)._send_functions())
+    equal(recorded["ours"], recorded["torchs"])
+    equal(recorded["ours"], 0 if call.kind == "builtin" else 1)
+
+
+@case(each=CREATE, sizes=(2,))
+def profiler_events(world: World, call: Call) -> None:
+    if world.rank != 0:
+        return
+    dst = rpc.get_worker_info(world.next)
+    names = {}
+    for key, api in APIS.items():
+        with profile() as events:
+            with torch.autograd.profiler.record_function(
+                f"rpc_async#{call.kind}({world.name()} -> {world.next})"
+            ) as record:
+                torch.autograd.profiler._rpc_key = None
+                record._call_end_callbacks_on_future(call.start(api, dst)).wait()
+        names[key] = sorted(event.name for event in events.function_events)
+    equal(names["ours"], names["torchs"])
+
+
+@case(sizes=(1, 2))
+def futures(world: World) -> None:
+    dst = rpc.get_worker_info(world.next)
+    x = torch.ones(2)
+    future = functions.py_rpc_builtin(dst, "aten::add", (x, 1))
+    equal(future.then(lambda done: done.wait() * 2).wait(), torch.full((2,), 4.0))
+    called = threading.Event()
+    future.add_done_callback(lambda _: called.set())
+    assert called.wait(20)
+    both = torch.futures.collect_all([future, functions.py_rpc_python_udf(dst, *serialize(scale, x))]).wait()
+    equal([each.wait() for each in both], [x + 1, x * 2])
+    equal(wait_in_script(functions.py_rpc_torchscript(world.next, qualified(script_scale), (x, 5.0))), x * 5)
+
+
+@case(sizes=(1, 2))
+def futures_in_asyncio(world: World) -> None:
+    dst = rpc.get_worker_info(world.next)
+
+    async def main() -> list[Any]:
+        calls = [functions.py_rpc_builtin(dst, "aten::add", (torch.ones(2), i)) for i in range(50)]
+        return await asyncio.gather(*map(functions.as_asyncio, calls))
+
+    equal(asyncio.run(main()), [torch.full((2,), 1.0 + i) for i in range(50)])
+
+
+@case(sizes=(1, 2))
+def message_futures(world: World) -> None:
+    dst = rpc.get_worker_info(world.next)
+    x = torch.ones(2)
+    for send in (
+        lambda: functions.send_builtin(dst, "aten::mul", (x, 2)),
+        lambda: functions.send_python_udf(dst, *serialize(scale, x)),
+        lambda: functions.send_torchscript(world.next, qualified(script_scale), (x,)),
+    ):
+        message = send()
+        equal(functions.to_py_jit_future(message).wait(), x * 2)
+        assert functions.to_py_jit_future(send(), has_value=False).wait() is None
+    for has_value in (True, False):
+        failed = functions.send_builtin(dst, "aten::mm", (x, x))
+        with pytest.raises(RuntimeError, match="must be 2D|2D tensors|matrix"):
+            functions.to_py_jit_future(failed, has_value=has_value).wait()
+
+
+@case(each=("start", "create"), sizes=(2,))
+def timeouts(world: World, how: str) -> None:
+    dst = rpc.get_worker_info(world.next)
+    for api in (Torchs, Ours):
+        key = f"{how} {api.__name__}"
+        arrived, release = world.event(f"{key} arrived"), world.event(f"{key} release")
+        call = Call("udf", signal_and_wait, (arrived, release), timeout=0.3)
+        if how == "start":
+            with pytest.raises(RuntimeError, match="RPC ran for more than set timeout"):
+                call.start(api, dst).wait()
+        else:
+            rref = call.create(api, dst)
+            with pytest.raises(RuntimeError, match="RPC ran for more than set timeout"):
+                rref._get_future().wait()
+        release.signal()
+    world.barrier()
+
+
+@case(sizes=(1, 2))
+def many_threads(world: World) -> None:
+    dst = rpc.get_worker_info(world.next)
+
+    def calls(thread: int) -> None:
+        for i in range(50):
+            value = float(thread * 100 + i)
+            x = torch.full((3,), value)
+            equal(functions.py_rpc_builtin(dst, "aten::add", (x, i % 2 or x)).wait(), x + (i % 2 or x))
+            equal(functions.py_rpc_python_udf(dst, *serialize(scale, x)).wait(), x * 2)
+            equal(functions.py_remote_torchscript(world.next, qualified(script_scale), args=(x,)).to_here(), x * 2)
+
+    in_threads(8, calls)
+
+
+@case(sizes=(1,))
+def keywords_must_be_texts(world: World) -> None:
+    dst = rpc.get_worker_info(world.name())
+    keywords: Any = {1: 2}
+    for function in (functions.py_rpc_builtin, functions.send_builtin):
+        with pytest.raises(TypeError, match="keywords must be strings"):
+            function(dst, "aten::add", (torch.ones(2),), keywords)
+    with pytest.raises(TypeError, match="keywords must be strings"):
+        functions.py_remote_builtin(dst, "aten::add", -1.0, (torch.ones(2),), keywords)
+
+
+@case(sizes=(1, 2))
+def unknown_worker(world: World) -> None:
+    name = qualified(script_scale)
+    texts = []
+    for api in (Torchs, Ours):
+        for call in (
+            lambda api=api: api.rpc_torchscript("nobody", name, (torch.ones(2),), {}, -1.0, False),
+            lambda api=api: api.remote_torchscript("nobody", name, -1.0, False, (torch.ones(2),), {}),
+        ):
+            with pytest.raises(RuntimeError, match="nobody") as caught:
+                call()
+            texts.append(str(caught.value).splitlines()[0])
+    assert len(set(texts)) == 1, texts

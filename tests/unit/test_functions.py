@@ -1,0 +1,200 @@
+"""The entry points without MPI: a world of one over TensorPipe, beside torch's own, and the choice of overloads."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from conftest import RunPython
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch_rpc_mpi._C") is None, reason="needs the compiled extension"
+)
+
+SESSION = """
+import tempfile
+import torch
+import torch.distributed.rpc as rpc
+from functions_table import CASES, Ours, Torchs, outcome, serialize
+from torch_rpc_mpi import functions
+
+options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{tempfile.mkdtemp()}/store", num_worker_threads=4)
+rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=options)
+me = rpc.get_worker_info()
+"""
+
+
+def run(run_python: RunPython, program: str) -> str:
+    return run_python(
+        SESSION + program + "\nrpc.shutdown()\nprint('fine')",
+        path=(HERE.parent / "multirank",),
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+        PYTHONWARNINGS="ignore",
+    )
+
+
+def test_every_case_ends_as_with_torchs_own(run_python: RunPython) -> None:
+    program = """
+for name, case in CASES.items():
+    expected, actual = outcome(case, Torchs, me), outcome(case, Ours, me)
+    assert actual == expected, f"{name}: {actual} instead of {expected}"
+"""
+    assert "fine" in run(run_python, program)
+
+
+def test_halves_make_a_whole(run_python: RunPython) -> None:
+    program = """
+x = torch.ones(2)
+for future in (
+    functions.send_builtin(me, "aten::add", (x, 1)),
+    functions.send_python_udf(me, *serialize(torch.neg, -x - 1)),
+):
+    assert torch.equal(functions.to_py_jit_future(future).wait(), x + 1)
+    signal = functions.to_py_jit_future(future, has_value=False)
+    assert signal.wait() is None and signal.done()
+future = functions.send_python_udf(me, *serialize(int, "no number"))
+try:
+    functions.to_py_jit_future(future).wait()
+except ValueError as error:
+    assert "no number" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    assert "fine" in run(run_python, program)
+
+
+def test_a_future_completed_by_python_stays_as_it_is(run_python: RunPython) -> None:
+    program = """
+import time
+future = functions.py_rpc_python_udf(me, *serialize(time.sleep, 0.2))
+future.set_result("early")
+assert future.wait() == "early"
+functions.py_rpc_python_udf(me, *serialize(time.sleep, 0.3)).wait()
+assert future.value() == "early"
+"""
+    assert "fine" in run(run_python, program)
+
+
+def test_asyncio(run_python: RunPython) -> None:
+    program = """
+import asyncio
+
+async def main():
+    x = torch.ones(2)
+    values = await asyncio.gather(
+        *(functions.as_asyncio(functions.py_rpc_builtin(me, "aten::add", (x, i))) for i in range(20))
+    )
+    assert [value[0].item() for value in values] == [1.0 + i for i in range(20)]
+    assert await functions.as_asyncio(rpc.rpc_async(me, int, args=("7",))) == 7
+    try:
+        await functions.as_asyncio(rpc.rpc_async(me, int, args=("x",)))
+    except ValueError as error:
+        assert "invalid literal" in str(error)
+    else:
+        raise AssertionError("no error")
+    slow = functions.as_asyncio(rpc.rpc_async(me, __import__("time").sleep, args=(0.2,)))
+    slow.cancel()
+    await asyncio.sleep(0.4)
+    assert slow.cancelled()
+
+asyncio.run(main())
+late = torch.futures.Future()
+
+async def leave_early():
+    functions.as_asyncio(late)
+
+asyncio.run(leave_early())
+late.set_result(1)
+try:
+    functions.as_asyncio(late)
+except RuntimeError as error:
+    assert "no running event loop" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    assert "fine" in run(run_python, program)
+
+
+# Every operator with these arguments: the overload must be the one found by trying all of them.
+OVERLOADS = """
+import itertools
+import torch
+from torch_rpc_mpi import _C
+
+def match(name, args, kwargs, among_all):
+    try:
+        return _C.match_builtin(name, args, kwargs, among_all)
+    except Exception as error:
+        return type(error), str(error)
+
+VALUES = [
+    torch.ones(2, 2), torch.ones(1), torch.tensor(2), torch.tensor(True), torch.ones(0), torch.tensor([1, 2]),
+    torch.nn.Parameter(torch.ones(3)), torch.ones(2, names=("n",)),
+    3, 2**70, True, 1.5, 2j, None, "cpu", "x", b"b", torch.float32, torch.device("cpu"), torch.strided,
+    torch.contiguous_format, torch.Generator(), [], [1, 2], (1, 2), [1.0], [True], [None], ["n"], [1, 2.0], [[1]],
+    [torch.ones(2), torch.ones(2)], [torch.tensor(1)], {}, {"a": 1}, {1: 2}, object(), slice(1), range(2), type(None),
+    torch.Size([1, 2]),
+]
+NAMES = sorted({schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")})
+"""
+
+
+def test_overloads_of_every_operator(run_python: RunPython) -> None:
+    program = """
+different = []
+for name in NAMES[OFFSET::STEP]:
+    x = VALUES[0]
+    calls = [((), {})] + [((x,), {})] + [((x, value), {}) for value in VALUES]
+    calls += [((x, x, x), {}), ((x, 0, 1), {}), ((x, [0], True), {}), ((x,), {"dim": 0}), ((x,), {"dtype": torch.int})]
+    for args, kwargs in calls:
+        for _ in range(2):
+            ours, torchs = match(name, args, kwargs, False), match(name, args, kwargs, True)
+            if ours != torchs:
+                different.append((name, args, kwargs, ours, torchs))
+print(len(NAMES), "operators", *different[:10], sep="\\n")
+assert not different, len(different)
+"""
+    run_python(OVERLOADS + program.replace("OFFSET", "0").replace("STEP", "9"), PYTHONWARNINGS="ignore")
+
+
+def test_overloads_of_common_operators(run_python: RunPython) -> None:
+    program = """
+names = "add sub mul div pow sum max min clamp split cat stack where full zeros arange to index_select transpose size"
+for name in names.split():
+    for count in (1, 2):
+        for args in itertools.product(VALUES, repeat=count):
+            ours, torchs = (match("aten::" + name, args, {}, among_all) for among_all in (False, True))
+            assert ours == torchs, (name, args, ours, torchs)
+"""
+    run_python(OVERLOADS + program, PYTHONWARNINGS="ignore")
+
+
+def test_overloads_registered_later_are_seen(run_python: RunPython) -> None:
+    program = """
+x = torch.ones(2)
+before = match("aten::add", (x, "text"), {}, False)
+assert before[0] is RuntimeError
+library = torch.library.Library("aten", "FRAGMENT")
+library.define("add.with_text(Tensor self, str text) -> Tensor")
+after = match("aten::add", (x, "text"), {}, False)
+assert "with_text" in after, after
+assert after == match("aten::add", (x, "text"), {}, True)
+"""
+    run_python(OVERLOADS + program, PYTHONWARNINGS="ignore")
+
+
+def test_many_kinds_of_calls_stay_bounded(run_python: RunPython) -> None:
+    program = """
+import resource
+x = torch.ones(2)
+for round in range(2):
+    for i in range(5000):
+        match("aten::add", (x, x), {"alpha": 1, f"keyword{i}": 1}, False)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first = used if round == 0 else first
+assert used - first < 20_000, (first, used)
+"""
+    run_python(OVERLOADS + program, PYTHONWARNINGS="ignore")
