@@ -47,7 +47,9 @@ Kind kindOf(PyObject* object) {
   }
   const PyTypeObject* type = Py_TYPE(object);
   if (type == &PyLong_Type) {
-    return kInt;
+    int overflow = 0;
+    PyLong_AsLongLongAndOverflow(object, &overflow);
+    return overflow == 0 ? kInt : kOther; // too large: torch's conversions raise errors of several types
   }
   if (type == &PyFloat_Type) {
     return kFloat;

@@ -30,7 +30,7 @@ namespace rpc = torch::distributed::rpc;
 using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
 using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 
-// A future of a Python object holds it as an IValue that takes the GIL to let go of it.
+// The object in a response, as an IValue that takes the GIL to let go of it.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
@@ -45,11 +45,27 @@ c10::IValue toPyIValue(const rpc::Message& response) {
       const auto& value = static_cast<rpc::PythonResp&>(*command).serializedPyObj();
       auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
       const py::gil_scoped_acquire gil;
-      return torch::jit::toIValue(handler.deserialize(value), c10::PyObjectType::get());
+      const py::object object = handler.deserialize(value);
+      handler.handleExceptionGILHeld(object); // raises what the function raised
+      return torch::jit::toIValue(object, c10::PyObjectType::get());
     }
     default:
       TORCH_CHECK(false, "Unrecognized response message type ", type);
   }
+}
+
+// A Python exception as one that may be rethrown in any thread, any number of times, without the GIL. torch keeps two
+// types; of others the text tells.
+std::exception_ptr withoutPython(const py::error_already_set& error) {
+  const py::gil_scoped_acquire gil;
+  const c10::SourceLocation here{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
+  if (error.matches(PyExc_ValueError)) {
+    return std::make_exception_ptr(c10::ValueError(here, error.what()));
+  }
+  if (error.matches(PyExc_TypeError)) {
+    return std::make_exception_ptr(c10::TypeError(here, error.what()));
+  }
+  return std::make_exception_ptr(std::runtime_error(error.what()));
 }
 
 JitFuturePtr send(const WorkerInfo& dst, MessagePtr message, bool forceGradRecording, float rpcTimeoutSeconds) {
@@ -131,6 +147,8 @@ JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue) 
     try {
       const auto message = future.value().toCustomClass<rpc::Message>();
       pyFuture->markCompleted(toPyIValue(*message), future.storages());
+    } catch (const py::error_already_set& error) {
+      pyFuture->setErrorIfNeeded(withoutPython(error));
     } catch (...) {
       pyFuture->setErrorIfNeeded(std::current_exception());
     }

@@ -3,8 +3,6 @@
 #include <memory>
 #include <sstream>
 
-#include <torch/csrc/distributed/rpc/python_rpc_handler.h>
-
 #include "builtin_operator.h"
 #include "python_functions.h"
 
@@ -14,23 +12,12 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-namespace rpc = torch::distributed::rpc;
-
 using NoGil = py::call_guard<py::gil_scoped_release>;
 using PyFuture = std::shared_ptr<torch::jit::PythonFutureWrapper>;
 using Tensors = std::vector<torch::Tensor>;
 
 PyFuture wrap(c10::intrusive_ptr<JitFuture> future) {
   return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
-}
-
-// What a Python function raised at the callee comes as a value. It is raised in the thread that asks for the value,
-// where the user sees it.
-PyFuture wrapRaising(c10::intrusive_ptr<JitFuture> future) {
-  return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future), [](const py::object& value) {
-    const py::gil_scoped_release noGil; // getInstance() refuses to be called with it
-    rpc::PythonRpcHandler::getInstance().handleException(value);
-  });
 }
 
 // torch gets these through a Python call, which checks them.
@@ -100,7 +87,7 @@ void bindPythonUdf(py::module_& module) {
   module.def(
       "py_rpc_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
-        return wrapRaising(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync));
+        return wrap(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync));
       },
       py::arg("dst"),
       py::arg("pickled_python_udf"),
@@ -195,8 +182,7 @@ void bindFunctions(py::module_& module) {
   module.def(
       "to_py_jit_future",
       [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {
-        auto future = toPyJitFuture(messageFuture.fut, hasValue);
-        return hasValue ? wrapRaising(std::move(future)) : wrap(std::move(future));
+        return wrap(toPyJitFuture(messageFuture.fut, hasValue));
       },
       py::arg("message_future"),
       py::arg("has_value"),

@@ -205,7 +205,7 @@ def show(value: Any) -> Any:
         return type(value).__name__, [show(item) for item in value]
     if isinstance(value, dict):
         return {key: show(item) for key, item in value.items()}
-    return type(value), repr(value)
+    return type(value), _VARYING.sub("…", repr(value))
 
 
 def attempt(action: Callable[[], Any]) -> Any:
