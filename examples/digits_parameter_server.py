@@ -20,7 +20,6 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
 import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
@@ -31,9 +30,6 @@ from torch import Tensor, nn, optim
 from torch.distributed.optim import DistributedOptimizer
 from torch.nn import functional
 from tqdm import tqdm
-
-mpl.use("Agg")  # no display on a cluster's nodes
-from matplotlib import pyplot
 
 SERVER = "server"
 REQUIRED_ACCURACY = 0.95
@@ -141,6 +137,11 @@ def serve(size: int, arguments: argparse.Namespace) -> bool:
 
 
 def draw(losses: list[float], accuracies: list[float], arguments: argparse.Namespace) -> None:
+    import matplotlib as mpl  # here, because the trainers need not wait for it
+
+    mpl.use("Agg")  # there is no display on a cluster's nodes
+    from matplotlib import pyplot
+
     epochs = range(1, len(losses) + 1)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     left.plot(epochs, losses, color="tab:blue")

@@ -74,9 +74,7 @@ void MpiAgent::join(bool shutdown, float timeout) {
   joining_ = false;
   TORCH_CHECK(finished, "The graceful shutdown of RPC timed out after ", timeout, " s: ", whatJoinWaitsFor());
   TORCH_CHECK(
-      agreements_ != before,
-      "A graceful shutdown of RPC is not possible: ",
-      joinFailure_,
+      agreements_ != before, "A graceful shutdown of RPC is not possible: ", joinFailure_,
       ". Use rpc.shutdown(graceful=False)");
   agreed_ = shutdown;
 }

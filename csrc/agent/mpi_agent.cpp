@@ -84,11 +84,8 @@ const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) co
 
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(rpc::worker_id_t id) const {
   TORCH_CHECK(
-      id >= 0 && static_cast<size_t>(id) < workers_.size(),
-      "Unknown destination worker ",
-      id,
-      ". The workers of this group have the ids 0 to ",
-      workers_.size() - 1);
+      id >= 0 && static_cast<size_t>(id) < workers_.size(), "Unknown destination worker ", id,
+      ". The workers of this group have the ids 0 to ", workers_.size() - 1);
   return workers_[id];
 }
 
@@ -121,11 +118,7 @@ void MpiAgent::checkUsable(const rpc::Message& message) const {
       "its MPI stay there. Start such processes with the 'spawn' or 'forkserver' method, or do not call RPC in them "
       "(for a DataLoader: multiprocessing_context='forkserver')");
   TORCH_CHECK(
-      rpcAgentRunning_.load(),
-      "Node ",
-      rank_,
-      " tried to send() a message of type ",
-      message.type(),
+      rpcAgentRunning_.load(), "Node ", rank_, " tried to send() a message of type ", message.type(),
       " but RPC is no longer running on this node.");
 }
 
@@ -184,7 +177,8 @@ void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
     }
   }
   auto out = std::make_unique<OutboundRpc>(
-      peer, FrameKind::kRequest, id, std::move(message), options_.exchange.eagerLimit, static_cast<SendFailureListener&>(*this));
+      peer, FrameKind::kRequest, id, std::move(message), options_.exchange.eagerLimit,
+      static_cast<SendFailureListener&>(*this));
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
   if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
     out->encode(exchange_.frames());
@@ -275,14 +269,10 @@ void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
       break;
     case FrameKind::kGoodbye:
       onPeerGone(
-          token,
-          message.source,
+          token, message.source,
           c10::str(
-              "RPC to ",
-              describe(message.source),
-              " failed: it has left (",
-              std::string(message.body().data, message.body().bytes),
-              "). Calls to it can no longer be answered"));
+              "RPC to ", describe(message.source), " failed: it has left (",
+              std::string(message.body().data, message.body().bytes), "). Calls to it can no longer be answered"));
       break;
     case FrameKind::kDrain:
       drain_.onFrame(token, message.source, message.body());

@@ -9,8 +9,7 @@ namespace torch_rpc_mpi {
 namespace rpc = torch::distributed::rpc;
 
 RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
-  const std::string text = c10::str(
-      "On ", getWorkerInfo(), " (rank ", rank_, " on host ", hosts_[rank_], "):\n", what);
+  const std::string text = c10::str("On ", getWorkerInfo(), " (rank ", rank_, " on host ", hosts_[rank_], "):\n", what);
   return rpc::createExceptionResponse(text, id);
 }
 
@@ -91,7 +90,8 @@ void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& re
 void MpiAgent::respond(int peer, uint64_t id, RpcMessage response) {
   const auto make = [&](RpcMessage message) {
     auto out = std::make_unique<OutboundRpc>(
-        peer, FrameKind::kResponse, id, std::move(message), options_.exchange.eagerLimit, static_cast<SendFailureListener&>(*this));
+        peer, FrameKind::kResponse, id, std::move(message), options_.exchange.eagerLimit,
+        static_cast<SendFailureListener&>(*this));
     out->encode(exchange_.frames());
     out->dropSource();
     return out;

@@ -25,7 +25,9 @@ class MpiAgent::RequestTask final : public Task {
 class MpiAgent::LocalRequestTask final : public Task {
  public:
   LocalRequestTask(MpiAgent& agent, uint64_t id, RpcMessage message)
-      : agent_(agent), id_(id), message_(std::move(message)) {}
+      : agent_(agent),
+        id_(id),
+        message_(std::move(message)) {}
   Kind kind() const override {
     return Kind::kRequest;
   }
@@ -71,7 +73,8 @@ class MpiAgent::ErrorTask final : public Task {
 class MpiAgent::ReleaseTask final : public Task {
  public:
   ReleaseTask(std::vector<OutboundPtr> finished, std::vector<std::pair<OutboundPtr, std::string>> failed)
-      : finished_(std::move(finished)), failed_(std::move(failed)) {}
+      : finished_(std::move(finished)),
+        failed_(std::move(failed)) {}
   Kind kind() const override {
     return Kind::kCompletion;
   }

@@ -82,9 +82,7 @@ std::shared_ptr<MpiAgent> makeAgent(
     const PyAgentOptions& options) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == static_cast<size_t>(communicator->size()),
-      "one name and one host are needed for each of the ",
-      communicator->size(),
-      " ranks");
+      "one name and one host are needed for each of the ", communicator->size(), " ranks");
   std::vector<GroupMember> members;
   for (size_t rank = 0; rank < names.size(); ++rank) {
     members.push_back({names[rank], hosts[rank]});
@@ -92,8 +90,7 @@ std::shared_ptr<MpiAgent> makeAgent(
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
   return {
       new MpiAgent(
-          std::make_unique<MpiTransport>(communicator),
-          std::move(members),
+          std::make_unique<MpiTransport>(communicator), std::move(members),
           std::make_unique<rpc::RequestCallbackImpl>(),
           options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
       torch::impl::destroy_without_gil<MpiAgent>};
@@ -110,12 +107,7 @@ void bindMpi(py::module_& module) {
       .def("library_version", &MpiLibrary::libraryVersion);
   py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
       .def_static(
-          "duplicate",
-          &Communicator::duplicate,
-          py::arg("runtime"),
-          py::arg("parent"),
-          py::arg("timeout"),
-          NoGil())
+          "duplicate", &Communicator::duplicate, py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
       .def(
@@ -130,12 +122,10 @@ void bindMpi(py::module_& module) {
             std::vector<py::bytes> result(all.begin(), all.end());
             return result;
           },
-          py::arg("data"),
-          py::arg("timeout"))
+          py::arg("data"), py::arg("timeout"))
       .def("free", &Communicator::free, NoGil());
   py::class_<InitWatchdog>(module, "InitWatchdog")
-      .def(
-          py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
+      .def(py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
       .def("cancel", &InitWatchdog::cancel, NoGil());
 }
 
@@ -155,18 +145,18 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
-      .def("shutdown", [](MpiAgent& self) { self.shutdown(); }, NoGil())
+      .def(
+          "shutdown", [](MpiAgent& self) { self.shutdown(); }, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
-      .def("leave", [](MpiAgent& self) { self.shutdown(); }, NoGil())
-      .def("get_worker_info", [](const MpiAgent& self) { return self.getWorkerInfo(); }, NoGil())
       .def(
-          "get_worker_info",
-          [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },
+          "leave", [](MpiAgent& self) { self.shutdown(); }, NoGil())
+      .def(
+          "get_worker_info", [](const MpiAgent& self) { return self.getWorkerInfo(); }, NoGil())
+      .def(
+          "get_worker_info", [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },
           NoGil())
       .def(
-          "get_worker_info",
-          [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); },
-          NoGil())
+          "get_worker_info", [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); }, NoGil())
       .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());

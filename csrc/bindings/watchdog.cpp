@@ -7,7 +7,10 @@
 namespace torch_rpc_mpi {
 
 InitWatchdog::InitWatchdog(std::string what, double warnAfter, double abortAfter)
-    : what_(std::move(what)), warnAfter_(warnAfter), abortAfter_(abortAfter), thread_([this] { watch(); }) {}
+    : what_(std::move(what)),
+      warnAfter_(warnAfter),
+      abortAfter_(abortAfter),
+      thread_([this] { watch(); }) {}
 
 InitWatchdog::~InitWatchdog() {
   cancel();
@@ -36,10 +39,7 @@ void InitWatchdog::watch() {
     }
     if (last) {
       std::fprintf(
-          stderr,
-          "torch_rpc_mpi: gave up after %g s: %s. Ending this process.\n",
-          abortAfter_.count(),
-          what_.c_str());
+          stderr, "torch_rpc_mpi: gave up after %g s: %s. Ending this process.\n", abortAfter_.count(), what_.c_str());
       std::fflush(stderr);
       _exit(1);
     }

@@ -199,9 +199,7 @@ RpcMessage decodeMessage(InboundMessage inbound) {
   Reader descriptions(outline.descriptions);
   auto tensors = readTensors(descriptions, outline.head.tensors, std::move(storages), outline.sizes);
   return c10::make_intrusive<rpc::Message>(
-      std::move(payload),
-      std::move(tensors),
-      static_cast<rpc::MessageType>(inbound.header.messageType),
+      std::move(payload), std::move(tensors), static_cast<rpc::MessageType>(inbound.header.messageType),
       static_cast<int64_t>(inbound.header.callId));
 }
 

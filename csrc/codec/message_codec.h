@@ -54,7 +54,8 @@ class OutboundRpc final : public OutboundMessage {
 class OutboundControl final : public OutboundMessage {
  public:
   OutboundControl(int peer, FrameKind kind, std::string body)
-      : OutboundMessage(peer, kind, 0), body_(std::move(body)) {}
+      : OutboundMessage(peer, kind, 0),
+        body_(std::move(body)) {}
   bool light() const override {
     return true;
   }

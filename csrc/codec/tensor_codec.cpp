@@ -50,10 +50,8 @@ size_t firstByte(const at::Tensor& tensor) {
 // The tensor to read bytes from: dense if the original wastes too much, materialised if it has no bytes at all.
 at::Tensor sendable(const at::Tensor& tensor) {
   TORCH_CHECK(
-      tensor.device().is_cpu(),
-      "The MPI RPC backend can send CPU tensors only, but an argument or result lies on ",
-      tensor.device(),
-      ". Move it to the CPU before sending it (tensor.cpu())");
+      tensor.device().is_cpu(), "The MPI RPC backend can send CPU tensors only, but an argument or result lies on ",
+      tensor.device(), ". Move it to the CPU before sending it (tensor.cpu())");
   if (tensor._is_zerotensor()) {
     return at::zeros(tensor.sizes(), tensor.options());
   }
@@ -124,8 +122,8 @@ void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::v
   for (const Plain& place : plain) {
     const at::Tensor& tensor = tensors[place.index];
     const size_t shown = std::min(denseBytes(tensor), place.last - place.first);
-    auto [found, fresh] = groups.try_emplace(
-        tensor.storage().unsafeGetStorageImpl(), Group{place.first, place.last, shown, kNoSlice});
+    auto [found, fresh] =
+        groups.try_emplace(tensor.storage().unsafeGetStorageImpl(), Group{place.first, place.last, shown, kNoSlice});
     if (!fresh) {
       found->second.first = std::min(found->second.first, place.first);
       found->second.last = std::max(found->second.last, place.last);
@@ -148,7 +146,8 @@ void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::v
 }
 
 void TensorWriter::describe(const at::Tensor& original, const at::Tensor& sent, const Plain& place) {
-  TORCH_CHECK(sent.dim() <= static_cast<int64_t>(kMaxDimensions), "A tensor of ", sent.dim(), " dimensions is not sent");
+  TORCH_CHECK(
+      sent.dim() <= static_cast<int64_t>(kMaxDimensions), "A tensor of ", sent.dim(), " dimensions is not sent");
   uint8_t flags = 0;
   flags |= original.requires_grad() ? kRequiresGrad : 0;
   flags |= sent.is_conj() ? kConjugated : 0;
@@ -175,8 +174,7 @@ void TensorWriter::addPickled(const std::vector<at::Tensor>& tensors, const std:
   for (const size_t index : indices) {
     TORCH_CHECK(
         tensors[index].device().is_cpu(),
-        "The MPI RPC backend can send CPU tensors only, but an argument or result lies on ",
-        tensors[index].device());
+        "The MPI RPC backend can send CPU tensors only, but an argument or result lies on ", tensors[index].device());
     chosen.push_back(tensors[index]);
   }
   std::string pickle;
@@ -277,9 +275,7 @@ void checkBounds(const PlainDescription& description, size_t storageBytes) {
 
 at::Tensor build(const PlainDescription& description, const c10::Storage& storage) {
   auto tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(storage),
-      c10::DispatchKeySet(c10::DispatchKey::CPU),
-      c10::scalarTypeToTypeMeta(description.type));
+      c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(description.type));
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(
       description.sizes, description.strides, static_cast<int64_t>(description.offset));
   if ((description.flags & kConjugated) != 0) {
@@ -310,8 +306,7 @@ std::vector<at::Tensor> unpickle(Reader& reader, std::vector<at::DataPtr>& stora
         at += given;
         return given;
       },
-      nullptr,
-      nullptr,
+      nullptr, nullptr,
       [&](const std::string& name) -> at::DataPtr {
         const size_t index = std::stoul(name);
         TORCH_CHECK(index < count, "a pickled tensor has no storage");
@@ -353,10 +348,7 @@ std::vector<at::Tensor> readTensors(
       if (!storages[index]) {
         // Resizable, as the storage of any tensor that a user makes.
         storages[index] = c10::make_intrusive<c10::StorageImpl>(
-            c10::StorageImpl::use_byte_size_t(),
-            sizes[index],
-            std::move(dataPtrs[index]),
-            c10::GetCPUAllocator(),
+            c10::StorageImpl::use_byte_size_t(), sizes[index], std::move(dataPtrs[index]), c10::GetCPUAllocator(),
             /*resizable=*/true);
       }
       tensors[i] = build(description, storages[index]);
@@ -387,8 +379,7 @@ at::DataPtr allocateStorage(size_t bytes, bool large) {
   auto block = std::make_unique<Block>(Block{ReceivePool::instance().allocate(bytes), bytes});
   void* data = block->data;
   return {
-      data,
-      block.release(),
+      data, block.release(),
       [](void* context) {
         const std::unique_ptr<Block> owned(static_cast<Block*>(context));
         ReceivePool::instance().release(owned->data, owned->bytes);

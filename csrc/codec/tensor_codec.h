@@ -40,10 +40,10 @@ class TensorWriter {
 
  private:
   struct Plain {
-    size_t index;  // in the message
-    size_t group;  // which slice
-    size_t first;  // bytes into its storage
-    size_t last;   // one past
+    size_t index; // in the message
+    size_t group; // which slice
+    size_t first; // bytes into its storage
+    size_t last;  // one past
   };
   void addPlain(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain);
   void addPickled(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& indices);

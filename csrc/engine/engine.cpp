@@ -31,7 +31,9 @@ thread_local struct {
 } // namespace
 
 Engine::Engine(EngineOptions options, EngineDriver& driver, BellWord& bell)
-    : options_(std::move(options)), driver_(driver), doorbell_(bell) {}
+    : options_(std::move(options)),
+      driver_(driver),
+      doorbell_(bell) {}
 
 bool Engine::onEngineThread() const {
   return currentEngine == this;

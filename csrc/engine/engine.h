@@ -117,7 +117,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void spawn(); // with mutex_ held
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
-  TaskPtr take();  // with mutex_ held
+  TaskPtr take();   // with mutex_ held
   int busy() const; // with mutex_ held
   void standBy(std::unique_lock<std::mutex>& lock);
   void lead();

@@ -33,8 +33,9 @@ bool completeBy(const MpiLibrary& mpi, trm_handle& request, Clock::time_point de
 }
 
 Clock::time_point deadlineAfter(double timeout) {
-  return timeout > 0 ? Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout))
-                     : Clock::time_point::max();
+  return timeout > 0
+      ? Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout))
+      : Clock::time_point::max();
 }
 
 std::string missingText(const std::vector<char>& present, double timeout, const char* consequence) {

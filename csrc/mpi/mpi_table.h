@@ -32,7 +32,7 @@ enum trm_thread_level {
 
 /* What a completed receive (or a matched probe) tells. For a completed send only `error` has a meaning. */
 struct trm_status {
-  int source;    /* rank in the communicator */
+  int source; /* rank in the communicator */
   int tag;
   int error;     /* MPI_SUCCESS or an MPI error code */
   int cancelled; /* non-zero when the operation was cancelled */
@@ -48,7 +48,7 @@ struct trm_mpi_table {
   /* Environment (MPI-4.1 sections 11.2 to 11.6). */
   int (*initialized)(int* flag);
   int (*finalized)(int* flag);
-  int (*query_thread)(int* trm_level);                     /* an enum trm_thread_level */
+  int (*query_thread)(int* trm_level); /* an enum trm_thread_level */
   int (*init_thread)(int required_trm_level, int* provided_trm_level);
   int (*get_library_version)(char* text, size_t capacity); /* cut to capacity, always NUL-terminated */
   int (*error_string)(int code, char* text, size_t capacity);
@@ -83,8 +83,15 @@ struct trm_mpi_table {
 
   /* Non-blocking collectives used while a group forms. Byte counts and offsets per rank. */
   int (*iallgather)(const void* send, void* recv, size_t bytes_each, trm_handle comm, trm_handle* request);
-  int (*ialltoallv)(const void* send, const int* send_counts, const int* send_offsets, void* recv,
-                    const int* recv_counts, const int* recv_offsets, trm_handle comm, trm_handle* request);
+  int (*ialltoallv)(
+      const void* send,
+      const int* send_counts,
+      const int* send_offsets,
+      void* recv,
+      const int* recv_counts,
+      const int* recv_offsets,
+      trm_handle comm,
+      trm_handle* request);
 };
 
 /* Each shim exports this one symbol. `library` is a dlopen() handle through which the MPI functions are found (the

@@ -12,7 +12,8 @@ constexpr size_t kFrameBatch = 16;
 } // namespace
 
 MpiTransport::MpiTransport(std::shared_ptr<Communicator> communicator)
-    : communicator_(std::move(communicator)), mpi_(*communicator_->mpi()) {}
+    : communicator_(std::move(communicator)),
+      mpi_(*communicator_->mpi()) {}
 
 OperationStatus MpiTransport::translate(const trm_status& status) const {
   OperationStatus result;
@@ -59,16 +60,14 @@ void MpiTransport::send(
 void MpiTransport::receiveFrame(ProgressToken&, void* data, size_t capacity, Operation* op) {
   trm_handle request = mpi_->request_null;
   mpi_.check(
-      mpi_->irecv(
-          data, capacity, TRM_ANY_SOURCE, static_cast<int>(Channel::kFrame), communicator_->handle(), &request),
+      mpi_->irecv(data, capacity, TRM_ANY_SOURCE, static_cast<int>(Channel::kFrame), communicator_->handle(), &request),
       "MPI_Irecv");
   frames_.push_back({request, op});
 }
 
 void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) {
   trm_handle request = mpi_->request_null;
-  const int code =
-      mpi_->irecv(data, bytes, peer, static_cast<int>(Channel::kBulk), communicator_->handle(), &request);
+  const int code = mpi_->irecv(data, bytes, peer, static_cast<int>(Channel::kBulk), communicator_->handle(), &request);
   if (code != 0) {
     OperationStatus status;
     status.source = peer;

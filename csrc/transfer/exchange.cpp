@@ -7,9 +7,9 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-constexpr int kFrameReceives = 32;  // posted at once: a burst this long needs no unexpected-message copy inside MPI
-constexpr size_t kChunksOut = 4;    // per peer; enough to keep a link busy while the next is posted
-constexpr size_t kChunksIn = 2;     // per peer; see Note [Frames and bulk]
+constexpr int kFrameReceives = 32; // posted at once: a burst this long needs no unexpected-message copy inside MPI
+constexpr size_t kChunksOut = 4;   // per peer; enough to keep a link busy while the next is posted
+constexpr size_t kChunksIn = 2;    // per peer; see Note [Frames and bulk]
 constexpr size_t kDescriptorSpace = 1024; // a frame holds the eager limit and the description of some tensors
 
 // A frame that is nothing but its header.
@@ -278,8 +278,8 @@ void Exchange::released(int source, uint64_t chargedBytes) {
   Peer& peer = *peers_[source];
   const uint64_t requests = peer.releasedRequests.fetch_add(1) + 1;
   const uint64_t bytes = peer.releasedBytes.fetch_add(chargedBytes) + chargedBytes;
-  const bool much = requests - peer.toldRequests >= options_.windowRequests / 2 ||
-      bytes - peer.toldBytes >= options_.windowBytes / 2;
+  const bool much =
+      requests - peer.toldRequests >= options_.windowRequests / 2 || bytes - peer.toldBytes >= options_.windowBytes / 2;
   if (much && !peer.due.exchange(true)) {
     const std::lock_guard<std::mutex> lock(dueMutex_);
     duePeers_.push_back(source);
@@ -300,8 +300,7 @@ bool Exchange::sendDueCredits(ProgressToken& token) {
   for (const int rank : due) {
     Peer& peer = *peers_[rank];
     peer.due = false;
-    if (peer.gone.empty() &&
-        (peer.releasedRequests != peer.toldRequests || peer.releasedBytes != peer.toldBytes)) {
+    if (peer.gone.empty() && (peer.releasedRequests != peer.toldRequests || peer.releasedBytes != peer.toldBytes)) {
       transmit(token, std::make_unique<CreditMessage>(rank));
     }
   }
@@ -327,8 +326,11 @@ void Exchange::onFrame(ProgressToken& token, FrameBuffer frame, const OperationS
   counts_.bytesReceived.fetch_add(status.bytes, std::memory_order_relaxed);
   const auto header = parseFrame(frame.data(), status.bytes);
   if (!header) {
-    listener_.onBadFrame(status.source, "a frame of " + std::to_string(status.bytes) + " bytes that is not of this "
-                         "protocol or version");
+    listener_.onBadFrame(
+        status.source,
+        "a frame of " + std::to_string(status.bytes) +
+            " bytes that is not of this "
+            "protocol or version");
     return;
   }
   if (header->kind != FrameKind::kDrain) {

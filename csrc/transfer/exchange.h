@@ -31,9 +31,9 @@
 namespace torch_rpc_mpi {
 
 struct ExchangeOptions {
-  size_t eagerLimit = 16384;            // bytes of a body that always fits a frame
-  size_t bulkChunk = size_t{4} << 20;   // bytes
-  size_t windowRequests = 256;          // requests with one peer that it has not begun to run
+  size_t eagerLimit = 16384;             // bytes of a body that always fits a frame
+  size_t bulkChunk = size_t{4} << 20;    // bytes
+  size_t windowRequests = 256;           // requests with one peer that it has not begun to run
   size_t windowBytes = size_t{16} << 20; // their bytes
 };
 
@@ -51,9 +51,9 @@ class ExchangeListener {
 };
 
 struct ExchangeCounts {
-  uint64_t framesSent = 0;     // without drain frames, as the others
+  uint64_t framesSent = 0; // without drain frames, as the others
   uint64_t framesReceived = 0;
-  uint64_t bytesSent = 0;      // frames and bulk
+  uint64_t bytesSent = 0; // frames and bulk
   uint64_t bytesReceived = 0;
   uint64_t waitingForCredit = 0;
   uint64_t bulkInFlight = 0; // parts being sent or received

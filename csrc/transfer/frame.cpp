@@ -10,7 +10,8 @@ constexpr size_t kKeptBuffers = 256;
 } // namespace
 
 FrameBuffer::FrameBuffer(std::shared_ptr<FramePool> pool, std::unique_ptr<char[]> data)
-    : pool_(std::move(pool)), data_(std::move(data)) {}
+    : pool_(std::move(pool)),
+      data_(std::move(data)) {}
 
 FrameBuffer& FrameBuffer::operator=(FrameBuffer&& other) noexcept {
   if (this != &other) {

@@ -76,10 +76,10 @@ class BulkTarget {
 struct InboundMessage {
   int source = 0;
   FrameHeader header;
-  FrameBuffer frame;                   // holds the body …
+  FrameBuffer frame;                    // holds the body …
   std::unique_ptr<char[]> separateBody; // … unless this does
-  std::unique_ptr<BulkTarget> target;  // null when there were no bulk parts
-  std::string error;                   // it could not be taken in (no memory, a body that makes no sense)
+  std::unique_ptr<BulkTarget> target;   // null when there were no bulk parts
+  std::string error;                    // it could not be taken in (no memory, a body that makes no sense)
 
   ConstSpan body() const {
     return {separateBody != nullptr ? separateBody.get() : frame.body(), header.bodyBytes};

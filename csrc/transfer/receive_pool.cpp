@@ -88,7 +88,8 @@ void ReceivePool::trim(Clock::time_point before) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& [size, blocks] : free_) {
-      const auto end = std::find_if(blocks.begin(), blocks.end(), [&](const FreeBlock& b) { return b.since >= before; });
+      const auto end =
+          std::find_if(blocks.begin(), blocks.end(), [&](const FreeBlock& b) { return b.since >= before; });
       for (auto block = blocks.begin(); block != end; ++block) {
         old.push_back(block->block);
         cached_ -= size;

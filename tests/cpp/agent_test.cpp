@@ -33,9 +33,11 @@ class EchoCallback final : public rpc::RequestCallback {
       held.push_back(future);
       return future;
     }
-    future->markCompleted(at::IValue(c10::make_intrusive<rpc::Message>(
-        std::vector<char>(request.payload()), std::vector<at::Tensor>(request.tensors()),
-        rpc::MessageType::SCRIPT_RET)));
+    future->markCompleted(
+        at::IValue(
+            c10::make_intrusive<rpc::Message>(
+                std::vector<char>(request.payload()), std::vector<at::Tensor>(request.tensors()),
+                rpc::MessageType::SCRIPT_RET)));
     return future;
   }
 };
@@ -50,8 +52,9 @@ struct Group {
     for (int rank = 0; rank < size; ++rank) {
       auto callback = std::make_unique<EchoCallback>();
       callbacks.push_back(callback.get());
-      agents.push_back(std::make_shared<MpiAgent>(
-          std::make_unique<FakeTransport>(network, rank), members, std::move(callback), options));
+      agents.push_back(
+          std::make_shared<MpiAgent>(
+              std::make_unique<FakeTransport>(network, rank), members, std::move(callback), options));
     }
     for (auto& agent : agents) {
       agent->start();
@@ -62,7 +65,12 @@ struct Group {
       agent->shutdown();
     }
   }
-  JitFuturePtr call(int from, int to, const std::string& text, std::vector<at::Tensor> tensors = {}, float timeout = -1) {
+  JitFuturePtr call(
+      int from,
+      int to,
+      const std::string& text,
+      std::vector<at::Tensor> tensors = {},
+      float timeout = -1) {
     return agents[from]->send(
         agents[from]->getWorkerInfo(static_cast<rpc::worker_id_t>(to)),
         c10::make_intrusive<rpc::Message>(
@@ -130,7 +138,9 @@ TEST(agent_many_calls_both_ways) {
   Group group(2, options);
   std::vector<JitFuturePtr> futures;
   for (int i = 0; i < 500; ++i) {
-    futures.push_back(group.call(i % 2, 1 - i % 2, std::to_string(i), i % 7 == 0 ? std::vector<at::Tensor>{at::full({50000}, i)} : std::vector<at::Tensor>{}));
+    futures.push_back(group.call(
+        i % 2, 1 - i % 2, std::to_string(i),
+        i % 7 == 0 ? std::vector<at::Tensor>{at::full({50000}, i)} : std::vector<at::Tensor>{}));
   }
   for (int i = 0; i < 500; ++i) {
     CHECK_EQUAL(textOf(answer(futures[i])), std::to_string(i));
@@ -149,8 +159,10 @@ TEST(agent_times_out_with_torchs_text_and_drops_the_late_response) {
   Group group(2);
   const std::string error = errorOf(group.call(0, 1, "hold", {}, 0.05F));
   CHECK_THAT(error.find("RPC ran for more than set timeout (50 ms)") != std::string::npos);
-  group.callbacks[1]->held[0]->markCompleted(at::IValue(c10::make_intrusive<rpc::Message>(
-      std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
+  group.callbacks[1]->held[0]->markCompleted(
+      at::IValue(
+          c10::make_intrusive<rpc::Message>(
+              std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
   CHECK_EQUAL(textOf(answer(group.call(0, 1, "after"))), "after");
 }
 
@@ -188,8 +200,10 @@ TEST(agent_join_waits_for_a_call_under_way) {
     std::this_thread::yield();
   }
   CHECK_THROWS(group.agents[0]->join(true, 0.05F), "calls of this worker are unanswered: 1 to worker 'worker1'");
-  group.callbacks[1]->held[0]->markCompleted(at::IValue(c10::make_intrusive<rpc::Message>(
-      std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
+  group.callbacks[1]->held[0]->markCompleted(
+      at::IValue(
+          c10::make_intrusive<rpc::Message>(
+              std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
   answer(future);
   group.joinAll();
 }

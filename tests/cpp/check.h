@@ -55,13 +55,14 @@ inline void that(bool ok, const char* text, const char* file, int line) {
   static void test_##name()
 #define CHECK_THAT(condition) check::that(static_cast<bool>(condition), #condition, __FILE__, __LINE__)
 #define CHECK_EQUAL(a, b) check::equal((a), (b), #a " == " #b, __FILE__, __LINE__)
-#define CHECK_THROWS(expression, part)                                                          \
-  do {                                                                                          \
-    std::string caught_ = "nothing";                                                            \
-    try {                                                                                       \
-      (void)(expression);                                                                       \
-    } catch (const std::exception& error_) {                                                    \
-      caught_ = error_.what();                                                                  \
-    }                                                                                           \
-    check::that(caught_.find(part) != std::string::npos, (#expression " threw " + caught_).c_str(), __FILE__, __LINE__); \
+#define CHECK_THROWS(expression, part)                                                                           \
+  do {                                                                                                           \
+    std::string caught_ = "nothing";                                                                             \
+    try {                                                                                                        \
+      (void)(expression);                                                                                        \
+    } catch (const std::exception& error_) {                                                                     \
+      caught_ = error_.what();                                                                                   \
+    }                                                                                                            \
+    check::that(                                                                                                 \
+        caught_.find(part) != std::string::npos, (#expression " threw " + caught_).c_str(), __FILE__, __LINE__); \
   } while (false)

@@ -2,8 +2,8 @@
 
 #include <ATen/Functions.h>
 
-#include "check.h"
 #include "agent/call_table.h"
+#include "check.h"
 #include "transfer/receive_pool.h"
 
 using namespace torch_rpc_mpi;
@@ -37,9 +37,9 @@ TEST(codec_keeps_every_dtype) {
 TEST(codec_keeps_shapes_strides_and_flags) {
   const at::Tensor base = at::randn({20, 30});
   for (const at::Tensor& tensor : std::vector<at::Tensor>{
-           base.t(), base.slice(1, 3, 25, 2), base.select(0, 4), at::randn({}), at::empty({0, 4}), at::randn({1}).expand({5, 7}),
-           base.unfold(0, 3, 1), at::randn({2, 3}, at::kComplexFloat).conj(), at::_neg_view(base),
-           at::randn({2, 3}, at::kComplexDouble).conj().t()}) {
+           base.t(), base.slice(1, 3, 25, 2), base.select(0, 4), at::randn({}), at::empty({0, 4}),
+           at::randn({1}).expand({5, 7}), base.unfold(0, 3, 1), at::randn({2, 3}, at::kComplexFloat).conj(),
+           at::_neg_view(base), at::randn({2, 3}, at::kComplexDouble).conj().t()}) {
     const at::Tensor arrived = throughTheWire(tensor);
     CHECK_THAT(arrived.sizes() == tensor.sizes());
     CHECK_THAT(arrived.is_conj() == tensor.is_conj());
@@ -82,7 +82,8 @@ TEST(codec_carries_sparse_and_quantized_tensors) {
 TEST(codec_refuses_bodies_that_lie) {
   // Every truncation and every changed byte of a real body: an error or a message, never a crash.
   auto message = c10::make_intrusive<rpc::Message>(
-      std::vector<char>(9, 'x'), std::vector<at::Tensor>{at::randn({3, 4}).t(), at::eye(3).to_sparse()}, rpc::SCRIPT_CALL);
+      std::vector<char>(9, 'x'), std::vector<at::Tensor>{at::randn({3, 4}).t(), at::eye(3).to_sparse()},
+      rpc::SCRIPT_CALL);
   class Nobody final : public SendFailureListener {
    public:
     void onSendFailed(FrameKind, int, uint64_t, const std::string&) noexcept override {}
@@ -167,6 +168,7 @@ TEST(receive_pool_reuses_bounds_and_trims) {
   CHECK_EQUAL(pool.cachedBytes(), 0U);
   for (const size_t bytes : {1UL, 4096UL, 4097UL, 100000UL, 2097152UL, 5000000UL, 1UL << 30}) {
     CHECK_THAT(ReceivePool::classSize(bytes) >= bytes);
-    CHECK_THAT(ReceivePool::classSize(bytes) <= bytes + std::max<size_t>(bytes / 4, bytes >= (2 << 20) ? 2 << 20 : 4096));
+    CHECK_THAT(
+        ReceivePool::classSize(bytes) <= bytes + std::max<size_t>(bytes / 4, bytes >= (2 << 20) ? 2 << 20 : 4096));
   }
 }

@@ -15,7 +15,9 @@ namespace {
 class TextMessage final : public OutboundMessage {
  public:
   TextMessage(int peer, FrameKind kind, std::string text, std::vector<std::string> parts = {})
-      : OutboundMessage(peer, kind, 7), text_(std::move(text)), parts_(std::move(parts)) {
+      : OutboundMessage(peer, kind, 7),
+        text_(std::move(text)),
+        parts_(std::move(parts)) {
     if (kind == FrameKind::kRequest) {
       header().chargedBytes = text_.size();
       for (const std::string& part : parts_) {
@@ -59,7 +61,9 @@ class TextTarget final : public BulkTarget {
 // One rank: an exchange over the fake, and what it heard.
 struct Rank : ExchangeListener {
   Rank(const std::shared_ptr<FakeNetwork>& network, int rank, ExchangeOptions options)
-      : transport(network, rank), exchange(transport, *this, options), hold(tokens) {
+      : transport(network, rank),
+        exchange(transport, *this, options),
+        hold(tokens) {
     exchange.start(*hold);
   }
   ~Rank() override {
@@ -122,7 +126,9 @@ struct Rank : ExchangeListener {
 
 struct Pair {
   explicit Pair(ExchangeOptions options = smallOptions())
-      : network(std::make_shared<FakeNetwork>(2)), a(network, 0, options), b(network, 1, options) {}
+      : network(std::make_shared<FakeNetwork>(2)),
+        a(network, 0, options),
+        b(network, 1, options) {}
   static ExchangeOptions smallOptions() {
     ExchangeOptions options;
     options.eagerLimit = 64;
