@@ -21,6 +21,7 @@ enum Kind : char {
   kTensor = 't',
   kTensorOfMany = 'T', // more than one element: no number
   kInt = 'i',
+  kLargeInt = 'I', // more than 64 bits
   kBool = 'b',
   kFloat = 'f',
   kComplex = 'c',
@@ -49,7 +50,7 @@ Kind kindOf(PyObject* object) {
   if (type == &PyLong_Type) {
     int overflow = 0;
     PyLong_AsLongLongAndOverflow(object, &overflow);
-    return overflow == 0 ? kInt : kOther; // too large: torch's conversions raise errors of several types
+    return overflow == 0 ? kInt : kLargeInt;
   }
   if (type == &PyFloat_Type) {
     return kFloat;
@@ -78,11 +79,10 @@ Shape shapeOf(PyObject* object) {
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(object);
   for (Py_ssize_t i = 0; i < size; ++i) {
     const Kind kind = kindOf(items[i]);
-    if (i > 0 && kind != shape.elements) {
-      shape.elements = kOther;
-      break;
+    if (kind == kLargeInt) {
+      return {kSequence, kLargeInt};
     }
-    shape.elements = kind;
+    shape.elements = i == 0 || kind == shape.elements ? kind : kOther;
   }
   return shape;
 }
@@ -134,10 +134,10 @@ struct Arguments {
   Arguments(const py::args& args, const py::kwargs& kwargs) {
     positional.reserve(args.size());
     for (const auto& arg : args) {
-      positional.push_back(shapeOf(arg.ptr()));
+      positional.push_back(look(arg));
     }
     for (const auto& [name, value] : kwargs) {
-      named.emplace_back(name.cast<std::string>(), shapeOf(value.ptr()));
+      named.emplace_back(name.cast<std::string>(), look(value));
     }
   }
 
@@ -153,6 +153,10 @@ struct Arguments {
   }
 
   bool cannotMatch(const c10::FunctionSchema& schema) const {
+    // The conversion of such a number may raise an error that ends torch's search, whatever the other arguments are.
+    if (hasLargeInt) {
+      return false;
+    }
     const auto& parameters = schema.arguments();
     if (positional.size() + named.size() > parameters.size()) {
       return true;
@@ -181,6 +185,13 @@ struct Arguments {
     return nullptr;
   }
 
+  Shape look(const py::handle& value) {
+    const Shape shape = shapeOf(value.ptr());
+    hasLargeInt = hasLargeInt || shape.kind == kLargeInt || shape.elements == kLargeInt;
+    return shape;
+  }
+
+  bool hasLargeInt = false;
   std::vector<Shape> positional;
   std::vector<std::pair<std::string, Shape>> named;
 };
@@ -236,15 +247,12 @@ Operators select(const Operators& operators, bool c10) {
 
 // As torch does it: those known to the dispatcher come first.
 BuiltinCall matchAmongAll(
-    c10::Symbol symbol, const std::string& opName, const py::args& args, const py::kwargs& kwargs) {
+    c10::Symbol symbol,
+    const std::string& opName,
+    const py::args& args,
+    const py::kwargs& kwargs) {
   TORCH_CHECK(
-      symbol.is_aten(),
-      "Failed to match operator name ",
-      opName,
-      " and arguments (args: ",
-      args,
-      ", kwargs: ",
-      kwargs,
+      symbol.is_aten(), "Failed to match operator name ", opName, " and arguments (args: ", args, ", kwargs: ", kwargs,
       ") to a builtin operator");
   const Operators operators = torch::jit::getAllOperatorsFor(symbol);
   try {

@@ -23,11 +23,9 @@ struct BuiltinCall {
 // arguments whose value decides (a tensor of one element where a number is wanted), and a failure has torch's text.
 //
 // With the GIL, which also guards what is remembered.
-BuiltinCall matchBuiltin(
-    const std::string& opName, const pybind11::args& args, const pybind11::kwargs& kwargs);
+BuiltinCall matchBuiltin(const std::string& opName, const pybind11::args& args, const pybind11::kwargs& kwargs);
 
 // The same without leaving anything out: what matchBuiltin() is tested against.
-BuiltinCall matchBuiltinAmongAll(
-    const std::string& opName, const pybind11::args& args, const pybind11::kwargs& kwargs);
+BuiltinCall matchBuiltinAmongAll(const std::string& opName, const pybind11::args& args, const pybind11::kwargs& kwargs);
 
 } // namespace torch_rpc_mpi

@@ -221,8 +221,7 @@ JitFuturePtr pyRpcTorchscript(
     float rpcTimeoutSeconds,
     bool isAsyncExecution) {
   ScriptFunctionCall call(qualifiedNameStr, argsTuple, kwargsDict);
-  return rpc::rpcTorchscript(
-      dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution);
+  return rpc::rpcTorchscript(dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution);
 }
 
 PyRRef pyRemoteBuiltin(
@@ -247,13 +246,11 @@ PyRRef pyRemotePythonUdf(
     float rpcTimeoutSeconds,
     bool isAsyncExecution) {
   rpc::SerializedPyObj function(std::move(pickledPythonUDF), std::move(tensors));
-  return createRemotely(
-      dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
-        auto message = rpc::PythonRemoteCall(
-                           std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution)
-                           .toMessage();
-        return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
-      });
+  return createRemotely(dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
+    auto message =
+        rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution).toMessage();
+    return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+  });
 }
 
 PyRRef pyRemoteTorchscript(
@@ -264,8 +261,8 @@ PyRRef pyRemoteTorchscript(
     const py::args& args,
     const py::kwargs& kwargs) {
   ScriptFunctionCall call(qualifiedNameStr, args, kwargs);
-  return PyRRef(rpc::remoteTorchscript(
-      dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution));
+  return PyRRef(
+      rpc::remoteTorchscript(dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution));
 }
 
 } // namespace torch_rpc_mpi

@@ -19,7 +19,8 @@ using torch::distributed::rpc::WorkerInfo;
 // The future of a response as a future of the Python object in it, made on the thread that completes the former.
 // Without hasValue it has no value, and the response is not looked into; an error is passed on either way.
 c10::intrusive_ptr<JitFuture> toPyJitFuture(
-    const c10::intrusive_ptr<JitFuture>& messageJitFuture, bool hasValue = true);
+    const c10::intrusive_ptr<JitFuture>& messageJitFuture,
+    bool hasValue = true);
 
 // As in torch, the functions of builtin operators are called with the GIL and release it to send, and all others are
 // called without it. rpcTimeoutSeconds is in seconds: 0 for no timeout, kUnsetRpcTimeout for the agent's.

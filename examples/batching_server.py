@@ -40,9 +40,6 @@ class Server:
             future.set_result(batch @ self.weight)
         return result
 
-    def batches_computed(self) -> int:
-        return self.batches
-
 
 def work(server: rpc.RRef, rank: int) -> float:
     total = 0.0
@@ -59,5 +56,5 @@ if __name__ == "__main__":
         server = rpc.RRef(Server())
         clients = [rpc.rpc_async(f"worker{client}", work, args=(server, client)) for client in range(1, BATCH + 1)]
         torch.futures.wait_all(clients)
-        print(f"{BATCH * ROUNDS} requests in {server.local_value().batches_computed()} batches")
+        print(f"{BATCH * ROUNDS} requests in {server.local_value().batches} batches")
     rpc.shutdown()

@@ -2,7 +2,8 @@
 
 These are the functions of torch's ``torch/csrc/distributed/rpc/python_functions.h``, which torch's library does not
 export, with their arguments in their order and Python names. They do for any RPC backend what torch's private
-``torch._C._distributed_rpc._invoke_*`` do, and find the overload of a builtin operator faster. See docs/entry_points.md.
+``torch._C._distributed_rpc._invoke_*`` do, and find the overload of a builtin operator faster; see
+docs/entry_points.md.
 
 Arguments that several of them have:
 
@@ -78,7 +79,8 @@ def py_rpc_python_udf(
     """Runs a Python function at a worker (``pyRpcPythonUdf``).
 
     Returns:
-        The future of the function's result. An exception of the function is raised by its ``wait()``.
+        The future of the function's result. What the function raised, its ``wait()`` raises as torch's does: as
+        ``ValueError`` or ``TypeError`` if it was that, else as ``RuntimeError`` with the type's name in the text.
     """
     return _C.py_rpc_python_udf(dst, pickled_python_udf, list(tensors), rpc_timeout_seconds, is_async_execution)
 
@@ -110,7 +112,7 @@ def py_remote_builtin(
     rpc_timeout_seconds: float = UNSET_RPC_TIMEOUT,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-) -> PyRRef:
+) -> PyRRef[Any]:
     """Runs a builtin operator at a worker and keeps its result there (``pyRemoteBuiltin``).
 
     Raises:
@@ -128,7 +130,7 @@ def py_remote_python_udf(
     tensors: Sequence[Tensor],
     rpc_timeout_seconds: float = UNSET_RPC_TIMEOUT,
     is_async_execution: bool = False,
-) -> PyRRef:
+) -> PyRRef[Any]:
     """Runs a Python function at a worker and keeps its result there (``pyRemotePythonUdf``).
 
     Returns:
@@ -144,7 +146,7 @@ def py_remote_torchscript(
     is_async_execution: bool = False,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-) -> PyRRef:
+) -> PyRRef[Any]:
     """Runs a TorchScript function at a worker and keeps its result there (``pyRemoteTorchscript``).
 
     Raises:
@@ -188,7 +190,10 @@ def send_torchscript(
     rpc_timeout_seconds: float = UNSET_RPC_TIMEOUT,
     is_async_execution: bool = False,
 ) -> Future[Any]:
-    """The call of :func:`py_rpc_torchscript` alone: returns the future of the response, for :func:`to_py_jit_future`."""
+    """The call of :func:`py_rpc_torchscript`: returns the future of the response, for :func:`to_py_jit_future`.
+
+    That makes a future of a Python object of it, which scripts, unlike those of ``py_rpc_torchscript``, cannot await.
+    """
     return _C.send_torchscript(
         dst_worker_name, qualified_name, tuple(args), dict(kwargs or {}), rpc_timeout_seconds, is_async_execution
     )
@@ -200,8 +205,7 @@ def to_py_jit_future(message_future: Future[Any], has_value: bool = True) -> Fut
     Args:
         message_future: what a ``send_*`` function of this module returned.
         has_value: False for a future that only signals completion: its value is None, and the response is not looked
-            into. A failed call raises nevertheless; an exception that a Python function raised is part of the response,
-            and so does not.
+            into. A failed call raises nevertheless; what a Python function raised is part of the response and does not.
 
     Returns:
         A future with the devices of ``message_future``, completed by the thread that completes that.

@@ -51,7 +51,7 @@ void MpiAgent::joinFailed(const std::string& reason) {
 }
 
 void MpiAgent::join(bool shutdown, float timeout) {
-  TORCH_CHECK(!inForkedChild(), "RPC cannot be used in a child process made by fork()");
+  checkNotForked();
   TORCH_CHECK(timeout >= 0, "The timeout of join must not be negative, but is ", timeout);
   std::unique_lock<std::mutex> lock(joinMutex_);
   {

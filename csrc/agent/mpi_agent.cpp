@@ -110,13 +110,17 @@ std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
   return std::chrono::milliseconds(seconds > 0 ? std::max<int64_t>(milliseconds, 1) : 0);
 }
 
-void MpiAgent::checkUsable(const rpc::Message& message) const {
-  TORCH_CHECK(message.isRequest(), "MpiAgent::send(..) is only for sending requests.");
+void MpiAgent::checkNotForked() const {
   TORCH_CHECK(
       !inForkedChild(),
       "RPC cannot be used in a child process made by fork(): RPC was initialized in its parent, and its threads and "
       "its MPI stay there. Start such processes with the 'spawn' or 'forkserver' method, or do not call RPC in them "
       "(for a DataLoader: multiprocessing_context='forkserver')");
+}
+
+void MpiAgent::checkUsable(const rpc::Message& message) const {
+  TORCH_CHECK(message.isRequest(), "MpiAgent::send(..) is only for sending requests.");
+  checkNotForked();
   TORCH_CHECK(
       rpcAgentRunning_.load(), "Node ", rank_, " tried to send() a message of type ", message.type(),
       " but RPC is no longer running on this node.");

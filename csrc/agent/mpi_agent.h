@@ -69,6 +69,9 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   // After join(shutdown=true): frees everything. Without: says goodbye to the peers and stops; local and bounded.
   void shutdownImpl() override;
 
+  // Throws in a child process made by fork().
+  void checkNotForked() const;
+
   using RpcAgent::getWorkerInfo;
   const WorkerInfo& getWorkerInfo(const std::string& workerName) const override;
   const WorkerInfo& getWorkerInfo(torch::distributed::rpc::worker_id_t id) const override;

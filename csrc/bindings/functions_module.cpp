@@ -46,41 +46,26 @@ void bindBuiltin(py::module_& module) {
       [](const WorkerInfo& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout) {
         return wrap(pyRpcBuiltin(dst, name, positional(args), keywords(kwargs), timeout));
       },
-      py::arg("dst"),
-      py::arg("op_name"),
-      py::arg("args"),
-      py::arg("kwargs"),
-      py::arg("rpc_timeout_seconds"));
+      py::arg("dst"), py::arg("op_name"), py::arg("args"), py::arg("kwargs"), py::arg("rpc_timeout_seconds"));
   module.def(
       "send_builtin",
       [](const WorkerInfo& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout) {
         return wrap(sendBuiltin(dst, name, positional(args), keywords(kwargs), timeout));
       },
-      py::arg("dst"),
-      py::arg("op_name"),
-      py::arg("args"),
-      py::arg("kwargs"),
-      py::arg("rpc_timeout_seconds"));
+      py::arg("dst"), py::arg("op_name"), py::arg("args"), py::arg("kwargs"), py::arg("rpc_timeout_seconds"));
   module.def(
       "py_remote_builtin",
       [](const WorkerInfo& dst, const std::string& name, float timeout, const py::tuple& args, const py::dict& kwargs) {
         return pyRemoteBuiltin(dst, name, timeout, positional(args), keywords(kwargs));
       },
-      py::arg("dst"),
-      py::arg("op_name"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("args"),
-      py::arg("kwargs"));
+      py::arg("dst"), py::arg("op_name"), py::arg("rpc_timeout_seconds"), py::arg("args"), py::arg("kwargs"));
   module.def(
       "match_builtin",
       [](const std::string& name, const py::tuple& args, const py::dict& kwargs, bool amongAll) {
         const auto match = amongAll ? matchBuiltinAmongAll : matchBuiltin;
         return overloadOf(match(name, positional(args), keywords(kwargs)));
       },
-      py::arg("op_name"),
-      py::arg("args"),
-      py::arg("kwargs"),
-      py::arg("among_all"));
+      py::arg("op_name"), py::arg("args"), py::arg("kwargs"), py::arg("among_all"));
 }
 
 void bindPythonUdf(py::module_& module) {
@@ -89,86 +74,48 @@ void bindPythonUdf(py::module_& module) {
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
         return wrap(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync));
       },
-      py::arg("dst"),
-      py::arg("pickled_python_udf"),
-      py::arg("tensors"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"),
-      NoGil());
+      py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"), NoGil());
   module.def(
       "send_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
         return wrap(sendPythonUdf(dst, pickled, tensors, timeout, isAsync));
       },
-      py::arg("dst"),
-      py::arg("pickled_python_udf"),
-      py::arg("tensors"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"),
-      NoGil());
+      py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"), NoGil());
   module.def(
       "py_remote_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
         return pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync);
       },
-      py::arg("dst"),
-      py::arg("pickled_python_udf"),
-      py::arg("tensors"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"),
-      NoGil());
+      py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"), NoGil());
 }
 
 void bindTorchscript(py::module_& module) {
   module.def(
       "py_rpc_torchscript",
-      [](const std::string& dst,
-         const std::string& name,
-         const py::tuple& args,
-         const py::dict& kwargs,
-         float timeout,
+      [](const std::string& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout,
          bool isAsync) { return wrap(pyRpcTorchscript(dst, name, args, kwargs, timeout, isAsync)); },
-      py::arg("dst_worker_name"),
-      py::arg("qualified_name"),
-      py::arg("args"),
-      py::arg("kwargs"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"),
-      NoGil());
+      py::arg("dst_worker_name"), py::arg("qualified_name"), py::arg("args"), py::arg("kwargs"),
+      py::arg("rpc_timeout_seconds"), py::arg("is_async_execution"), NoGil());
   module.def(
       "send_torchscript",
-      [](const std::string& dst,
-         const std::string& name,
-         const py::tuple& args,
-         const py::dict& kwargs,
-         float timeout,
+      [](const std::string& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout,
          bool isAsync) { return wrap(sendTorchscript(dst, name, args, kwargs, timeout, isAsync)); },
-      py::arg("dst_worker_name"),
-      py::arg("qualified_name"),
-      py::arg("args"),
-      py::arg("kwargs"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"),
-      NoGil());
+      py::arg("dst_worker_name"), py::arg("qualified_name"), py::arg("args"), py::arg("kwargs"),
+      py::arg("rpc_timeout_seconds"), py::arg("is_async_execution"), NoGil());
   module.def(
       "py_remote_torchscript",
-      [](const std::string& dst,
-         const std::string& name,
-         float timeout,
-         bool isAsync,
-         const py::tuple& args,
+      [](const std::string& dst, const std::string& name, float timeout, bool isAsync, const py::tuple& args,
          const py::dict& kwargs) {
         const py::args positionals = positional(args);
         const py::kwargs named = keywords(kwargs);
         const py::gil_scoped_release noGil;
         return pyRemoteTorchscript(dst, name, timeout, isAsync, positionals, named);
       },
-      py::arg("dst_worker_name"),
-      py::arg("qualified_name"),
-      py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"),
-      py::arg("args"),
-      py::arg("kwargs"));
+      py::arg("dst_worker_name"), py::arg("qualified_name"), py::arg("rpc_timeout_seconds"),
+      py::arg("is_async_execution"), py::arg("args"), py::arg("kwargs"));
 }
 
 } // namespace
@@ -184,9 +131,7 @@ void bindFunctions(py::module_& module) {
       [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {
         return wrap(toPyJitFuture(messageFuture.fut, hasValue));
       },
-      py::arg("message_future"),
-      py::arg("has_value"),
-      NoGil());
+      py::arg("message_future"), py::arg("has_value"), NoGil());
 }
 
 } // namespace torch_rpc_mpi

@@ -8,7 +8,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
+#include "bindings/functions_module.h"
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
 
@@ -96,6 +98,18 @@ std::shared_ptr<MpiAgent> makeAgent(
       torch::impl::destroy_without_gil<MpiAgent>};
 }
 
+// In a forked child there is nothing to shut down, and no thread that could be joined.
+void shutdownAgent(MpiAgent& agent) {
+  if (!inForkedChild()) {
+    agent.shutdown();
+  }
+}
+
+rpc::WorkerInfo ownWorkerInfo(const MpiAgent& agent) {
+  agent.checkNotForked(); // much of torch's API passes here first, also what would only wait
+  return agent.getWorkerInfo();
+}
+
 void bindMpi(py::module_& module) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
@@ -145,13 +159,10 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
-      .def(
-          "shutdown", [](MpiAgent& self) { self.shutdown(); }, NoGil())
+      .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
-      .def(
-          "leave", [](MpiAgent& self) { self.shutdown(); }, NoGil())
-      .def(
-          "get_worker_info", [](const MpiAgent& self) { return self.getWorkerInfo(); }, NoGil())
+      .def("leave", &shutdownAgent, NoGil())
+      .def("get_worker_info", &ownWorkerInfo, NoGil())
       .def(
           "get_worker_info", [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },
           NoGil())
@@ -180,6 +191,7 @@ PYBIND11_MODULE(_C, module) {
   translateExceptions();
   bindMpi(module);
   bindAgent(module);
+  bindFunctions(module);
   module.attr("__torch_version__") = TORCH_VERSION;
 }
 
