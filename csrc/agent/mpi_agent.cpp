@@ -130,7 +130,11 @@ JitFuturePtr MpiAgent::send(
     const WorkerInfo& to,
     RpcMessage message,
     const float rpcTimeoutSeconds,
-    const rpc::DeviceMap& /*deviceMap*/) {
+    const rpc::DeviceMap& deviceMap) {
+  // torch's RRefContext keeps the agent of the first session for good, also when RPC is initialized again.
+  if (!rpcAgentRunning_.load() && isCurrentRpcAgentSet() && getCurrentRpcAgent().get() != this) {
+    return getCurrentRpcAgent()->send(to, std::move(message), rpcTimeoutSeconds, deviceMap);
+  }
   checkUsable(*message);
   const WorkerInfo& peer = getWorkerInfo(to.id_);
   PendingCall call;

@@ -56,9 +56,10 @@ struct PyAgentOptions {
     AgentOptions options;
     options.coresToSpare = std::clamp(availableCores() / std::max(ranksOnHost, 1) / 2, 1, 4);
     options.numWorkerThreads = numWorkerThreads;
-    // Rounded up: the smallest timeout is not "none".
-    options.rpcTimeout =
-        std::chrono::milliseconds(static_cast<int64_t>(std::ceil(rpcTimeout * rpc::kSecToMsConversion)));
+    options.rpcTimeout = std::chrono::milliseconds(std::llround(rpcTimeout * 1000));
+    if (rpcTimeout > 0 && options.rpcTimeout.count() == 0) {
+      options.rpcTimeout = std::chrono::milliseconds(1); // 0 would mean none
+    }
     options.exchange.eagerLimit = eagerLimit;
     options.exchange.bulkChunk = bulkChunk;
     // What all peers together may have waiting here stays bounded; each may always have something.

@@ -243,20 +243,12 @@ def sparse_coo(world: World, make: Any) -> None:
         check_sparse(world, make(n))
 
 
+# As results torch itself refuses them, before a backend sees them: Message::getStorages() knows no compressed layout.
 @case()
 def sparse_csr_as_argument(world: World) -> None:
     for n in (4, 6000):
         x = SPARSE["csr"](n)
         equal(rpc.rpc_sync(world.next, parts, args=(x,)), parts(x))
-
-
-@case(
-    each={name: make for name, make in SPARSE.items() if not name.startswith("coo")},
-    tensorpipe="torch's Message::getStorages refuses them as results, TensorPipe all but CSR as arguments",
-)
-def sparse_compressed(world: World, make: Any) -> None:
-    for n in (4, 6000):
-        check_sparse(world, make(n))
 
 
 # Sizes and numbers
