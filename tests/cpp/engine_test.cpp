@@ -97,6 +97,7 @@ TEST(engine_runs_what_arrives) {
     running.request([&] { done.count_down(); });
   }
   done.wait();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
 TEST(engine_progresses_and_completes_while_all_workers_block) {
@@ -134,6 +135,7 @@ TEST(engine_progresses_and_completes_while_all_workers_block) {
   release.release();
   released.wait();
   fourthRan.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
 TEST(engine_runs_long_requests_side_by_side) {
@@ -143,21 +145,23 @@ TEST(engine_runs_long_requests_side_by_side) {
     running.request([&] { all.arrive_and_wait(); });
   }
   all.wait();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
 TEST(engine_runs_long_requests_of_one_batch_side_by_side_after_sleeping) {
   Running running(2);
   for (int round = 0; round < 20; ++round) {
-    std::latch warm(20); // so that threads exist and are parked
+    auto warm = std::make_shared<std::latch>(20); // so that threads exist and are parked
     for (int i = 0; i < 20; ++i) {
-      running.completion([&] { warm.count_down(); });
+      running.completion([warm] { warm->count_down(); });
     }
-    warm.wait();
+    warm->wait();
     std::this_thread::sleep_for(std::chrono::milliseconds(4));
-    std::latch both(2);
-    running.driver.put(Task::Kind::kRequest, [&] { both.arrive_and_wait(); });
-    running.request([&] { both.arrive_and_wait(); });
-    both.wait();
+    // Shared: the tasks may still be inside it when this thread goes on.
+    auto both = std::make_shared<std::latch>(2);
+    running.driver.put(Task::Kind::kRequest, [both] { both->arrive_and_wait(); });
+    running.request([both] { both->arrive_and_wait(); });
+    both->wait();
   }
 }
 
@@ -167,28 +171,30 @@ TEST(engine_runs_completions_that_block_each_other) {
   running.completion([&] { both.arrive_and_wait(); });
   running.completion([&] { both.arrive_and_wait(); });
   both.wait();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
 TEST(engine_a_task_may_submit_and_wait) {
   Running running(2);
   std::binary_semaphore done{0};
   running.request([&] {
-    std::binary_semaphore inner{0};
-    running.driver.put(Task::Kind::kCompletion, [&] { inner.release(); });
+    auto inner = std::make_shared<std::binary_semaphore>(0);
+    running.driver.put(Task::Kind::kCompletion, [inner] { inner->release(); });
     running.engine->submitted(/*expectsReply=*/true);
-    inner.acquire();
+    inner->acquire();
     done.release();
   });
   done.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
 TEST(engine_wakes_from_sleep) {
   Running running(2);
   for (int i = 0; i < 5; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5)); // long enough to fall asleep; nothing depends on it
-    std::binary_semaphore done{0};
-    running.request([&] { done.release(); });
-    done.acquire();
+    auto done = std::make_shared<std::binary_semaphore>(0);
+    running.request([done] { done->release(); });
+    done->acquire();
   }
 }
 
@@ -225,6 +231,7 @@ TEST(engine_a_broken_driver_is_reported_and_tasks_still_run) {
   std::binary_semaphore done{0};
   running.engine->post(std::make_unique<FunctionTask>(Task::Kind::kCompletion, [&] { done.release(); }));
   done.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
 TEST(doorbell_a_ring_between_prepare_and_wait_is_not_lost) {
