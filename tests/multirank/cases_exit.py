@@ -16,7 +16,8 @@ from cases_calls import APIS, identity
 from cases_errors import RefusesToArrive
 from cases_rref import Account, fetch
 from cases_session import AT_ONCE, check_calls
-from harness import Event, World, equal, program, signal_and_wait, world
+from cases_timeouts import ran_out
+from harness import Event, World, debug_info, equal, eventually, program, signal_and_wait, wait, world
 
 ABORTS = "it aborts when the interpreter ends under it"
 INIT_TIMEOUT = "it has no time limit of its own for that"
@@ -71,6 +72,24 @@ def remote_calls_that_cannot_be_read(world: World) -> None:
     equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
     world.barrier()
     rpc.shutdown(graceful=False)  # the graceful one waits 100 s in torch, which takes the RRef for unconfirmed
+
+
+@program(size=3)
+def creation_of_rrefs_that_runs_out(world: World) -> None:
+    world.init()
+    go = world.event("go")
+    rref = rpc.remote(world.next, wait, args=(go,), timeout=0.1)
+    with pytest.raises(RuntimeError, match=ran_out(100)):
+        rref._get_future().wait()
+    eventually(lambda: debug_info("num_pending_futures") == 0, "the failure is handled")
+    with pytest.raises(RuntimeError, match=r"RRef creation via rpc.remote\(\) timed out"):
+        rref.to_here()
+    with pytest.raises(RuntimeError, match=r"RRef creation via rpc.remote\(\) timed out"):
+        rpc.rpc_sync(world.name(world.rank + 2), fetch, args=(rref,))
+    go.signal()
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    world.barrier()
+    rpc.shutdown(graceful=False)  # as above
 
 
 @program(tensorpipe="torch's RRef context keeps the first session's agent, which is gone then")
