@@ -11,6 +11,5 @@ KNOWN_DEFECTS = {
     "test_program[rrefs_in_a_later_session]": (
         "torch's RRefContext keeps the agent of the first session; calls are forwarded to the current one, not yet all"
     ),
-    "test_case[timeouts-4-end]": "under load, RRefs whose creation ran out of time can hold up the graceful shutdown",
     "test_case[functions-2-reference_counts[builtin]]": "under load, references are counted before they are settled",
 }
