@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from unit_fakes import RunPython
 
 import torch_rpc_mpi
 from torch_rpc_mpi import _mpi
@@ -18,8 +19,6 @@ PACKAGE_ROOT = Path(torch_rpc_mpi.__file__).parent.parent
 
 # Well below pytest's own limits, so that a child that hangs shows where.
 CHILD_TIMEOUT = 120
-
-RunPython = Callable[..., str]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from conftest import RunPython
+from unit_fakes import RunPython
 
 HERE = Path(__file__).parent
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import inspect
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +13,10 @@ import pytest
 import torch.distributed
 import torch.distributed.rpc as rpc
 from torch.distributed.rpc import backend_registry
+from unit_fakes import RunPython
 
 import torch_rpc_mpi
 from torch_rpc_mpi import MPIRpcBackendOptions, _register, backend
-
-RunPython = Callable[..., str]
 
 # A session of one rank over the backend under test, with every default torch has.
 SESSION = """

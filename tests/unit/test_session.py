@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import unit_fakes
-
-RunPython = Callable[..., str]
+from unit_fakes import RunPython
 
 PREAMBLE = """
 import pathlib, sys

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.rpc as rpc
 from torch._C._distributed_c10d import HashStore
+
+RunPython = Callable[..., str]
 
 _MPI4PY = """
 __version__ = {version!r}
