@@ -1,6 +1,6 @@
 """Type stubs of the extension module; see csrc/bindings/."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +51,12 @@ class MPIAgent(RpcAgent):
     """The RpcAgent of backend "MPI"."""
 
     def __init__(
-        self, communicator: Communicator, names: Sequence[str], hosts: Sequence[str], options: AgentOptions
+        self,
+        communicator: Communicator,
+        names: Sequence[str],
+        hosts: Sequence[str],
+        options: AgentOptions,
+        run_function: Callable[[Any], Any],
     ) -> None: ...
     def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo: ...
     def get_worker_infos(self) -> list[WorkerInfo]: ...

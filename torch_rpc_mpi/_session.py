@@ -9,14 +9,19 @@ import atexit
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
-from torch.distributed.rpc import internal
+from torch.distributed.rpc import api, internal
 
 from . import _C
+
+_WAKING_LIMIT = 0.5  # seconds
 
 logger = logging.getLogger("torch_rpc_mpi")
 
@@ -39,41 +44,39 @@ class Agent(_C.MPIAgent):
 class _Session:
     agent: Agent
     pid: int
-    run_function: Callable[[Any], Any]  # ours
-    replaced: Callable[[Any], Any]  # what it stands in for
 
 
 _current: _Session | None = None
 
 
-def begin(agent: Agent, whereabouts: str) -> None:
-    """Starts the session of ``agent``. Call before the agent starts: torch then looks up ``_run_function`` once.
-
-    Args:
-        agent: the agent, not started yet.
-        whereabouts: who and where this worker is, for the text of exceptions that its callers see.
-    """
+def begin(agent: Agent) -> None:
+    """Starts the session of ``agent``, which has not started yet."""
     global _current
-    session = _Session(agent, os.getpid(), _make_run_function(whereabouts), internal._run_function)
-    internal._run_function = session.run_function
-    _current = session
+    _current = _Session(agent, os.getpid())
+    # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
+    # that left an earlier session ungracefully has counted one less, and all would wait for each other.
+    with api._all_gather_dict_lock:
+        api._all_gather_sequence_id.clear()
+        api._all_gather_sequence_id_to_states.clear()
 
 
 def end(agent: Agent) -> None:
     """Ends the session of ``agent``; does nothing when it has ended."""
     global _current
-    session = _current
-    if session is None or session.agent is not agent:
-        return
-    _current = None
-    # Not if someone has put theirs on top of ours since.
-    if internal._run_function is session.run_function:
-        internal._run_function = session.replaced
+    if _current is not None and _current.agent is agent:
+        _current = None
 
 
-def _make_run_function(whereabouts: str) -> Callable[[Any], Any]:
-    def _run_function(python_udf: Any) -> Any:
-        """Torch's ``_run_function`` of ``torch.distributed.rpc.internal``, but its error text names rank and host."""
+def make_run_function(whereabouts: str) -> Callable[[Any], Any]:
+    """Makes what runs the functions that peers call.
+
+    It does what ``_run_function`` of ``torch.distributed.rpc.internal`` does, but its error text names rank and host.
+
+    Args:
+        whereabouts: who and where this worker is, for the text of exceptions that its callers see.
+    """
+
+    def run_function(python_udf: Any) -> Any:
         try:
             if isinstance(python_udf, AttributeError):
                 raise python_udf
@@ -84,7 +87,7 @@ def _make_run_function(whereabouts: str) -> Callable[[Any], Any]:
             result = internal.RemoteException(text, type(error))
         return result
 
-    return _run_function
+    return run_function
 
 
 # Note [Leaving without shutdown]
@@ -98,6 +101,30 @@ def _leave_at_exit() -> None:
     if session is None or session.pid != os.getpid():
         return
     try:
+        waited = int(session.agent.get_metrics().get("agent.client_active_calls", 0)) > 0
+        before = _whereabouts_of_other_threads()
         session.agent.leave()
+        if waited:
+            _let_other_threads_wake(before)
     except Exception:
         logger.warning("torch_rpc_mpi: the agent could not leave its group at exit", exc_info=True)
+
+
+def _whereabouts_of_other_threads() -> dict[int, tuple[FrameType, int]]:
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)
+    return {thread: (frame, frame.f_lasti) for thread, frame in frames.items()}
+
+
+def _let_other_threads_wake(before: dict[int, tuple[FrameType, int]]) -> None:
+    """Gives daemon threads that waited for an answer the time to see the error that they have got instead.
+
+    One that would ask for the GIL only when the interpreter has gone would be unwound through torch's code, and abort
+    the process. No event tells who has woken, hence the limit, for those that wait for something else.
+    """
+    deadline = time.monotonic() + _WAKING_LIMIT
+    while time.monotonic() < deadline:
+        now = _whereabouts_of_other_threads()
+        if not any(now.get(thread) == place for thread, place in before.items()):
+            return
+        time.sleep(0.001)

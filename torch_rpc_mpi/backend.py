@@ -143,13 +143,22 @@ def init_backend(
 
     def make_agent() -> None:
         names, hosts = [member.name for member in members], [member.host for member in members]
-        agents.append(_session.Agent(communicator, names, hosts, _agent_options(extension, options)))
+        whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
+        agents.append(
+            _session.Agent(
+                communicator,
+                names,
+                hosts,
+                _agent_options(extension, options),
+                _session.make_run_function(whereabouts),
+            )
+        )
 
     # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
     _on_all_ranks(communicator, options.init_timeout, make_agent)
     agent = agents.pop()
-    _session.begin(agent, f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {members[call.rank].host})")
+    _session.begin(agent)
     try:
         api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
     except BaseException:

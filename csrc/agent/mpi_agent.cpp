@@ -3,6 +3,7 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "agent/fork_guard.h"
+#include "agent/rref_sessions.h"
 #include "agent/tasks.h"
 #include "transfer/receive_pool.h"
 
@@ -62,6 +63,9 @@ MpiAgent::~MpiAgent() {
 }
 
 void MpiAgent::startImpl() {
+  if (isCurrentRpcAgentSet() && getCurrentRpcAgent().get() == this) {
+    adoptRRefContext(shared_from_this());
+  }
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
   engine_->start();
   started_ = true;
@@ -130,11 +134,7 @@ JitFuturePtr MpiAgent::send(
     const WorkerInfo& to,
     RpcMessage message,
     const float rpcTimeoutSeconds,
-    const rpc::DeviceMap& deviceMap) {
-  // torch's RRefContext keeps the agent of the first session for good, also when RPC is initialized again.
-  if (!rpcAgentRunning_.load() && isCurrentRpcAgentSet() && getCurrentRpcAgent().get() != this) {
-    return getCurrentRpcAgent()->send(to, std::move(message), rpcTimeoutSeconds, deviceMap);
-  }
+    const rpc::DeviceMap& /*deviceMap*/) {
   checkUsable(*message);
   const WorkerInfo& peer = getWorkerInfo(to.id_);
   PendingCall call;

@@ -77,6 +77,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   const WorkerInfo& getWorkerInfo(torch::distributed::rpc::worker_id_t id) const override;
   std::vector<WorkerInfo> getWorkerInfos() const override;
   std::unordered_map<std::string, std::string> getMetrics() override;
+  void addGilWaitTime(const std::chrono::microseconds gilWaitTime) override;
 
  private:
   class RequestTask;
@@ -158,7 +159,6 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::mutex metricsMutex_;
   uint64_t gilWaits_ = 0;
   uint64_t gilWaitMicroseconds_ = 0;
-  void addGilWaitTime(const std::chrono::microseconds gilWaitTime) override;
 };
 
 } // namespace torch_rpc_mpi

@@ -4,13 +4,14 @@
 
 #include <sched.h>
 
-#include <torch/csrc/distributed/rpc/request_callback_impl.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/pythoncapi_compat.h>
 #include <torch/version.h>
 
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "bindings/functions_module.h"
+#include "bindings/request_callback.h"
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
 
@@ -30,7 +31,7 @@ void withPythonThreadState(const std::function<void()>& body) {
   PyThreadState* state = PyEval_SaveThread();
   body();
   // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
-  if (Py_IsInitialized() != 0 && !_Py_IsFinalizing()) {
+  if (Py_IsInitialized() != 0 && Py_IsFinalizing() == 0) {
     PyEval_RestoreThread(state);
     PyGILState_Release(gil);
   }
@@ -82,7 +83,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     const std::shared_ptr<Communicator>& communicator,
     const std::vector<std::string>& names,
     const std::vector<std::string>& hosts,
-    const PyAgentOptions& options) {
+    const PyAgentOptions& options,
+    py::object runFunction) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == static_cast<size_t>(communicator->size()),
       "one name and one host are needed for each of the ", communicator->size(), " ranks");
@@ -91,12 +93,15 @@ std::shared_ptr<MpiAgent> makeAgent(
     members.push_back({names[rank], hosts[rank]});
   }
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
-  return {
+  auto callback = std::make_unique<PythonRequestCallback>(std::move(runFunction));
+  auto& requests = *callback;
+  std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
-          std::make_unique<MpiTransport>(communicator), std::move(members),
-          std::make_unique<rpc::RequestCallbackImpl>(),
+          std::make_unique<MpiTransport>(communicator), std::move(members), std::move(callback),
           options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
-      torch::impl::destroy_without_gil<MpiAgent>};
+      torch::impl::destroy_without_gil<MpiAgent>);
+  requests.setAgent(*agent);
+  return agent;
 }
 
 // In a forked child there is nothing to shut down, and no thread that could be joined.
@@ -158,7 +163,9 @@ void bindAgent(py::module_& module) {
   // torch's own module holds the base class; it must be known before ours.
   py::module_::import("torch._C._distributed_rpc");
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
-      .def(py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"))
+      .def(
+          py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"),
+          py::arg("run_function"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())

@@ -19,6 +19,7 @@ from cases_session import AT_ONCE, check_calls
 from cases_timeouts import ran_out
 from harness import Event, World, debug_info, equal, eventually, program, signal_and_wait, wait, world
 
+CRASHED = ["terminate called", "Fatal Python error", r"a rank ended with status (132|134|136|139)", "Assertion"]
 ABORTS = "it aborts when the interpreter ends under it"
 INIT_TIMEOUT = "it has no time limit of its own for that"
 
@@ -244,7 +245,7 @@ def exit_after_shutdown(world: World) -> None:
     rpc.shutdown()
 
 
-@program(size=4, forbid=["terminate called", "Fatal Python error", "Segmentation"], tensorpipe=ABORTS)
+@program(size=4, forbid=CRASHED, tensorpipe=ABORTS)
 def exit_without_shutdown(world: World) -> None:
     world.init()
     rref = rpc.remote(world.next, identity, args=(1,))
@@ -283,7 +284,6 @@ def leave_early(world: World) -> bool:
 
 
 SURVIVED = ["rank 0 survived", "rank 2 survived"]
-CRASHED = ["terminate called", "Fatal Python error", "Segmentation", "Assertion"]
 
 
 @program(size=3, expect=SURVIVED, forbid=CRASHED)

@@ -21,6 +21,8 @@ from events import EventServer
 
 HERE = Path(__file__).resolve().parent
 START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
+# What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
+SAY_STATUS = ("sh", "-c", '"$@"; status=$?; echo "a rank ended with status $status"; exit $status', "rank")
 GRACE = 15.0  # from a case's limit, when its stacks are written, to the end of the launch
 
 
@@ -201,7 +203,7 @@ def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
     program = harness.PROGRAMS[module][name]
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
-        command = [sys.executable, str(HERE / "ranks.py"), "program", module, name]
+        command = [*SAY_STATUS, sys.executable, str(HERE / "ranks.py"), "program", module, name]
         variables = {**env, **program.env}
         job = Job(command, program.size, backend, program.launcher, variables, output)
         deadline = time.monotonic() + program.limit + GRACE

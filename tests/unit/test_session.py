@@ -68,15 +68,12 @@ def test_remote_exceptions_name_rank_and_host(run_session: RunPython) -> None:
         """
 import socket
 init()
-try:
-    rpc.rpc_sync("alone", fail, args=("here",))
-except ValueError as error:
-    text = error.args[0]
-else:
-    raise AssertionError
+run_function = rpc.api._get_current_rpc_agent().run_function
+result = run_function(internal.PythonUDF(fail, ("here",), {}))
+assert result.exception_type is ValueError
 where = f"On WorkerInfo(id=0, name=alone) (rank 0 on host {socket.gethostname()}):"
-assert where + "\\nValueError('here')\\nTraceback (most recent call last):" in text, text
-assert 'in fail' in text
+assert where + "\\nValueError('here')\\nTraceback (most recent call last):" in result.msg, result.msg
+assert 'in fail' in result.msg
 rpc.shutdown()
 """
     )
@@ -86,25 +83,9 @@ def test_a_function_that_the_callee_lacks_is_reported_as_torch_does(run_session:
     run_session(
         """
 init()
-result = internal._run_function(AttributeError("no such function"))
+result = rpc.api._get_current_rpc_agent().run_function(AttributeError("no such function"))
 assert result.exception_type is AttributeError and "no such function" in result.msg
 rpc.shutdown()
-"""
-    )
-
-
-def test_torchs_functions_are_back_after_shutdown(run_session: RunPython) -> None:
-    run_session(
-        """
-torchs = internal._run_function
-for _ in range(2):
-    init()
-    assert internal._run_function is not torchs
-    rpc.shutdown()
-    assert internal._run_function is torchs
-init()
-rpc.shutdown(graceful=False)
-assert internal._run_function is torchs
 """
     )
 
@@ -121,17 +102,6 @@ try:
 except ValueError as error:
     assert "On WorkerInfo(id=0, name=alone):\\n" in error.args[0], error
 rpc.shutdown()
-"""
-    )
-
-
-def test_somebody_elses_replacement_is_left_alone(run_session: RunPython) -> None:
-    run_session(
-        """
-init()
-theirs = internal._run_function = lambda udf: None
-rpc.shutdown()
-assert internal._run_function is theirs
 """
     )
 
@@ -169,9 +139,9 @@ rpc.shutdown()
 def test_an_agent_that_does_not_start_leaves_nothing_behind(run_session: RunPython) -> None:
     run_session(
         """
-torchs = internal._run_function, rpc.api._init_rpc_states
+torchs = rpc.api._init_rpc_states
 def broken(agent):
-    torchs[1](agent)
+    torchs(agent)
     raise MemoryError
 rpc.api._init_rpc_states = broken
 try:
@@ -180,8 +150,7 @@ except MemoryError:
     pass
 else:
     raise AssertionError
-rpc.api._init_rpc_states = torchs[1]
-assert internal._run_function is torchs[0]
+rpc.api._init_rpc_states = torchs
 init()
 rpc.shutdown()
 """

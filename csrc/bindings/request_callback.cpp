@@ -1,0 +1,218 @@
+#include "bindings/request_callback.h"
+
+#include <cxxabi.h>
+#include <unistd.h>
+
+#include <c10/core/StreamGuard.h>
+#include <torch/csrc/distributed/rpc/python_call.h>
+#include <torch/csrc/distributed/rpc/python_remote_call.h>
+#include <torch/csrc/distributed/rpc/python_resp.h>
+#include <torch/csrc/distributed/rpc/python_rpc_handler.h>
+#include <torch/csrc/distributed/rpc/rref_proto.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pythoncapi_compat.h>
+
+#include "agent/mpi_agent.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+using JitFuturePtr = PythonRequestCallback::JitFuturePtr;
+
+class TimedGil {
+ public:
+  explicit TimedGil(MpiAgent* agent) {
+    if (agent == nullptr || !agent->isGILProfilingEnabled()) {
+      gil_.emplace();
+      return;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    gil_.emplace();
+    agent->addGilWaitTime(
+        std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start));
+  }
+
+ private:
+  std::optional<py::gil_scoped_acquire> gil_;
+};
+
+// A Python function that was unpickled, and for rpc.remote where its result belongs.
+class PythonFunction final : public rpc::RpcCommandBase {
+ public:
+  PythonFunction(MpiAgent* agent, const rpc::SerializedPyObj& pickled, bool async) : isAsync(async) {
+    auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
+    const TimedGil gil(agent);
+    try {
+      function = handler.deserialize(pickled);
+    } catch (const py::error_already_set& error) {
+      throw std::runtime_error(error.what()); // the Python exception must go with the GIL held
+    }
+  }
+  ~PythonFunction() override {
+    if (function) {
+      const py::gil_scoped_acquire gil;
+      function = py::object();
+    }
+  }
+  PythonFunction(const PythonFunction&) = delete;
+  PythonFunction& operator=(const PythonFunction&) = delete;
+
+  c10::intrusive_ptr<rpc::Message> toMessageImpl() && override {
+    TORCH_INTERNAL_ASSERT(false, "an unpickled function is not sent");
+  }
+
+  py::object function;
+  const bool isAsync;
+  std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
+};
+
+// Note [Functions that outlive Python]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// A process may leave while a function that a peer called is still running. Until version 3.14, Python ends such a
+// thread when it next asks for the GIL: the stack is unwound as if by an exception, through destructors that then use
+// an interpreter that is gone, and the process crashes. This frame, the innermost that is ours, catches the unwinding
+// and keeps the thread where it is until the process has ended, as Python 3.14 does.
+py::object runToTheEndOfPython(const py::object& runFunction, const py::object& function) {
+  PyObject* result = nullptr;
+  try {
+    result = PyObject_CallFunctionObjArgs(runFunction.ptr(), function.ptr(), nullptr);
+  } catch (abi::__forced_unwind&) {
+    for (;;) {
+      pause();
+    }
+  }
+  if (result == nullptr) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// What a function of @rpc.functions.async_execution returned. With the GIL.
+JitFuturePtr futureIn(const py::object& result) {
+  try {
+    return result.cast<torch::jit::PythonFutureWrapper&>().fut;
+  } catch (const py::cast_error& error) {
+    const auto type = py::type::of(result);
+    throw std::runtime_error(
+        c10::str(
+            error.what(), ". Functions decorated with @rpc.functions.async_execution must return a ",
+            "torch.futures.Future object, but got ", type.attr("__module__").cast<std::string>(), ".",
+            type.attr("__qualname__").cast<std::string>()));
+  }
+}
+
+JitFuturePtr failed(const std::string& error, const c10::TypePtr& type) {
+  auto future = c10::make_intrusive<rpc::JitFuture>(type);
+  future->setError(std::make_exception_ptr(std::runtime_error(error)));
+  return future;
+}
+
+c10::TypePtr messageType() {
+  return c10::getCustomClassType<c10::intrusive_ptr<rpc::Message>>();
+}
+
+} // namespace
+
+PythonRequestCallback::~PythonRequestCallback() {
+  if (Py_IsInitialized() != 0 && Py_IsFinalizing() == 0) {
+    const py::gil_scoped_acquire gil;
+    runFunction_ = py::object();
+  } else {
+    runFunction_.release();
+  }
+}
+
+// With the GIL.
+py::object PythonRequestCallback::run(py::object function) const {
+  return runToTheEndOfPython(runFunction_, function);
+}
+
+std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpcCommand(
+    std::unique_ptr<rpc::RpcCommandBase> command,
+    const rpc::MessageType& type) const {
+  if (type == rpc::MessageType::PYTHON_CALL) {
+    const auto& call = static_cast<rpc::PythonCall&>(*command);
+    return std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+  }
+  if (type == rpc::MessageType::PYTHON_REMOTE_CALL) {
+    const auto& call = static_cast<rpc::PythonRemoteCall&>(*command);
+    auto unpickled = std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+    unpickled->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
+    return unpickled;
+  }
+  return RequestCallbackImpl::deserializePythonRpcCommand(std::move(command), type);
+}
+
+JitFuturePtr PythonRequestCallback::processPythonCall(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams) const {
+  auto& call = static_cast<PythonFunction&>(command);
+  const c10::MultiStreamGuard guard(streams);
+  auto& handler = rpc::PythonRpcHandler::getInstance();
+  JitFuturePtr later;
+  std::optional<rpc::SerializedPyObj> pickled;
+  {
+    const TimedGil gil(agent_);
+    try {
+      const py::object result = run(std::exchange(call.function, py::object()));
+      if (call.isAsync && !handler.isRemoteException(result)) {
+        later = futureIn(result);
+      } else {
+        pickled = handler.serialize(result);
+      }
+    } catch (const std::exception& error) {
+      return failed(error.what(), messageType());
+    }
+  }
+  if (pickled) {
+    return asFuture(rpc::PythonResp(std::move(*pickled)).toMessage());
+  }
+  return later->then(
+      [agent = agent_](rpc::JitFuture& future) {
+        c10::IValue value = future.value();
+        auto& handler = rpc::PythonRpcHandler::getInstance();
+        std::optional<rpc::SerializedPyObj> pickled;
+        {
+          const TimedGil gil(agent);
+          try {
+            pickled = handler.serialize(torch::jit::toPyObject(std::move(value)));
+          } catch (const py::error_already_set& error) {
+            throw std::runtime_error(error.what());
+          }
+        }
+        auto message = rpc::PythonResp(std::move(*pickled)).toMessage();
+        auto storages = message->getStorages();
+        return std::make_pair(c10::IValue(std::move(message)), std::move(storages));
+      },
+      messageType());
+}
+
+JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams) const {
+  auto& call = static_cast<PythonFunction&>(command);
+  const c10::MultiStreamGuard guard(streams);
+  auto& handler = rpc::PythonRpcHandler::getInstance();
+  JitFuturePtr value;
+  {
+    const TimedGil gil(agent_);
+    try {
+      const py::object result = run(std::exchange(call.function, py::object()));
+      if (call.isAsync && !handler.isRemoteException(result)) {
+        value = futureIn(result);
+      } else {
+        value = asFuture(torch::jit::toIValue(result, c10::PyObjectType::get()), c10::PyObjectType::get());
+      }
+    } catch (const std::exception& error) {
+      value = failed(error.what(), c10::PyObjectType::get());
+    }
+  }
+  return assignOwnerRRef(call.result->first, call.result->second, value);
+}
+
+} // namespace torch_rpc_mpi
