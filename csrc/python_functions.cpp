@@ -109,6 +109,42 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   return PyRRef(std::move(ownerRRef));
 }
 
+// What torch_rpc_mpi._pickler.MissingInMain becomes on its way.
+constexpr const char* kMissingInMain = "MissingInMain: ";
+
+// The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends with what
+// byValue() pickled.
+JitFuturePtr withSecondAttempt(
+    const JitFuturePtr& first,
+    const py::object& byValue,
+    std::function<JitFuturePtr(rpc::SerializedPyObj)> sendAgain) {
+  const auto holder = [&] {
+    const py::gil_scoped_acquire gil;
+    return std::shared_ptr<py::object>(new py::object(byValue), [](py::object* object) {
+      const py::gil_scoped_acquire gil;
+      delete object;
+    });
+  }();
+  return first->thenAsync(
+      at::wrapPropagateTLSState([holder, sendAgain = std::move(sendAgain)](JitFuture& response) {
+        if (!response.hasError() || response.tryRetrieveErrorMessage().find(kMissingInMain) == std::string::npos) {
+          return JitFuturePtr::reclaim_copy(&response);
+        }
+        std::optional<rpc::SerializedPyObj> pickled;
+        {
+          const py::gil_scoped_acquire gil;
+          try {
+            const auto pair = (*holder)().cast<std::pair<std::string, std::vector<at::Tensor>>>();
+            pickled.emplace(std::string(pair.first), std::vector<at::Tensor>(pair.second));
+          } catch (const py::error_already_set& error) {
+            throw std::runtime_error(error.what());
+          }
+        }
+        return sendAgain(std::move(*pickled));
+      }),
+      first->elementType());
+}
+
 struct ScriptFunctionCall {
   ScriptFunctionCall(const std::string& qualifiedName, const py::tuple& args, const py::dict& kwargs)
       : name(qualifiedName),
@@ -212,6 +248,21 @@ JitFuturePtr pyRpcPythonUdf(
   return toPyJitFuture(sendPythonUdf(dst, pickledPythonUDF, tensors, rpcTimeoutSeconds, isAsyncExecution));
 }
 
+JitFuturePtr pyRpcPythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    const py::object& byValue) {
+  const auto first = sendPythonUdf(dst, pickledPythonUDF, tensors, rpcTimeoutSeconds, isAsyncExecution);
+  return toPyJitFuture(
+      withSecondAttempt(first, byValue, [dst, rpcTimeoutSeconds, isAsyncExecution](rpc::SerializedPyObj function) {
+        auto message = rpc::PythonCall(std::move(function), isAsyncExecution).toMessage();
+        return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+      }));
+}
+
 // Not through sendTorchscript(): the future has the type that the function returns, so that scripts can wait for it.
 JitFuturePtr pyRpcTorchscript(
     const std::string& dstWorkerName,
@@ -250,6 +301,24 @@ PyRRef pyRemotePythonUdf(
     auto message =
         rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution).toMessage();
     return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+  });
+}
+
+PyRRef pyRemotePythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    const py::object& byValue) {
+  rpc::SerializedPyObj pickled(std::move(pickledPythonUDF), std::move(tensors));
+  return createRemotely(dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
+    const auto sendIt = [dst, rpcTimeoutSeconds, isAsyncExecution, rrefId, forkId](rpc::SerializedPyObj function) {
+      auto message = rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution)
+                         .toMessage();
+      return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+    };
+    return withSecondAttempt(sendIt(std::move(pickled)), byValue, sendIt);
   });
 }
 

@@ -40,6 +40,17 @@ c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
     float rpcTimeoutSeconds,
     bool isAsyncExecution);
 
+// The same, for a call that names something of __main__: when the callee says that its __main__ lacks a name, before
+// anything has run, byValue() is called (with the GIL) for the same call pickled by value, as a tuple (bytes, list of
+// tensors), and that is sent, once.
+c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    const pybind11::object& byValue);
+
 c10::intrusive_ptr<JitFuture> pyRpcTorchscript(
     const std::string& dstWorkerName,
     const std::string& qualifiedNameStr,
@@ -62,6 +73,15 @@ PyRRef pyRemotePythonUdf(
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution);
+
+// As pyRpcPythonUdf with byValue.
+PyRRef pyRemotePythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    const pybind11::object& byValue);
 
 PyRRef pyRemoteTorchscript(
     const std::string& dstWorkerName,

@@ -57,6 +57,7 @@ class MPIAgent(RpcAgent):
         hosts: Sequence[str],
         options: AgentOptions,
         run_function: Callable[[Any], Any],
+        serialize: Callable[[Any], tuple[bytes, list[Tensor]]],
     ) -> None: ...
     def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo: ...
     def get_worker_infos(self) -> list[WorkerInfo]: ...
@@ -78,6 +79,7 @@ def py_rpc_python_udf(
     tensors: Sequence[Tensor],
     rpc_timeout_seconds: float,
     is_async_execution: bool,
+    by_value: Callable[[], tuple[bytes, list[Tensor]]] | None,
 ) -> Future[Any]: ...
 def py_rpc_torchscript(
     dst_worker_name: str,
@@ -96,6 +98,7 @@ def py_remote_python_udf(
     tensors: Sequence[Tensor],
     rpc_timeout_seconds: float,
     is_async_execution: bool,
+    by_value: Callable[[], tuple[bytes, list[Tensor]]] | None,
 ) -> PyRRef[Any]: ...
 def py_remote_torchscript(
     dst_worker_name: str,
@@ -129,3 +132,5 @@ def to_py_jit_future(message_future: Future[Any], has_value: bool) -> Future[Any
 def match_builtin(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], among_all: bool) -> str: ...
 
 __torch_version__: str
+
+def in_autograd_context() -> bool: ...

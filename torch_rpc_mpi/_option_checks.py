@@ -98,6 +98,18 @@ def check_str(option: Option, value: object) -> str:
     return value
 
 
+def check_choice(option: Option, value: object) -> str:
+    """One of the words in the option's type, which reads ``"a" or "b"``."""
+    choices = [choice.strip('"') for choice in option.type.split(" or ")]
+    if not isinstance(value, str):
+        raise option.wrong_type(value, "one of " + ", ".join(map(repr, choices)))
+    if value not in choices:
+        raise ValueError(
+            f"MPIRpcBackendOptions: {option.name} must be one of {', '.join(map(repr, choices))}, but got {value!r}"
+        )
+    return value
+
+
 def _to_device(value: Any, option: Option) -> torch.device:
     if isinstance(value, bool) or not isinstance(value, (int, str, torch.device)):
         raise option.wrong_type(value, "made of devices (int, str or torch.device)")

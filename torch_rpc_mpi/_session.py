@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed.rpc import api, internal
 
-from . import _C
+from . import _C, _pickler, functions
 
 _WAKING_LIMIT = 0.5  # seconds
 
@@ -44,15 +44,21 @@ class Agent(_C.MPIAgent):
 class _Session:
     agent: Agent
     pid: int
+    replaced: dict[str, tuple[Any, Any]]  # names in torch.distributed.rpc.api: ours, torch's
 
 
 _current: _Session | None = None
 
 
-def begin(agent: Agent) -> None:
-    """Starts the session of ``agent``, which has not started yet."""
+def begin(agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
+    """Starts the session of ``agent``, which has not started yet.
+
+    Args:
+        agent: the agent.
+        pickler: what pickles the calls of this process from now on; None for torch's.
+    """
     global _current
-    _current = _Session(agent, os.getpid())
+    _current = _Session(agent, os.getpid(), _hook_into_api(pickler))
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -63,8 +69,36 @@ def begin(agent: Agent) -> None:
 def end(agent: Agent) -> None:
     """Ends the session of ``agent``; does nothing when it has ended."""
     global _current
-    if _current is not None and _current.agent is agent:
-        _current = None
+    session = _current
+    if session is None or session.agent is not agent:
+        return
+    _current = None
+    for name, (ours, torchs) in session.replaced.items():
+        if getattr(api, name) is ours:  # not if somebody has put theirs in its place since
+            setattr(api, name, torchs)
+
+
+def _hook_into_api(pickler: _pickler.RpcPickler | None) -> dict[str, tuple[Any, Any]]:
+    """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use a pickler of ours.
+
+    All of them pickle and send Python functions through these names of ``torch.distributed.rpc.api``; the functions
+    themselves stay as they are, as TorchScript knows them.
+
+    Returns:
+        By name, what was put there and what was there before.
+    """
+    if pickler is None:
+        return {}
+    ours = {
+        "_internal_rpc_pickler": pickler,  # what _use_rpc_pickler() goes back to
+        "_default_pickler": pickler,
+        "_invoke_rpc_python_udf": functions.py_rpc_python_udf,
+        "_invoke_remote_python_udf": functions.py_remote_python_udf,
+    }
+    replaced = {name: (value, getattr(api, name)) for name, value in ours.items()}
+    for name, value in ours.items():
+        setattr(api, name, value)
+    return replaced
 
 
 def make_run_function(whereabouts: str) -> Callable[[Any], Any]:

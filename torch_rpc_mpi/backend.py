@@ -26,7 +26,7 @@ from torch._C._distributed_rpc import (
     _is_current_rpc_agent_set,
     _reset_current_rpc_agent,
 )
-from torch.distributed.rpc import api
+from torch.distributed.rpc import api, internal
 
 from . import __version__, _agreement, _mpi
 from .options import MPIRpcBackendOptions
@@ -136,9 +136,10 @@ def init_backend(
     except Exception:
         communicator.free()
         raise
-    # Here and not above, because it imports the extension.
-    from . import _session
+    # Here and not above, because they import the extension.
+    from . import _pickler, _session
 
+    pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
 
     def make_agent() -> None:
@@ -151,6 +152,7 @@ def init_backend(
                 hosts,
                 _agent_options(extension, options),
                 _session.make_run_function(whereabouts),
+                internal.serialize if pickler is None else pickler.serialize,
             )
         )
 
@@ -158,7 +160,7 @@ def init_backend(
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
     _on_all_ranks(communicator, options.init_timeout, make_agent)
     agent = agents.pop()
-    _session.begin(agent)
+    _session.begin(agent, pickler)
     try:
         api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
     except BaseException:

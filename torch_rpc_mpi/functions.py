@@ -82,7 +82,10 @@ def py_rpc_python_udf(
         The future of the function's result. What the function raised, its ``wait()`` raises as torch's does: as
         ``ValueError`` or ``TypeError`` if it was that, else as ``RuntimeError`` with the type's name in the text.
     """
-    return _C.py_rpc_python_udf(dst, pickled_python_udf, list(tensors), rpc_timeout_seconds, is_async_execution)
+    by_value = getattr(pickled_python_udf, "by_value", None)
+    return _C.py_rpc_python_udf(
+        dst, pickled_python_udf, list(tensors), rpc_timeout_seconds, is_async_execution, by_value
+    )
 
 
 def py_rpc_torchscript(
@@ -136,7 +139,10 @@ def py_remote_python_udf(
     Returns:
         An RRef to the result. An exception of the function is raised by ``to_here()``.
     """
-    return _C.py_remote_python_udf(dst, pickled_python_udf, list(tensors), rpc_timeout_seconds, is_async_execution)
+    by_value = getattr(pickled_python_udf, "by_value", None)
+    return _C.py_remote_python_udf(
+        dst, pickled_python_udf, list(tensors), rpc_timeout_seconds, is_async_execution, by_value
+    )
 
 
 def py_remote_torchscript(

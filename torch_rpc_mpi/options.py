@@ -12,13 +12,14 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import torch
 from torch._C._distributed_rpc import RpcBackendOptions
 
 from ._option_checks import (
     Option,
+    check_choice,
     check_communicator,
     check_device_maps,
     check_devices,
@@ -102,6 +103,13 @@ OPTIONS: tuple[Option, ...] = (
         "The longest sleep of an idle engine, and so the latency that a first message from another host may see.",
         check_float, minimum=1e-6, maximum=1, from_environment=True,
     ),
+    Option(
+        "pickler", '"auto" or "pickle" or "cloudpickle"', "auto", "name",
+        "How Python functions, arguments and results that this worker sends are pickled. `auto`: by Python's pickle, "
+        "and what that cannot send (lambdas, closures, functions of `__main__` that the callee lacks) by value, with "
+        "cloudpickle. `pickle`: only as torch does. `cloudpickle`: always with cloudpickle.",
+        check_choice,
+    ),
 )  # fmt: skip
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -121,6 +129,7 @@ class _Given(TypedDict, total=False):
     bulk_chunk: int
     spin_time: float
     max_sleep: float
+    pickler: Literal["auto", "pickle", "cloudpickle"]
 
 
 def _unknown(name: str) -> str:
@@ -152,6 +161,7 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
     bulk_chunk: int
     spin_time: float
     max_sleep: float
+    pickler: str
 
     def __init__(self, **given: Unpack[_Given]) -> None:
         # pybind11 wants its own part constructed before any attribute of it is set.

@@ -6,6 +6,9 @@ namespace torch_rpc_mpi {
 
 uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) {
+    return 0;
+  }
   uint32_t index = 0;
   if (freeSlots_.empty()) {
     index = static_cast<uint32_t>(slots_.size());
@@ -91,10 +94,10 @@ std::vector<PendingCall> CallTable::takeExpired(Clock::time_point now) {
   return expired;
 }
 
+// With mutex_ held.
 template <class Which>
 std::vector<PendingCall> CallTable::takeIf(Which which) {
   std::vector<PendingCall> taken;
-  const std::lock_guard<std::mutex> lock(mutex_);
   for (uint32_t index = 0; index < slots_.size(); ++index) {
     if (slots_[index].call.future != nullptr && which(slots_[index].call)) {
       taken.push_back(release(index));
@@ -104,10 +107,13 @@ std::vector<PendingCall> CallTable::takeIf(Which which) {
 }
 
 std::vector<PendingCall> CallTable::takeAllOf(int peer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   return takeIf([peer](const PendingCall& call) { return call.peer == peer; });
 }
 
-std::vector<PendingCall> CallTable::takeAll() {
+std::vector<PendingCall> CallTable::close() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  closed_ = true;
   return takeIf([](const PendingCall&) { return true; });
 }
 

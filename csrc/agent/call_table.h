@@ -29,11 +29,13 @@ struct PendingCall {
 // taking and expiring O(1) and leaves nothing behind of a call that was answered.
 class CallTable {
  public:
+  // Returns the call's id, or 0 when the table is closed.
   uint64_t add(PendingCall call, Clock::time_point now);
   std::optional<PendingCall> take(uint64_t id);
   std::vector<PendingCall> takeExpired(Clock::time_point now);
   std::vector<PendingCall> takeAllOf(int peer);
-  std::vector<PendingCall> takeAll();
+  // Takes all, and refuses further ones.
+  std::vector<PendingCall> close();
   size_t size() const {
     return size_.load();
   }
@@ -63,6 +65,7 @@ class CallTable {
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;
   std::vector<uint32_t> freeSlots_;
+  bool closed_ = false;
   std::map<std::chrono::milliseconds, List> lists_;
   std::atomic<Clock::rep> nextDeadline_{Clock::time_point::max().time_since_epoch().count()};
   std::atomic<size_t> size_{0};

@@ -2,6 +2,7 @@
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "transfer/receive_pool.h"
 
 namespace torch_rpc_mpi {
 
@@ -23,7 +24,8 @@ void keepForEver(std::shared_ptr<MpiAgent> agent) {
 } // namespace
 
 bool MpiAgent::idle(ProgressToken& token) const {
-  return calls_.size() == 0 && serving_.load() == 0 && !hasQueued() && exchange_.quiet(token);
+  return calls_.size() == 0 && completing_.load() == 0 && serving_.load() == 0 && !hasQueued() &&
+      exchange_.quiet(token);
 }
 
 void MpiAgent::advanceDrain(ProgressToken& token) {
@@ -92,6 +94,9 @@ std::string MpiAgent::whatJoinWaitsFor() const {
   if (const int64_t serving = serving_.load()) {
     return c10::str("this worker is still serving ", serving, " calls");
   }
+  if (const int64_t completing = completing_.load()) {
+    return c10::str("callbacks of ", completing, " calls of this worker are still running");
+  }
   return "this worker is idle, but another one has not called shutdown or is still busy";
 }
 
@@ -116,12 +121,21 @@ void MpiAgent::shutdownImpl() {
     exchange_.close(token, agreed);
     arrivals_.clear();
   });
-  failAllCalls(c10::str("RPC was shut down on ", describe(rank_), " before this call was answered"));
+  failAllCalls(shutDownText());
+  ReceivePool::instance().trim(Clock::time_point::max());
   if (!stopped) {
     LOG(WARNING) << "RPC on " << describe(rank_) << " was shut down while " << engine_->counts().busy
                  << " functions called through it were still running";
-    keepForEver(shared_from_this());
+    if (auto self = weak_from_this().lock()) {
+      keepForEver(std::move(self));
+    } else {
+      (void)engine_->stop(std::chrono::hours(24 * 365)); // in the destructor: they still use this object
+    }
   }
+}
+
+std::string MpiAgent::shutDownText() const {
+  return c10::str("RPC was shut down on ", describe(rank_), " before this call was answered");
 }
 
 void MpiAgent::sayGoodbye() {

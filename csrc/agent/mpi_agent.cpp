@@ -23,6 +23,11 @@ EngineOptions engineOptions(const AgentOptions& options) {
   return result;
 }
 
+// Seconds; what is longer, infinity included, is no limit. A deadline in nanoseconds overflows at nine times this.
+constexpr double kLongestTimeout = 1e9;
+// Receive memory that was not used for so long goes back to the system.
+constexpr auto kTrimAfter = std::chrono::seconds(5);
+
 std::string timeoutText(std::chrono::milliseconds timeout) {
   std::string text = rpc::kRpcTimeoutErrorStr;
   return text.replace(text.find("{}"), 2, std::to_string(timeout.count()));
@@ -53,6 +58,7 @@ MpiAgent::MpiAgent(
     hosts_.push_back(members[rank].host);
     idsByName_.emplace(members[rank].name, static_cast<int>(rank));
   }
+  ReceivePool::instance().shareBetween(options_.ranksOnHost);
   watchForks();
 }
 
@@ -104,14 +110,14 @@ std::string MpiAgent::describe(int rank) const {
 // ---- calling ----
 
 std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
-  if (seconds == rpc::kUnsetRpcTimeout) {
-    return getRpcTimeout();
+  const double limit =
+      seconds == rpc::kUnsetRpcTimeout ? std::chrono::duration<double>(getRpcTimeout()).count() : double{seconds};
+  TORCH_CHECK(limit >= 0, "An RPC timeout must not be negative, but is ", limit, " s. Give seconds, or 0 for no limit");
+  if (limit == 0 || limit > kLongestTimeout) {
+    return std::chrono::milliseconds(0);
   }
-  TORCH_CHECK(
-      seconds >= 0, "An RPC timeout must not be negative, but is ", seconds, " s. Give seconds, or 0 for no limit");
   // At least 1 ms: the smallest timeout that a user can give is not "none".
-  const int64_t milliseconds = std::llround(double{seconds} * rpc::kSecToMsConversion);
-  return std::chrono::milliseconds(seconds > 0 ? std::max<int64_t>(milliseconds, 1) : 0);
+  return std::chrono::milliseconds(std::max<int64_t>(std::llround(limit * rpc::kSecToMsConversion), 1));
 }
 
 void MpiAgent::checkNotForked() const {
@@ -122,12 +128,15 @@ void MpiAgent::checkNotForked() const {
       "(for a DataLoader: multiprocessing_context='forkserver')");
 }
 
+std::string MpiAgent::notRunningText(rpc::MessageType type) const {
+  return c10::str(
+      "Node ", rank_, " tried to send() a message of type ", type, " but RPC is no longer running on this node.");
+}
+
 void MpiAgent::checkUsable(const rpc::Message& message) const {
   TORCH_CHECK(message.isRequest(), "MpiAgent::send(..) is only for sending requests.");
   checkNotForked();
-  TORCH_CHECK(
-      rpcAgentRunning_.load(), "Node ", rank_, " tried to send() a message of type ", message.type(),
-      " but RPC is no longer running on this node.");
+  TORCH_CHECK(rpcAgentRunning_.load(), notRunningText(message.type()));
 }
 
 JitFuturePtr MpiAgent::send(
@@ -143,6 +152,7 @@ JitFuturePtr MpiAgent::send(
   call.timeout = timeoutOf(rpcTimeoutSeconds);
   JitFuturePtr future = call.future;
   const uint64_t id = calls_.add(std::move(call), Clock::now());
+  TORCH_CHECK(id != 0, notRunningText(message->type()));
   message->setId(static_cast<int64_t>(id));
   try {
     if (peer.id_ == rank_) {
@@ -179,7 +189,7 @@ void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
     }
     if (!reason.empty()) {
       if (auto call = calls_.take(id)) {
-        ErrorTask::fail(*call, reason);
+        CompletionTask::fail(*call, reason);
       }
       return;
     }
@@ -207,7 +217,7 @@ void MpiAgent::submit(OutboundPtr message, bool expectsReply) {
 void MpiAgent::onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept {
   if (kind == FrameKind::kRequest) {
     if (auto call = calls_.take(callId)) {
-      ErrorTask::fail(*call, reason);
+      CompletionTask::fail(*call, reason);
     }
   } else {
     LOG(WARNING) << "RPC response to " << describe(peer) << " was not sent: " << reason;
@@ -236,6 +246,11 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   }
   const bool moved = exchange_.poll(token);
   const auto now = Clock::now();
+  exchange_.reportStaleCredits(token, now);
+  if (now >= nextTrim_) {
+    nextTrim_ = now + kTrimAfter;
+    ReceivePool::instance().trim(now - kTrimAfter);
+  }
   if (now >= calls_.nextDeadline()) {
     expire(now);
   }
@@ -255,7 +270,7 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
 void MpiAgent::expire(Clock::time_point now) {
   for (PendingCall& call : calls_.takeExpired(now)) {
     std::string error = rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT);
-    arrivals_.push_back(std::make_unique<ErrorTask>(std::move(call), std::move(error)));
+    arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), std::move(error)));
   }
 }
 
@@ -272,7 +287,7 @@ void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
       break;
     case FrameKind::kResponse:
       if (auto call = calls_.take(header.callId)) { // else it timed out
-        arrivals_.push_back(std::make_unique<ResponseTask>(std::move(*call), std::move(message)));
+        arrivals_.push_back(std::make_unique<ResponseTask>(*this, std::move(*call), std::move(message)));
       }
       break;
     case FrameKind::kGoodbye:
@@ -305,7 +320,7 @@ void MpiAgent::onPeerGone(ProgressToken& token, int peer, const std::string& rea
   }
   exchange_.dropPeer(token, peer, reason);
   for (PendingCall& call : calls_.takeAllOf(peer)) {
-    arrivals_.push_back(std::make_unique<ErrorTask>(std::move(call), reason));
+    arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), reason));
   }
   if (joining_) {
     joinFailed(reason);
@@ -320,8 +335,8 @@ void MpiAgent::onBroken(const std::string& reason) noexcept {
 }
 
 void MpiAgent::failAllCalls(const std::string& reason) {
-  for (const PendingCall& call : calls_.takeAll()) {
-    ErrorTask::fail(call, reason);
+  for (const PendingCall& call : calls_.close()) {
+    CompletionTask::fail(call, reason);
   }
 }
 

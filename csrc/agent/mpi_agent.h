@@ -24,6 +24,7 @@ struct AgentOptions {
   std::chrono::milliseconds rpcTimeout{60000};
   ExchangeOptions exchange;
   int coresToSpare = 1; // see Note [How many at once]
+  int ranksOnHost = 1;
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
@@ -37,7 +38,7 @@ struct GroupMember {
 
 // Thread-safe. Members:
 //   workers_, hosts_, idsByName_, options_, transport_ are immutable after construction;
-//   outbox_ is guarded by outboxMutex_ (outboxFilled_ is a hint); arrivals_, drain_ by the progress token;
+//   outbox_ is guarded by outboxMutex_ (outboxFilled_ is a hint); arrivals_, nextTrim_, drain_ by the progress token;
 //   joinMutex_ guards agreements_ and joinFailure_; metricsMutex_ the GIL wait; goneMutex_ the reasons in gone_;
 //   calls_, exchange_ and engine_ guard themselves; the rest are atomics.
 class MpiAgent final : public torch::distributed::rpc::RpcAgent,
@@ -81,6 +82,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
 
  private:
   class RequestTask;
+  class CompletionTask;
   class ResponseTask;
   class ErrorTask;
   class LocalRequestTask;
@@ -101,6 +103,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
 
   // Calls (caller's side)
   std::chrono::milliseconds timeoutOf(float seconds) const;
+  std::string notRunningText(torch::distributed::rpc::MessageType type) const;
   void checkUsable(const torch::distributed::rpc::Message& message) const;
   void sendToPeer(int peer, uint64_t id, RpcMessage message);
   void sendToSelf(uint64_t id, RpcMessage message);
@@ -122,6 +125,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   void sayGoodbye();
   void failAllCalls(const std::string& reason);
   std::string whatJoinWaitsFor() const;
+  std::string shutDownText() const;
 
   const AgentOptions options_;
   std::vector<WorkerInfo> workers_;
@@ -139,6 +143,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::vector<OutboundPtr> outbox_;
   std::atomic<bool> outboxFilled_{false};
   std::vector<TaskPtr> arrivals_; // made during a turn
+  Clock::time_point nextTrim_ = Clock::now();
 
   mutable std::mutex goneMutex_;
   std::unordered_map<int, std::string> gone_;
@@ -154,6 +159,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::atomic<bool> started_{false};
 
   std::atomic<int64_t> serving_{0};      // requests between arrival and response
+  std::atomic<int64_t> completing_{0};   // calls between their answer and the end of their callbacks
   std::atomic<int64_t> servingAsync_{0}; // of them, those whose function returned a future
 
   std::mutex metricsMutex_;

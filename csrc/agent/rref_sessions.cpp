@@ -9,42 +9,49 @@ namespace rpc = torch::distributed::rpc;
 namespace {
 
 // RRefContext has no function for this, and its members are private. An explicit instantiation may name them
-// (C++ standard, [temp.spec.general]: the usual access checking rules do not apply to it).
-template <typename Name, typename Name::Type kMember>
-struct Expose {
-  friend typename Name::Type memberOf(Name) {
-    return kMember;
+// (C++ standard, [temp.spec.general]: the usual access checking rules do not apply to it): it defines adoptFunction().
+using AdoptFunction = void (*)(rpc::RRefContext& context, const std::shared_ptr<rpc::RpcAgent>& agent);
+AdoptFunction adoptFunction();
+
+template <auto kAgent, auto kDestroyedMutex, auto kDestroyed, auto kMutex, auto... kContainers>
+struct Adopt {
+  static void adopt(rpc::RRefContext& context, const std::shared_ptr<rpc::RpcAgent>& agent) {
+    {
+      // What an ungraceful end left. Nobody of this session knows of it, and its graceful shutdown would wait for it.
+      // Forgotten while the context counts as destroyed, so that nothing is sent to the old peers.
+      std::unique_lock<std::mutex> lock(context.*kMutex);
+      const auto leftOver = std::make_tuple(std::exchange(context.*kContainers, {})...);
+      lock.unlock(); // their destructors call back
+    }
+    std::shared_ptr<rpc::RpcAgent> old; // let go of outside the lock
+    const std::lock_guard<std::mutex> lock(context.*kDestroyedMutex);
+    old = std::exchange(const_cast<std::shared_ptr<rpc::RpcAgent>&>(context.*kAgent), agent);
+    context.*kDestroyed = false;
+  }
+  friend AdoptFunction adoptFunction() {
+    return &adopt;
   }
 };
 
-struct AgentMember {
-  using Type = const std::shared_ptr<rpc::RpcAgent> rpc::RRefContext::*;
-  friend Type memberOf(AgentMember);
-};
-struct DestroyedMember {
-  using Type = bool rpc::RRefContext::*;
-  friend Type memberOf(DestroyedMember);
-};
-struct DestroyedMutexMember {
-  using Type = std::mutex rpc::RRefContext::*;
-  friend Type memberOf(DestroyedMutexMember);
-};
-
-template struct Expose<AgentMember, &rpc::RRefContext::agent_>;
-template struct Expose<DestroyedMember, &rpc::RRefContext::destroyed_>;
-template struct Expose<DestroyedMutexMember, &rpc::RRefContext::destroyedMutex_>;
+template struct Adopt<
+    &rpc::RRefContext::agent_,
+    &rpc::RRefContext::destroyedMutex_,
+    &rpc::RRefContext::destroyed_,
+    &rpc::RRefContext::mutex_,
+    &rpc::RRefContext::owners_,
+    &rpc::RRefContext::pendingOwners_,
+    &rpc::RRefContext::forks_,
+    &rpc::RRefContext::pendingUsers_,
+    &rpc::RRefContext::confirmedUsers_,
+    &rpc::RRefContext::pendingChildren_>;
 
 } // namespace
 
 void adoptRRefContext(const std::shared_ptr<rpc::RpcAgent>& agent) {
   auto& context = rpc::RRefContext::getInstance(); // the first time, it takes torch's current agent
-  if (context.agent() == agent) {
-    return;
+  if (context.agent() != agent) {
+    adoptFunction()(context, agent);
   }
-  std::shared_ptr<rpc::RpcAgent> old; // let go of outside the lock
-  const std::lock_guard<std::mutex> lock(context.*memberOf(DestroyedMutexMember()));
-  old = std::exchange(const_cast<std::shared_ptr<rpc::RpcAgent>&>(context.*memberOf(AgentMember())), agent);
-  context.*memberOf(DestroyedMember()) = false;
 }
 
 } // namespace torch_rpc_mpi

@@ -4,9 +4,20 @@ namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
 
+MpiAgent::CompletionTask::~CompletionTask() {
+  if (call_.future != nullptr) {
+    fail(call_, agent_.shutDownText());
+  }
+  agent_.completing_.fetch_sub(1);
+}
+
+void MpiAgent::CompletionTask::fail(const PendingCall& call, const std::string& error) {
+  call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error)));
+}
+
 void MpiAgent::ResponseTask::complete(const PendingCall& call, const RpcMessage& response) {
   if (response->type() == rpc::MessageType::EXCEPTION) {
-    ErrorTask::fail(call, std::string(response->payload().begin(), response->payload().end()));
+    fail(call, std::string(response->payload().begin(), response->payload().end()));
     return;
   }
   auto storages = response->getStorages();
@@ -14,19 +25,12 @@ void MpiAgent::ResponseTask::complete(const PendingCall& call, const RpcMessage&
 }
 
 void MpiAgent::ResponseTask::run() noexcept {
+  const PendingCall call = take();
   try {
-    complete(call_, decodeMessage(std::move(inbound_)));
+    complete(call, decodeMessage(std::move(inbound_)));
   } catch (const std::exception& error) {
-    ErrorTask::fail(call_, std::string("The response could not be read: ") + error.what());
+    fail(call, std::string("The response could not be read: ") + error.what());
   }
-}
-
-void MpiAgent::ErrorTask::fail(const PendingCall& call, const std::string& error) {
-  call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error)));
-}
-
-void MpiAgent::ErrorTask::run() noexcept {
-  fail(call_, error_);
 }
 
 void MpiAgent::LocalRequestTask::run() noexcept {

@@ -39,34 +39,53 @@ class MpiAgent::LocalRequestTask final : public Task {
   RpcMessage message_;
 };
 
-// Completes the future of a call whose response arrived.
-class MpiAgent::ResponseTask final : public Task {
+// Completes the future of a call, whatever becomes of the task: if the engine stops before it has run, with an error.
+class MpiAgent::CompletionTask : public Task {
  public:
-  ResponseTask(PendingCall call, InboundMessage inbound) : call_(std::move(call)), inbound_(std::move(inbound)) {}
+  CompletionTask(MpiAgent& agent, PendingCall call) : agent_(agent), call_(std::move(call)) {
+    agent_.completing_.fetch_add(1);
+  }
+  ~CompletionTask() override;
   Kind kind() const override {
     return Kind::kCompletion;
   }
+  static void fail(const PendingCall& call, const std::string& error);
+
+ protected:
+  PendingCall take() {
+    return std::exchange(call_, PendingCall());
+  }
+
+ private:
+  MpiAgent& agent_;
+  PendingCall call_;
+};
+
+// Of a call whose response arrived.
+class MpiAgent::ResponseTask final : public CompletionTask {
+ public:
+  ResponseTask(MpiAgent& agent, PendingCall call, InboundMessage inbound)
+      : CompletionTask(agent, std::move(call)),
+        inbound_(std::move(inbound)) {}
   void run() noexcept override;
   static void complete(const PendingCall& call, const RpcMessage& response);
 
  private:
-  PendingCall call_;
   InboundMessage inbound_;
 };
 
-// Completes the future of a call that failed here.
-class MpiAgent::ErrorTask final : public Task {
+// Of a call that failed here.
+class MpiAgent::ErrorTask final : public CompletionTask {
  public:
-  ErrorTask(PendingCall call, std::string error) : call_(std::move(call)), error_(std::move(error)) {}
-  Kind kind() const override {
-    return Kind::kCompletion;
+  ErrorTask(MpiAgent& agent, PendingCall call, std::string error)
+      : CompletionTask(agent, std::move(call)),
+        error_(std::move(error)) {}
+  void run() noexcept override {
+    fail(take(), error_);
   }
-  void run() noexcept override;
-  static void fail(const PendingCall& call, const std::string& error);
 
  private:
-  PendingCall call_;
-  std::string error_;
+  const std::string error_;
 };
 
 // Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.

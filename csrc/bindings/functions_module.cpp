@@ -3,6 +3,8 @@
 #include <memory>
 #include <sstream>
 
+#include <torch/csrc/distributed/autograd/context/container.h>
+
 #include "builtin_operator.h"
 #include "python_functions.h"
 
@@ -71,11 +73,14 @@ void bindBuiltin(py::module_& module) {
 void bindPythonUdf(py::module_& module) {
   module.def(
       "py_rpc_python_udf",
-      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
-        return wrap(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync));
+      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync,
+         const py::object& byValue) {
+        return wrap(
+            byValue.is_none() ? pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync)
+                              : pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync, byValue));
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"), NoGil());
+      py::arg("is_async_execution"), py::arg("by_value"), NoGil());
   module.def(
       "send_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
@@ -85,11 +90,13 @@ void bindPythonUdf(py::module_& module) {
       py::arg("is_async_execution"), NoGil());
   module.def(
       "py_remote_python_udf",
-      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
-        return pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync);
+      [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync,
+         const py::object& byValue) {
+        return byValue.is_none() ? pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync)
+                                 : pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync, byValue);
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"), NoGil());
+      py::arg("is_async_execution"), py::arg("by_value"), NoGil());
 }
 
 void bindTorchscript(py::module_& module) {
@@ -126,6 +133,9 @@ void bindFunctions(py::module_& module) {
   bindBuiltin(module);
   bindPythonUdf(module);
   bindTorchscript(module);
+  module.def("in_autograd_context", [] {
+    return torch::distributed::autograd::DistAutogradContainer::getInstance().hasValidContext();
+  });
   module.def(
       "to_py_jit_future",
       [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {

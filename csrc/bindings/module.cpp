@@ -56,8 +56,9 @@ struct PyAgentOptions {
   AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
     options.coresToSpare = std::clamp(availableCores() / std::max(ranksOnHost, 1) / 2, 1, 4);
+    options.ranksOnHost = std::max(ranksOnHost, 1);
     options.numWorkerThreads = numWorkerThreads;
-    options.rpcTimeout = std::chrono::milliseconds(std::llround(rpcTimeout * 1000));
+    options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, 1e9) * 1000)); // 30 years
     if (rpcTimeout > 0 && options.rpcTimeout.count() == 0) {
       options.rpcTimeout = std::chrono::milliseconds(1); // 0 would mean none
     }
@@ -84,7 +85,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     const std::vector<std::string>& names,
     const std::vector<std::string>& hosts,
     const PyAgentOptions& options,
-    py::object runFunction) {
+    py::object runFunction,
+    py::object serialize) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == static_cast<size_t>(communicator->size()),
       "one name and one host are needed for each of the ", communicator->size(), " ranks");
@@ -93,7 +95,7 @@ std::shared_ptr<MpiAgent> makeAgent(
     members.push_back({names[rank], hosts[rank]});
   }
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
-  auto callback = std::make_unique<PythonRequestCallback>(std::move(runFunction));
+  auto callback = std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize));
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
@@ -165,7 +167,7 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"),
-          py::arg("run_function"))
+          py::arg("run_function"), py::arg("serialize"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())

@@ -50,6 +50,10 @@ class PythonFunction final : public rpc::RpcCommandBase {
     try {
       function = handler.deserialize(pickled);
     } catch (const py::error_already_set& error) {
+      if (error.type().attr("__name__").cast<std::string>() == "MissingInMain") {
+        missing = error.what(); // thrown, torch would log it; but the caller will just try again
+        return;
+      }
       throw std::runtime_error(error.what()); // the Python exception must go with the GIL held
     }
   }
@@ -67,6 +71,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
   }
 
   py::object function;
+  std::string missing; // instead of the function: see torch_rpc_mpi._pickler.MissingInMain
   const bool isAsync;
   std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
 };
@@ -118,19 +123,47 @@ c10::TypePtr messageType() {
 
 } // namespace
 
-PythonRequestCallback::~PythonRequestCallback() {
-  if (Py_IsInitialized() != 0 && Py_IsFinalizing() == 0) {
-    const py::gil_scoped_acquire gil;
-    runFunction_ = py::object();
-  } else {
-    runFunction_.release();
+// The functions of the Python side of the session. Its own functions are called with the GIL.
+struct PythonRequestCallback::PythonSide {
+  PythonSide(py::object runFunction, py::object serialize)
+      : runFunction(std::move(runFunction)),
+        serializeFunction(std::move(serialize)) {}
+  ~PythonSide() {
+    if (Py_IsInitialized() != 0 && Py_IsFinalizing() == 0) {
+      const py::gil_scoped_acquire gil;
+      runFunction = py::object();
+      serializeFunction = py::object();
+    } else {
+      runFunction.release();
+      serializeFunction.release();
+    }
   }
-}
+  PythonSide(const PythonSide&) = delete;
+  PythonSide& operator=(const PythonSide&) = delete;
 
-// With the GIL.
-py::object PythonRequestCallback::run(py::object function) const {
-  return runToTheEndOfPython(runFunction_, function);
-}
+  py::object run(const py::object& function) const {
+    return runToTheEndOfPython(runFunction, function);
+  }
+  rpc::SerializedPyObj serialize(const py::object& result) const {
+    auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
+    return {std::move(data), std::move(tensors)};
+  }
+  // Takes the GIL.
+  rpc::SerializedPyObj serialize(c10::IValue value) const {
+    const py::gil_scoped_acquire gil;
+    try {
+      return serialize(torch::jit::toPyObject(std::move(value)));
+    } catch (const py::error_already_set& error) {
+      throw std::runtime_error(error.what());
+    }
+  }
+
+  py::object runFunction;
+  py::object serializeFunction;
+};
+
+PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize)
+    : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize))) {}
 
 std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpcCommand(
     std::unique_ptr<rpc::RpcCommandBase> command,
@@ -152,6 +185,9 @@ JitFuturePtr PythonRequestCallback::processPythonCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
   auto& call = static_cast<PythonFunction&>(command);
+  if (!call.missing.empty()) {
+    return failed(call.missing, messageType());
+  }
   const c10::MultiStreamGuard guard(streams);
   auto& handler = rpc::PythonRpcHandler::getInstance();
   JitFuturePtr later;
@@ -159,11 +195,11 @@ JitFuturePtr PythonRequestCallback::processPythonCall(
   {
     const TimedGil gil(agent_);
     try {
-      const py::object result = run(std::exchange(call.function, py::object()));
+      const py::object result = python_->run(std::exchange(call.function, py::object()));
       if (call.isAsync && !handler.isRemoteException(result)) {
         later = futureIn(result);
       } else {
-        pickled = handler.serialize(result);
+        pickled = python_->serialize(result);
       }
     } catch (const std::exception& error) {
       return failed(error.what(), messageType());
@@ -173,21 +209,8 @@ JitFuturePtr PythonRequestCallback::processPythonCall(
     return asFuture(rpc::PythonResp(std::move(*pickled)).toMessage());
   }
   return later->then(
-      [agent = agent_](rpc::JitFuture& future) {
-        c10::IValue value = future.value();
-        auto& handler = rpc::PythonRpcHandler::getInstance();
-        std::optional<rpc::SerializedPyObj> pickled;
-        {
-          const TimedGil gil(agent);
-          try {
-            pickled = handler.serialize(torch::jit::toPyObject(std::move(value)));
-          } catch (const py::error_already_set& error) {
-            throw std::runtime_error(error.what());
-          }
-        }
-        auto message = rpc::PythonResp(std::move(*pickled)).toMessage();
-        auto storages = message->getStorages();
-        return std::make_pair(c10::IValue(std::move(message)), std::move(storages));
+      [python = python_](rpc::JitFuture& future) {
+        return withStorages(rpc::PythonResp(python->serialize(future.value())).toMessage());
       },
       messageType());
 }
@@ -196,13 +219,16 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
   auto& call = static_cast<PythonFunction&>(command);
+  if (!call.missing.empty()) {
+    return failed(call.missing, messageType());
+  }
   const c10::MultiStreamGuard guard(streams);
   auto& handler = rpc::PythonRpcHandler::getInstance();
   JitFuturePtr value;
   {
     const TimedGil gil(agent_);
     try {
-      const py::object result = run(std::exchange(call.function, py::object()));
+      const py::object result = python_->run(std::exchange(call.function, py::object()));
       if (call.isAsync && !handler.isRemoteException(result)) {
         value = futureIn(result);
       } else {
@@ -213,6 +239,16 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
     }
   }
   return assignOwnerRRef(call.result->first, call.result->second, value);
+}
+
+JitFuturePtr PythonRequestCallback::processPythonRRefFetchCall(rpc::RpcCommandBase& command) const {
+  auto& fetch = static_cast<rpc::PythonRRefFetchCall&>(command);
+  return retrieveOwnerRRef(fetch.rrefId())
+      ->then(
+          [python = python_](rpc::JitFuture& future) {
+            return withStorages(rpc::PythonRRefFetchRet(python->serialize(future.value()).toIValues()).toMessage());
+          },
+          messageType());
 }
 
 } // namespace torch_rpc_mpi

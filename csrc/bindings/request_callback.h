@@ -7,20 +7,21 @@ namespace torch_rpc_mpi {
 
 class MpiAgent;
 
-// As torch's, a Python function is unpickled, run, and its result pickled. Two things differ: from the call to the
-// pickled result the GIL is held once, not taken again for each step; and a function that is still running when the
-// interpreter ends stops where it is (see Note [Functions that outlive Python]).
+// As torch's, a Python function is unpickled, run, and its result pickled. Three things differ: from the call to the
+// pickled result the GIL is held once, not taken again for each step; results are pickled as the session says; and a
+// function that is still running when the interpreter ends stops where it is (see Note [Functions that outlive
+// Python]).
 //
-// Any number of threads may use it: runFunction_ never changes (but is touched only with the GIL), agent_ is set before
-// the first request.
+// Any number of threads may use it: python_ never changes, agent_ is set
+// before the first request.
 class PythonRequestCallback final : public torch::distributed::rpc::RequestCallbackImpl {
  public:
   using JitFuturePtr = c10::intrusive_ptr<torch::distributed::rpc::JitFuture>;
 
-  // runFunction: takes what torch.distributed.rpc.internal.PythonUDF pickled, returns the result, or an exception as a
-  // RemoteException: as torch.distributed.rpc.internal._run_function.
-  explicit PythonRequestCallback(pybind11::object runFunction) : runFunction_(std::move(runFunction)) {}
-  ~PythonRequestCallback() override;
+  // runFunction: takes a torch.distributed.rpc.internal.PythonUDF, returns its result, or its exception as a
+  // RemoteException; as torch.distributed.rpc.internal._run_function.
+  // serialize: takes a result, returns its bytes and its tensors; as torch.distributed.rpc.internal.serialize.
+  PythonRequestCallback(pybind11::object runFunction, pybind11::object serialize);
 
   // The agent that owns this: it is told how long threads waited for the GIL, if it wants to know.
   void setAgent(MpiAgent& agent) {
@@ -39,10 +40,13 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
       torch::distributed::rpc::RpcCommandBase& command,
       const std::vector<c10::Stream>& streams) const override;
 
- private:
-  pybind11::object run(pybind11::object function) const;
+  JitFuturePtr processPythonRRefFetchCall(torch::distributed::rpc::RpcCommandBase& command) const override;
 
-  pybind11::object runFunction_;
+ private:
+  struct PythonSide;
+
+  // Shared with the futures of functions that return later, which may outlive the agent.
+  std::shared_ptr<const PythonSide> python_;
   MpiAgent* agent_ = nullptr;
 };
 

@@ -21,6 +21,7 @@ enum Flags : uint8_t { kRequiresGrad = 1, kConjugated = 2, kNegated = 4, kContig
 
 constexpr size_t kMaxDimensions = 64;
 constexpr size_t kWasteFactor = 2;
+constexpr size_t kLargestItem = 16; // bytes, of complex128
 
 bool isPlain(const at::Tensor& tensor) {
   return tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_quantized() && !tensor.is_mkldnn() &&
@@ -133,6 +134,7 @@ void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::v
   for (Plain& place : plain) {
     const at::Tensor& tensor = tensors[place.index];
     Group& group = groups.at(tensor.storage().unsafeGetStorageImpl());
+    group.first -= group.first % kLargestItem; // the views may be of several dtypes: each must start at a whole item
     const bool alone = group.wasteful();
     if (alone || group.slice == kNoSlice) {
       const size_t first = alone ? place.first : group.first;

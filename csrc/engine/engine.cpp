@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <exception>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include <pthread.h>
@@ -12,8 +14,11 @@ namespace torch_rpc_mpi {
 namespace {
 
 constexpr auto kTick = std::chrono::microseconds(200);
-// Threads that complete futures beside those that run requests: user callbacks that block take one each.
+// Completions that run at once, without those that wait for calls of their own: a user's callback that waits for
+// another call needs a thread more, which completes that.
 constexpr int kCompletionThreads = 48;
+// Those that wait included: where a program that waits without end is stopped from taking all threads there are.
+constexpr int kAllCompletionThreads = 2048;
 // How long no task of a kind ends, while others wait, before more of them run at once. Completions are short by nature;
 // what holds them up is usually the GIL, which Python's threads pass on every 5 ms.
 constexpr auto kStuckRequests = std::chrono::milliseconds(1);
@@ -42,20 +47,27 @@ bool Engine::onEngineThread() const {
 void Engine::start() {
   const std::lock_guard<std::mutex> lock(mutex_);
   // One leads, one stands by; more come when tasks need them.
-  spawn();
-  spawn();
+  if (!spawn() || !spawn()) {
+    throw std::runtime_error("RPC cannot start its threads: this process may have no more");
+  }
 }
 
-void Engine::spawn() {
+bool Engine::spawn() {
   ++threads_;
-  std::thread([self = shared_from_this()] {
-    pthread_setname_np(pthread_self(), "rpc_mpi");
-    currentEngine = self.get();
-    self->options_.threadHook([&] { self->threadMain(); });
-    const std::lock_guard<std::mutex> lock(self->mutex_);
-    --self->threads_;
-    self->stoppedCv_.notify_all();
-  }).detach();
+  try {
+    std::thread([self = shared_from_this()] {
+      pthread_setname_np(pthread_self(), "rpc_mpi");
+      currentEngine = self.get();
+      self->options_.threadHook([&] { self->threadMain(); });
+      const std::lock_guard<std::mutex> lock(self->mutex_);
+      --self->threads_;
+      self->stoppedCv_.notify_all();
+    }).detach();
+  } catch (const std::system_error&) { // no more threads for this process
+    --threads_;
+    return false;
+  }
+  return true;
 }
 
 void Engine::threadMain() {
@@ -80,7 +92,15 @@ int Engine::busy() const {
 
 bool Engine::mayRun(Task::Kind kind) const {
   const Lane& lane = lanes_[static_cast<size_t>(kind)];
-  return !lane.queue.empty() && lane.running < limitOf(kind) && lane.running - lane.waiting < lane.atOnce;
+  return !lane.queue.empty() && mayTakeAnother(kind) && lane.running - lane.waiting < lane.atOnce;
+}
+
+bool Engine::mayTakeAnother(Task::Kind kind) const {
+  const Lane& lane = lanes_[static_cast<size_t>(kind)];
+  if (kind == Task::Kind::kRequest) {
+    return lane.running < options_.numWorkerThreads;
+  }
+  return lane.running - lane.waiting < kCompletionThreads && lane.running < kAllCompletionThreads;
 }
 
 void Engine::updateRunnable() {
@@ -106,7 +126,7 @@ void Engine::enqueue(std::vector<TaskPtr>& tasks) {
 bool Engine::backlog() const {
   for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
     const Lane& lane = lanes_[static_cast<size_t>(kind)];
-    if (!lane.queue.empty() && lane.running > 0 && lane.running < limitOf(kind)) {
+    if (!lane.queue.empty() && lane.running > 0 && mayTakeAnother(kind)) {
       return true;
     }
   }
@@ -143,9 +163,9 @@ TaskPtr Engine::take() {
   if (!mayRun(kind)) {
     return nullptr;
   }
-  // Beside this one there is to be a leader and a standby.
-  if (threads_ - busy() < 3) {
-    spawn();
+  // Beside this one there is to be a leader and a standby; without another thread in the process, one for both.
+  if (threads_ - busy() < 3 && !spawn() && threads_ - busy() < 2) {
+    return nullptr;
   }
   Lane& lane = lanes_[static_cast<size_t>(kind)];
   TaskPtr task = std::move(lane.queue.front());
@@ -266,7 +286,9 @@ bool Engine::sleep(std::chrono::nanoseconds limit) {
 void Engine::breakDown(const std::string& reason) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    broken_ = true;
+    if (broken_.exchange(true)) {
+      return;
+    }
   }
   driver_.onBroken(reason);
 }

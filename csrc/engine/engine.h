@@ -114,7 +114,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool onEngineThread() const;
 
  private:
-  void spawn(); // with mutex_ held
+  bool spawn(); // with mutex_ held; false if there are no more threads
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
   TaskPtr take();   // with mutex_ held
@@ -124,6 +124,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // All with mutex_ held.
   void wakeIdleThread();
   bool mayRun(Task::Kind kind) const;
+  bool mayTakeAnother(Task::Kind kind) const;
   int limitOf(Task::Kind kind) const;
   bool backlog() const; // something waits only because others of its kind run
   void tick();

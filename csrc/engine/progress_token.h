@@ -32,7 +32,7 @@ class TokenSource {
 class TokenHold {
  public:
   explicit TokenHold(TokenSource& source)
-      : source_(!source.held_.load(std::memory_order_relaxed) && !source.held_.exchange(true) ? &source : nullptr) {}
+      : source_(!source.held_.load() && !source.held_.exchange(true) ? &source : nullptr) {}
   ~TokenHold() {
     release();
   }

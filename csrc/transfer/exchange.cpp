@@ -10,6 +10,7 @@ namespace {
 constexpr int kFrameReceives = 32; // posted at once: a burst this long needs no unexpected-message copy inside MPI
 constexpr size_t kChunksOut = 4;   // per peer; enough to keep a link busy while the next is posted
 constexpr size_t kChunksIn = 2;    // per peer; see Note [Frames and bulk]
+constexpr auto kStale = std::chrono::microseconds(300); // longer than most calls take, whose responses report as well
 constexpr size_t kDescriptorSpace = 1024; // a frame holds the eager limit and the description of some tensors
 
 // A frame that is nothing but its header.
@@ -81,6 +82,7 @@ struct Exchange::Peer {
   // What we took of its requests, and what it was told of that.
   std::atomic<uint64_t> releasedRequests{0}, releasedBytes{0}, toldRequests{0}, toldBytes{0};
   std::atomic<bool> due{false};
+  uint64_t releasedAtLook = 0; // by reportStaleCredits()
 
   struct Stream {
     OutboundMessage* message;
@@ -136,8 +138,8 @@ void Exchange::postFrameReceive(ProgressToken& token, FrameReceive* slot) {
 
 void Exchange::post(ProgressToken& token, OutboundPtr message) {
   Peer& peer = *peers_[message->peer()];
-  if (!peer.gone.empty()) {
-    failed_.emplace_back(std::move(message), peer.gone);
+  if (closed_ || !peer.gone.empty()) {
+    failed_.emplace_back(std::move(message), closed_ ? "RPC was shut down" : peer.gone);
     return;
   }
   if (message->needsCredit() && (!peer.waiting.empty() || !hasCredit(peer, message->header().chargedBytes))) {
@@ -307,9 +309,27 @@ bool Exchange::sendDueCredits(ProgressToken& token) {
   return !due.empty();
 }
 
+void Exchange::reportStaleCredits(ProgressToken& token, std::chrono::steady_clock::time_point now) {
+  if (closed_ || now < nextReport_) {
+    return;
+  }
+  nextReport_ = now + kStale;
+  for (int rank = 0; rank < static_cast<int>(peers_.size()); ++rank) {
+    Peer& peer = *peers_[rank];
+    const uint64_t released = peer.releasedRequests;
+    if (released != peer.toldRequests && released == peer.releasedAtLook && peer.gone.empty()) {
+      transmit(token, std::make_unique<CreditMessage>(rank));
+    }
+    peer.releasedAtLook = released;
+  }
+}
+
 // ---- receiving ----
 
 bool Exchange::poll(ProgressToken& token) {
+  if (closed_) {
+    return false;
+  }
   bool moved = sendDueCredits(token);
   moved |= transport_.poll(token) > 0;
   if (!fatal_.empty()) {
@@ -361,8 +381,20 @@ void Exchange::receiveBody(ProgressToken& token, int source, const FrameHeader& 
   inbound->message.frame = std::move(frame);
   counts_.bulkInFlight.fetch_add(1, std::memory_order_relaxed);
   if (header.bodyInBulk != 0) {
-    inbound->message.separateBody.reset(new char[header.bodyBytes]);
-    inbound->spans.push_back({inbound->message.separateBody.get(), header.bodyBytes});
+    inbound->spans.push_back({nullptr, header.bodyBytes});
+    try {
+      inbound->message.separateBody.reset(new char[header.bodyBytes]);
+      inbound->spans[0].data = inbound->message.separateBody.get();
+    } catch (const std::bad_alloc&) {
+      const std::string error = "there is no memory for a message of " + std::to_string(header.bodyBytes) + " bytes";
+      if (header.bulkParts != 0) { // only the body would tell how long the parts are that follow
+        counts_.bulkInFlight.fetch_sub(1, std::memory_order_relaxed);
+        sendFailed(token, source, error);
+        return;
+      }
+      inbound->message.error = error;
+      inbound->discard = true;
+    }
   } else {
     openParts(*inbound, source);
   }
@@ -434,7 +466,7 @@ void Exchange::chunkReceived(ProgressToken& token, Inbound* inbound, const Opera
     inbound->message.error = status.error;
   }
   if (inbound->chunks == 0 && inbound->allPosted()) {
-    if (inbound->state == Inbound::State::kBody) {
+    if (inbound->state == Inbound::State::kBody && !inbound->discard) {
       openParts(*inbound, source);
     }
     if (inbound->allPosted()) {
@@ -470,6 +502,14 @@ void Exchange::close(ProgressToken& token, bool agreed) noexcept {
   if (!closed_) {
     closed_ = true;
     // Messages still under way to or from a peer that left are never freed: MPI may touch their memory later.
+    for (const auto& peer : peers_) {
+      for (std::unique_ptr<Inbound>& inbound : peer->in) {
+        if (inbound->chunks > 0) {
+          (void)inbound.release();
+        }
+      }
+      peer->in.clear();
+    }
     transport_.close(token, agreed);
   }
 }

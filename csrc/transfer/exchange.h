@@ -12,12 +12,13 @@
 // ~~~~~~~~~~~~~~
 // A sender may have so many requests, and so many bytes of them, with a peer that has not begun to run them; the rest
 // waits here, unencoded. The receiver reports what it took off its queue, cumulatively, in every frame it sends, and in
-// a frame of its own when half a window has gathered unreported. A request larger than the window goes when nothing
-// else is out. Responses take no credit: the caller asked for them, so its own requests bound them, and they can never
-// wait behind requests.
+// a frame of its own when half a window has gathered unreported, or anything has for kStale. A request larger than the
+// window goes when nothing else is out. Responses take no credit: the caller asked for them, so its own requests bound
+// them, and they can never wait behind requests.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -76,6 +77,9 @@ class Exchange {
   void post(ProgressToken& token, OutboundPtr message);
   // One bounded turn; returns whether anything moved.
   bool poll(ProgressToken& token);
+  // Tells peers of credit that no frame has told them of for a while: theirs may wait for it although much less than
+  // half a window is missing, because what they sent before is still being answered.
+  void reportStaleCredits(ProgressToken& token, std::chrono::steady_clock::time_point now);
   void close(ProgressToken& token, bool agreed) noexcept;
   // No message to `peer` will be sent or waited for any more.
   void dropPeer(ProgressToken& token, int peer, const std::string& reason);
@@ -125,6 +129,7 @@ class Exchange {
   std::vector<std::unique_ptr<Peer>> peers_;
   std::vector<OutboundPtr> finished_;
   std::vector<std::pair<OutboundPtr, std::string>> failed_;
+  std::chrono::steady_clock::time_point nextReport_{};
   std::string fatal_; // what broke the transport; thrown by the next poll()
   bool closed_ = false;
 

@@ -15,9 +15,10 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSmallAlignment = 4096;
 
-size_t defaultCap() {
+// An eighth of the memory for the processes of a host together.
+size_t defaultCap(int processes) {
   const auto physical = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
-  return std::min(physical / 16, size_t{4} << 30);
+  return std::min(physical / 8 / static_cast<size_t>(std::max(processes, 1)), size_t{4} << 30);
 }
 
 void* systemAllocate(size_t bytes) {
@@ -34,8 +35,13 @@ void* systemAllocate(size_t bytes) {
 } // namespace
 
 ReceivePool& ReceivePool::instance() {
-  static auto* pool = new ReceivePool(defaultCap());
+  static auto* pool = new ReceivePool(defaultCap(1));
   return *pool;
+}
+
+void ReceivePool::shareBetween(int processes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  cap_ = defaultCap(processes);
 }
 
 ReceivePool::~ReceivePool() {

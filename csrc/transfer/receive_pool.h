@@ -18,6 +18,8 @@ class ReceivePool {
   using Clock = std::chrono::steady_clock;
 
   static ReceivePool& instance();
+  // So many processes like this one run on the host: each keeps so much less.
+  void shareBetween(int processes);
   explicit ReceivePool(size_t cap) : cap_(cap) {}
   ~ReceivePool();
 
@@ -36,7 +38,7 @@ class ReceivePool {
     Clock::time_point since;
   };
   mutable std::mutex mutex_;
-  const size_t cap_;
+  size_t cap_;
   size_t cached_ = 0;
   std::unordered_map<size_t, std::vector<FreeBlock>> free_; // by class size, oldest first
 };

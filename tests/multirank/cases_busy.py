@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed.rpc as rpc
 from cases_async_execution import completed_by_event
 from cases_calls import identity
 from cases_timeouts import ran_out
-from harness import World, case, equal, eventually, in_threads, signal_and_wait, wait
+from harness import Event, World, case, equal, eventually, in_threads, signal_and_wait, wait
+from torch import Tensor
+from torch.futures import Future
 
 THREADS = 2
+MIB = 2**20
 NEEDS_A_THREAD = "its answers and deadlines need a free worker thread"
 
 # TensorPipe's, which programs and dashboards know, and what this backend counts besides.
@@ -125,6 +130,70 @@ def large_calls_to_a_busy_worker_arrive(world: World) -> None:
         occupation.end()
     for i, future in enumerate(futures):
         equal(future.wait(), x + i)
+
+
+def signal_and_wait_with(arrived: Event, event: Event, _: Tensor) -> str:
+    """As signal_and_wait, called with some data."""
+    return signal_and_wait(arrived, event)
+
+
+# MiB: what the long call brings, and what the next one does. Together they are more than may wait at a callee.
+AFTER_A_LONG_CALL = {"one_large": (0, 20), "two_large": (7, 12)}
+
+
+@case(each=AFTER_A_LONG_CALL, options={"num_worker_threads": THREADS}, sizes=(2,))
+def calls_arrive_while_a_long_one_runs(world: World, sizes: tuple[int, int]) -> None:
+    """The caller learns that the long one does not wait any more although the callee sends it no answer."""
+    if world.rank == 0:
+        started, go = world.event("started"), world.event("go")
+        first, second = (torch.arange(size * MIB // 4, dtype=torch.int32) for size in sizes)
+        long = rpc.rpc_async(world.next, signal_and_wait_with, args=(started, go, first))
+        try:
+            started.wait()
+            large = rpc.rpc_async(world.next, identity, args=(second,), timeout=20)
+            equal(rpc.rpc_sync(world.next, identity, args=(1,), timeout=20), 1)
+            equal(large.wait(), second)
+            equal(rpc.rpc_sync(world.next, identity, args=(second,), timeout=20), second)
+            equal(rpc.rpc_sync(world.next, identity, args=(2,), timeout=20), 2)
+            assert not long.done()
+        finally:
+            go.signal("done")
+        equal(long.wait(), "done")
+
+
+held: list[tuple[Future[int], int]] = []
+
+
+@rpc.functions.async_execution
+def hold(value: int) -> Future[int]:
+    """Is answered with the value when all are."""
+    result: Future[int] = Future()
+    held.append((result, value))
+    return result
+
+
+def wait_and_return(event: Event, value: Any) -> Any:
+    event.wait()
+    return value
+
+
+@case(sizes=(2,), tensorpipe="blocking callbacks take its worker threads, and answers need one")
+def many_callbacks_that_wait_for_calls(world: World) -> None:
+    """All of them are due before the first answer to a call of theirs."""
+    count, answered = 200, Event("many_callbacks_that_wait_for_calls", "answered")
+
+    def call_again(future: Future[int]) -> int:
+        return rpc.rpc_sync(world.next, wait_and_return, args=(answered, future.wait() + 1))
+
+    if world.rank == 0:
+        futures = [rpc.rpc_async(world.next, hold, args=(i,)).then(call_again) for i in range(count)]
+        eventually(lambda: all(future.done() for future in futures), "all callbacks have ended", 30)
+        equal(torch.futures.wait_all(futures), list(range(1, count + 1)))
+    else:
+        eventually(lambda: len(held) == count, "all calls have arrived")
+        for future, value in held:
+            future.set_result(value)
+        answered.signal()
 
 
 @case(options={"num_worker_threads": 1}, sizes=(1, 2, 4))

@@ -19,11 +19,12 @@ from cases_rref import Account, fetch
 from cases_session import AT_ONCE, check_calls
 from cases_timeouts import ran_out
 from functions_table import Call, Ours
-from harness import Event, World, equal, eventually, program, signal_and_wait, wait, world
+from harness import WAIT_LIMIT, Event, World, equal, eventually, program, signal_and_wait, wait, world
 
 CRASHED = ["terminate called", "Fatal Python error", r"a rank ended with status (132|134|136|139)", "Assertion"]
 ABORTS = "it aborts when the interpreter ends under it"
 INIT_TIMEOUT = "it has no time limit of its own for that"
+FIRST_AGENT = "torch's RRef context keeps the first session's agent, which is gone then"
 
 kept: list[object] = []  # what is alive when the interpreter ends
 
@@ -69,12 +70,18 @@ def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
 def remote_calls_that_cannot_be_read(world: World) -> None:
     """torch gives the owner's copy no value and the user no error, so only a timeout ends to_here()."""
     world.init()
-    rref = rpc.remote(world.next, identity, args=([torch.ones(50_000), RefusesToArrive()],))
-    with pytest.raises(Exception, match=r"I do not arrive|RPC ran for more than set timeout|RRef creation"):
-        rref.to_here(timeout=2)
+    rref = remote_that_cannot_be_read(world)
     equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
     world.barrier()
     rpc.shutdown(graceful=False)  # the graceful one waits 100 s in torch, which takes the RRef for unconfirmed
+    del rref
+
+
+def remote_that_cannot_be_read(world: World) -> Any:
+    rref = rpc.remote(world.next, identity, args=([torch.ones(50_000), RefusesToArrive()],))
+    with pytest.raises(Exception, match=r"I do not arrive|RPC ran for more than set timeout|RRef creation"):
+        rref.to_here(timeout=2)
+    return rref
 
 
 def known_to_have_run_out(rref: Any) -> bool:
@@ -105,7 +112,7 @@ def creation_of_rrefs_that_runs_out(world: World) -> None:
     rpc.shutdown(graceful=False)  # as above
 
 
-@program(tensorpipe="torch's RRef context keeps the first session's agent, which is gone then")
+@program(tensorpipe=FIRST_AGENT)
 def rrefs_in_a_later_session(world: World) -> None:
     for _ in range(2):
         world.init()
@@ -114,6 +121,26 @@ def rrefs_in_a_later_session(world: World) -> None:
         equal(rpc.rpc_sync(world.next, fetch, args=(rpc.RRef(7),)), 7)
         del account
         rpc.shutdown()
+
+
+@program(tensorpipe=FIRST_AGENT)
+def unconfirmed_rrefs_of_an_earlier_session(world: World) -> None:
+    """A graceful shutdown, which gives unconfirmed RRefs 100 s, waits for those of its own session only."""
+    world.init()
+    unconfirmed = remote_that_cannot_be_read(world)
+    world.barrier()
+    rpc.shutdown(graceful=False)
+    world.barrier()
+    world.init()
+    account = rpc.remote(world.next, Account, args=(1,))
+    equal(account.rpc_sync().deposit(1), 2)
+    equal(rpc.rpc_sync(world.next, fetch, args=(rpc.RRef(7),)), 7)
+    del account
+    world.barrier()
+    begin = time.monotonic()
+    rpc.shutdown()
+    assert time.monotonic() - begin < 2 * AT_ONCE
+    del unconfirmed
 
 
 # How it begins
@@ -337,6 +364,71 @@ def graceful_shutdown_without_one_who_left(world: World) -> None:
     world.init()
     check_calls(world)
     rpc.shutdown()
+
+
+@program(limit=150, forbid=CRASHED, tensorpipe=ABORTS)
+def shutdown_while_threads_call(world: World) -> None:
+    """A call made in the moment in which RPC ends is refused or fails, as any other: nobody waits for ever."""
+    for leaving in ({0}, {1}, {0, 1}):
+        world.init()
+        threads = [Caller(world.next) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            assert thread.called.wait(WAIT_LIMIT)
+        world.barrier()
+        if world.rank in leaving:
+            rpc.shutdown(graceful=False)
+        deadline = time.monotonic() + 2 * AT_ONCE
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        waiting = sum(thread.is_alive() for thread in threads)
+        assert waiting == 0, f"{waiting} threads still wait for an answer (leaving: {leaving})"
+        equal([type(thread.error) for thread in threads], [RuntimeError] * len(threads))
+        world.barrier(2 * WAIT_LIMIT)
+        if world.rank not in leaving:
+            rpc.shutdown(graceful=False)
+        world.barrier()
+
+
+class Caller(threading.Thread):
+    """Calls another worker until that fails."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__(daemon=True)  # one that hangs must not hold up the end of the process
+        self.to, self.called, self.error = to, threading.Event(), None
+
+    def run(self) -> None:
+        try:
+            while True:
+                equal(rpc.rpc_sync(self.to, identity, args=(1,)), 1)
+                self.called.set()
+        except Exception as error:
+            self.error = error
+
+
+@program()
+def shutdown_waits_for_callbacks(world: World) -> None:
+    """Those of answers that came before it, which may make calls, to workers that are shutting down as well."""
+    world.init()
+    answer, go = world.event("answer"), threading.Event()
+    entered = threading.Semaphore(0)
+
+    def call_again(future: torch.futures.Future) -> int:
+        future.wait()
+        entered.release()
+        assert go.wait(WAIT_LIMIT)
+        return rpc.rpc_sync(world.next, identity, args=(1,))
+
+    futures = [rpc.rpc_async(to, wait, args=(answer,)).then(call_again) for to in (world.next, world.name())]
+    answer.signal()
+    for _ in futures:
+        assert entered.acquire(timeout=WAIT_LIMIT)
+    world.barrier()
+    threading.Timer(1.5, go.set).start()  # far longer than a shutdown that waits for nothing
+    rpc.shutdown()
+    assert all(future.done() for future in futures)
+    equal(torch.futures.wait_all(futures), [1] * len(futures))
 
 
 @program(size=2, forbid=CRASHED, tensorpipe=ABORTS)

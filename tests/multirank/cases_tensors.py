@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -170,6 +171,48 @@ def tensors_that_share_a_storage(world: World) -> None:
         parts = [base, base[: count // 2], base[count // 2 :], base, base.reshape(2, -1)]
         for got, sent in zip(both_ways(world, parts), parts, strict=True):
             equal(got, sent)
+
+
+# Where each view begins in the storage, in bytes, and its dtype. What they share begins between elements of some.
+MIXED_DTYPES = {
+    "bytes_and_float64": [(3, torch.uint8), (8, torch.float64)],
+    "float64_and_bytes": [(24, torch.float64), (5, torch.uint8)],
+    "bytes_and_int16": [(1, torch.uint8), (2, torch.int16)],
+    "bytes_and_complex64": [(7, torch.uint8), (8, torch.complex64)],
+    "int16_and_float64": [(6, torch.int16), (8, torch.float64)],
+    "complex64_and_int16": [(16, torch.complex64), (10, torch.int16)],
+    "complex64_and_complex128": [(8, torch.complex64), (16, torch.complex128)],
+    "all_at_once": [
+        (9, torch.uint8),
+        (16, torch.float64),
+        (10, torch.int16),
+        (24, torch.complex64),
+        (12, torch.float32),
+        (11, torch.int8),
+    ],
+}
+STORAGES = {"eager": 80, "bulk": 4 * EAGER_LIMIT, "chunks": 5 * MIB}  # bytes
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the callee sees in views, apart from how it sends views back."""
+    return [x.clone() for x in tensors]
+
+
+@case(
+    each={f"{views}-{size}": (MIXED_DTYPES[views], STORAGES[size]) for views in MIXED_DTYPES for size in STORAGES},
+    sizes=(1, 2),
+)
+def views_of_several_dtypes_share_a_storage(world: World, variant: Any) -> None:
+    views, size = variant
+    base = (torch.arange(size) % 61).to(torch.uint8)  # small bytes make finite numbers, which can be compared
+    x = [base[begin : size - 8 * index].view(torch.uint8) for index, (begin, _) in enumerate(views)]
+    x = [part[: len(part) // 16 * 16].view(dtype) for part, (_, dtype) in zip(x, views, strict=True)]
+    expected = copies(x)
+    for to in (world.next, world.name()):
+        equal(rpc.rpc_sync(to, copies, args=(x,)), expected)
+        equal(rpc.rpc_sync(to, echo, args=(x,)), expected)
+        equal(rpc.remote(to, echo, args=(tuple(x),)).to_here(), tuple(expected))
 
 
 @case()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from typing import Any
 
 import pytest
@@ -64,6 +66,40 @@ def default_set_later(world: World) -> None:
         unlimited = rpc.rpc_async(world.next, wait, args=(go,))
         go.signal("done")
         equal([old.wait(), own.wait(), unlimited.wait()], ["done"] * 3)
+    finally:
+        rpc._set_rpc_timeout(SESSION_OPTIONS["rpc_timeout"])
+
+
+def nap(value: int) -> int:
+    """Takes long enough for a deadline in the past, or at once, to be noticed."""
+    time.sleep(0.3)
+    return value
+
+
+@case(
+    each={f"{api}-{limit:g}": (APIS[api], limit) for api in APIS for limit in (math.inf, 1e12)},
+    sizes=(1, 4),
+    tensorpipe="the number of milliseconds overflows",
+)
+def longer_than_any_clock(world: World, variant: Any) -> None:
+    """No limit, as 0."""
+    api, limit = variant
+    equal(api(world.next, nap, args=(1,), timeout=limit), 1)
+    equal(rpc.remote(world.next, nap, args=(2,)).to_here(timeout=limit), 2)
+
+
+@case(sizes=(1, 2), tensorpipe="it takes any number")
+def negative_default(world: World) -> None:
+    """torch itself takes it, so the calls complain."""
+    try:
+        rpc._set_rpc_timeout(-5)
+        for api in ("sync", "async"):
+            with pytest.raises(RuntimeError, match="negative"):
+                APIS[api](world.next, identity, args=(1,))
+            equal(APIS[api](world.next, nap, args=(2,), timeout=20), 2)
+        rpc._set_rpc_timeout(20)
+        for api in APIS.values():
+            equal(api(world.next, nap, args=(3,)), 3)
     finally:
         rpc._set_rpc_timeout(SESSION_OPTIONS["rpc_timeout"])
 

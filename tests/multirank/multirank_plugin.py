@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import harness
 import launcher
+import psutil
 import pytest
 from known_defects import KNOWN_DEFECTS
 
@@ -119,4 +120,4 @@ def _reason_to_skip(case: harness.Case, backend: str) -> str:
 
 
 def _available_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available  # what is free and what the page cache would give back

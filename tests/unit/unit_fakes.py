@@ -127,9 +127,16 @@ class Agent(rpc.TensorPipeAgent):
     """TensorPipe's agent behind the interface of MPIAgent."""
 
     def __init__(
-        self, communicator: Communicator, names: list[str], hosts: list[str], options: Any, run_function: Any
+        self,
+        communicator: Communicator,
+        names: list[str],
+        hosts: list[str],
+        options: Any,
+        run_function: Any,
+        serialize: Any,
     ) -> None:
-        self.names, self.hosts, self.options, self.run_function = names, hosts, options, run_function
+        self.names, self.hosts, self.options = names, hosts, options
+        self.run_function, self.serialize = run_function, serialize
         super().__init__(HashStore(), names[0], 0, 1, rpc.TensorPipeRpcBackendOptions(), {}, [])
 
     def leave(self) -> None:

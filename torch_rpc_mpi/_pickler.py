@@ -1,0 +1,263 @@
+"""How calls and results become bytes: as torch pickles them, and by value what that cannot send.
+
+Note [By reference and by value]
+Python pickles functions and classes by name. That fails here for those that have none (lambdas, closures, local
+classes), and at the callee for those of ``__main__`` that its script lacks. The first kind is pickled with cloudpickle
+at once, which sends their code. The second goes by name too; a callee that misses a name says so before anything has
+run, and the call is sent again by value.
+
+Note [RRefs and failed attempts]
+Sending an RRef makes a fork that its owner knows of, and that only arrival ends. Here an RRef is therefore pickled as a
+number, and forked when its message is complete: an attempt that fails leaves nothing behind. For the same reason a
+callee looks for missing names before it takes up any RRef of such a message.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import pickletools
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import cloudpickle
+import torch
+import torch.distributed.rpc as rpc
+from torch import Tensor
+from torch.distributed.rpc import internal
+
+from . import _C, _unsendable
+
+Pickled = tuple[bytes, list[Tensor]]
+
+_MAIN = b"__main__"
+
+
+class _Tables(threading.local):
+    """What is out of band in the message that this thread pickles or unpickles: tensors and RRefs, by number."""
+
+    tensors: list[Tensor] | None = None
+    rrefs: list[Any] | None = None  # RRefs where it is pickled, their forks where it is unpickled
+
+
+_sending = _Tables()
+_receiving = _Tables()
+
+
+class MissingInMain(Exception):
+    """The callee's ``__main__`` lacks a name that the caller's has. It leads to a second attempt, by value."""
+
+
+class Resendable(bytes):
+    """A pickled call that names something of ``__main__``.
+
+    ``by_value()`` pickles the same call again, as it was when it was pickled first.
+    """
+
+    by_value: Callable[[], Pickled]
+
+
+# What messages refer to by name: module-level functions, which every pickler sends by reference.
+
+
+def _receive_tensor(index: int) -> Tensor:
+    tensors = _receiving.tensors
+    table = internal._thread_local_tensor_tables.recv_tables if tensors is None else tensors
+    tensor: Tensor = table[index]
+    return tensor
+
+
+def _receive_rref(index: int) -> Any:
+    assert _receiving.rrefs is not None
+    fork = _receiving.rrefs[index]
+    return rpc.PyRRef._deserialize(fork) if isinstance(fork, tuple) else fork
+
+
+def _receive_script_module(data: bytes) -> torch.jit.ScriptModule:
+    return torch.jit.load(io.BytesIO(data))
+
+
+def _load(data: bytes, forks: list[Any], names_main: bool) -> Any:
+    if names_main and forks:
+        _check_names(data)
+    with _tables(_receiving, rrefs=forks):
+        try:
+            return pickle.loads(data)
+        except AttributeError as error:
+            if names_main and re.match(r"Can't get attribute '.*' on <module '__main__'", str(error)):
+                raise MissingInMain(str(error)) from error
+            raise
+
+
+def _check_names(data: bytes) -> None:
+    """Raises MissingInMain if the pickle names something that ``__main__`` does not have here."""
+    texts: list[str | None] = []  # those pushed, the last ones last
+    memo: dict[int, str | None] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "MEMOIZE":
+            memo[len(memo)] = texts[-1] if texts else None
+            continue
+        if opcode.name in ("BINGET", "LONG_BINGET"):
+            texts.append(memo.get(argument))
+            continue
+        if opcode.name == "STACK_GLOBAL" and texts[-2:-1] == ["__main__"]:
+            target: Any = sys.modules["__main__"]
+            for part in str(texts[-1]).split("."):
+                if not hasattr(target, part):
+                    raise MissingInMain(f"Can't get attribute {texts[-1]!r} on {sys.modules['__main__']}")
+                target = getattr(target, part)
+        texts.append(argument if isinstance(argument, str) else None)
+
+
+@contextmanager
+def _tables(side: _Tables, **tables: list[Any]) -> Iterator[None]:
+    """Sets tables of this thread; unpickling may pickle, so they nest."""
+    before = {name: getattr(side, name) for name in tables}
+    for name, table in tables.items():
+        setattr(side, name, table)
+    try:
+        yield
+    finally:
+        for name, table in before.items():
+            setattr(side, name, table)
+
+
+def _reduce_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    assert _sending.tensors is not None
+    _sending.tensors.append(tensor)
+    return _receive_tensor, (len(_sending.tensors) - 1,)
+
+
+def _reduce_rref(rref: Any) -> tuple[Any, ...]:
+    assert _sending.rrefs is not None
+    _sending.rrefs.append(rref)
+    return _receive_rref, (len(_sending.rrefs) - 1,)
+
+
+def _reduce_script_module(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    return _receive_script_module, (buffer.getvalue(),)
+
+
+_OUT_OF_BAND = {Tensor: _reduce_tensor, rpc.PyRRef: _reduce_rref, rpc.RRef: _reduce_rref}
+
+
+class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, reducers: dict[type, Callable[[Any], Any]]) -> None:
+        super().__init__(file)
+        self._reducers = reducers
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduce = self._reducers.get(type(obj))
+        if reduce is None and isinstance(obj, torch.jit.ScriptModule):
+            reduce = _reduce_script_module
+        return super().reducer_override(obj) if reduce is None else reduce(obj)
+
+
+class RpcPickler(internal._InternalRPCPickler):  # type: ignore[misc]
+    """Pickles what goes to other workers.
+
+    Args:
+        always_by_value: whether to use cloudpickle for everything (``pickler="cloudpickle"``), not only for what
+            Python's own pickle cannot send (``pickler="auto"``). Either sends importable names by reference.
+    """
+
+    MODES: ClassVar = ("auto", "pickle", "cloudpickle")
+
+    def __init__(self, always_by_value: bool = False) -> None:
+        super().__init__()
+        self._always_by_value = always_by_value
+        self._table: dict[type, Callable[[Any], Any]] = {}
+        self._table_of = (0, 0, 0)  # how many reducers of each origin there were when it was made; none is ever removed
+
+    def serialize(self, obj: Any) -> Pickled:
+        """Pickles a call (a ``PythonUDF``) or a result, with its tensors apart.
+
+        Raises:
+            TypeError, AttributeError, RuntimeError or pickle.PicklingError: something in it cannot be sent; the text
+                names it and the path to it.
+        """
+        if self._always_by_value:
+            return self._by_value(obj)
+        tensors: list[Tensor] = []
+        rrefs: list[Any] = []
+        try:
+            with _tables(_sending, tensors=tensors, rrefs=rrefs):
+                data = self._by_reference(obj)
+        except Exception:
+            return self._by_value(obj)
+        # Only a call can be sent again. In a context of distributed autograd it cannot either: the first attempt has
+        # been recorded in the graph by then.
+        if _MAIN not in data or not isinstance(obj, internal.PythonUDF):
+            return _complete(data, [rref._serialize() for rref in rrefs], False), tensors
+        if _C.in_autograd_context():
+            return self._by_value(obj)
+        forks = {id(rref): rref._serialize() for rref in rrefs}
+        message = Resendable(_complete(data, [forks[id(rref)] for rref in rrefs], True))
+        message.by_value = lambda: self._again(data, tensors, rrefs, forks)
+        return message, tensors
+
+    def _reducers(self, obj: Any) -> dict[type, Callable[[Any], Any]]:
+        # Other parts of torch register theirs (RemoteModule) with the one instance that they know.
+        torchs = internal._internal_rpc_pickler._class_reducer_dict
+        origin = (len(copyreg.dispatch_table), len(torchs), len(self._class_reducer_dict))
+        if self._table_of != origin:
+            self._table = {**copyreg.dispatch_table, **_OUT_OF_BAND, **torchs, **self._class_reducer_dict}
+            self._table_of = origin
+        if isinstance(obj, torch.jit.ScriptModule):
+            return {**self._table, type(obj): _reduce_script_module}
+        return self._table
+
+    def _by_reference(self, obj: Any) -> bytes:
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer)
+        pickler.dispatch_table = self._reducers(obj)
+        pickler.dump(obj)
+        return buffer.getvalue()
+
+    def _by_value(self, obj: Any, forks: Mapping[int, Any] = MappingProxyType({})) -> Pickled:
+        """``forks`` has those RRefs by id that have been forked for this call before."""
+        tensors: list[Tensor] = []
+        rrefs: list[Any] = []
+        try:
+            with _tables(_sending, tensors=tensors, rrefs=rrefs):
+                buffer = io.BytesIO()
+                _ByValue(buffer, self._reducers(obj)).dump(obj)
+        except Exception as error:
+            raise _unsendable.explain(obj, error, self._dumps_by_value) from error
+        return _complete(
+            buffer.getvalue(), [forks.get(id(rref)) or rref._serialize() for rref in rrefs], False
+        ), tensors
+
+    def _dumps_by_value(self, obj: Any) -> None:
+        with _tables(_sending, tensors=[], rrefs=[]):
+            _ByValue(io.BytesIO(), self._reducers(obj)).dump(obj)
+
+    def _again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any], forks: Mapping[int, Any]) -> Pickled:
+        with _tables(_receiving, tensors=tensors, rrefs=rrefs):
+            obj = pickle.loads(data)
+        return self._by_value(obj, forks)
+
+
+def _complete(data: bytes, forks: list[Any], names_main: bool) -> bytes:
+    """The message: `data`, around it what `_load` needs, if it needs anything."""
+    if not forks and not names_main:
+        return data
+    return pickle.dumps(_Loader(data, forks, names_main))
+
+
+class _Loader:
+    """Pickles as a call of `_load`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, self._arguments
