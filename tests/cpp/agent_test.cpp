@@ -1,6 +1,7 @@
 // Whole agents, several in one process, over the fake network.
 #include "agent/mpi_agent.h"
 
+#include <future>
 #include <thread>
 
 #include <ATen/Functions.h>
@@ -205,6 +206,16 @@ TEST(agent_join_waits_for_a_call_under_way) {
           c10::make_intrusive<rpc::Message>(
               std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
   answer(future);
+  group.joinAll();
+}
+
+TEST(agent_join_waits_for_callbacks) {
+  Group group(2);
+  std::promise<void> release;
+  const auto future = group.call(0, 1, "x");
+  future->addCallback([released = release.get_future().share()](rpc::JitFuture&) { released.wait(); });
+  CHECK_THROWS(group.agents[0]->join(true, 0.1F), "callbacks of 1 calls");
+  release.set_value();
   group.joinAll();
 }
 

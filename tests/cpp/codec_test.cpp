@@ -69,6 +69,18 @@ TEST(codec_views_of_one_storage_still_share_it) {
   CHECK_THAT(!tensors[1].storage().is_alias_of(tensors[0].storage()));
 }
 
+TEST(codec_views_of_one_storage_may_have_several_dtypes) {
+  const at::Tensor bytes = at::arange(64, at::kByte);
+  const at::Tensor doubles = bytes.slice(0, 8, 56).view(at::kDouble);
+  for (const int64_t first : {1, 3, 8, 9}) {
+    auto message = c10::make_intrusive<rpc::Message>(
+        std::vector<char>{}, std::vector<at::Tensor>{bytes.slice(0, first), doubles}, rpc::SCRIPT_CALL);
+    const auto tensors = copyMessage(*message)->tensors();
+    CHECK_THAT(at::equal(tensors[0], bytes.slice(0, first)));
+    CHECK_THAT(at::equal(tensors[1], doubles));
+  }
+}
+
 TEST(codec_carries_sparse_and_quantized_tensors) {
   const at::Tensor dense = at::eye(5);
   CHECK_THAT(at::equal(throughTheWire(dense.to_sparse()).to_dense(), dense));
@@ -150,6 +162,8 @@ TEST(call_table_expires_in_order_of_deadlines) {
   CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(51));
   CHECK_EQUAL(table.takeAllOf(0).size() + table.takeAllOf(1).size(), 27U);
   table.close();
+  CHECK_EQUAL(table.size(), 0U);
+  CHECK_EQUAL(table.add({c10::make_intrusive<c10::ivalue::Future>(at::AnyClassType::get())}, now), 0U);
   CHECK_EQUAL(table.size(), 0U);
   CHECK_THAT(table.takeExpired(now + std::chrono::hours(1)).empty());
   CHECK_THAT(table.nextDeadline() == Clock::time_point::max());

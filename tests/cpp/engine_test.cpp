@@ -174,6 +174,23 @@ TEST(engine_runs_completions_that_block_each_other) {
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
+TEST(engine_runs_any_number_of_completions_that_wait_for_others) {
+  constexpr int kTasks = 200;
+  Running running(1);
+  std::latch all(kTasks);
+  for (int i = 0; i < kTasks; ++i) {
+    running.completion([&] {
+      auto inner = std::make_shared<std::binary_semaphore>(0);
+      running.driver.put(Task::Kind::kCompletion, [inner] { inner->release(); });
+      running.engine->submitted(/*expectsReply=*/true);
+      inner->acquire();
+      all.count_down();
+    });
+  }
+  all.wait();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
 TEST(engine_a_task_may_submit_and_wait) {
   Running running(2);
   std::binary_semaphore done{0};

@@ -249,6 +249,24 @@ TEST(exchange_requests_beyond_the_window_wait_unencoded_until_taken) {
   CHECK_THAT(pair.a.exchange.wouldSendAtOnce(1, 1));
 }
 
+TEST(exchange_reports_little_credit_when_nothing_else_tells_of_it) {
+  auto options = Pair::smallOptions();
+  options.windowRequests = 4;
+  Pair pair(options);
+  for (int i = 0; i < 5; ++i) {
+    pair.a.post(request(std::to_string(i)));
+  }
+  pair.settle();
+  pair.b.exchange.released(0, pair.b.charged[0]); // less than half a window, and no response follows
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 4U);
+  const auto now = std::chrono::steady_clock::now();
+  pair.b.exchange.reportStaleCredits(*pair.b.hold, now);
+  pair.b.exchange.reportStaleCredits(*pair.b.hold, now + std::chrono::milliseconds(1));
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 5U);
+}
+
 TEST(exchange_bytes_are_bounded_and_a_message_above_the_window_goes_alone) {
   auto options = Pair::smallOptions();
   options.windowBytes = 1000;
@@ -336,6 +354,15 @@ TEST(exchange_refuses_messages_to_a_peer_that_is_gone) {
   CHECK_EQUAL(pair.a.failures, 2);
   CHECK_EQUAL(TextMessage::lastFailure, "it left");
   CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 0U);
+}
+
+TEST(exchange_refuses_messages_after_it_closed) {
+  Pair pair;
+  pair.a.exchange.close(*pair.a.hold, false);
+  pair.a.post(request("late"));
+  CHECK_THAT(!pair.a.poll());
+  CHECK_EQUAL(pair.a.failures, 1);
+  CHECK_EQUAL(TextMessage::lastFailure, "RPC was shut down");
 }
 
 TEST(frame_pool_reuses_buffers) {
