@@ -150,7 +150,7 @@ def _reduce_script_module(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
 _OUT_OF_BAND = {Tensor: _reduce_tensor, PyRRef: _reduce_rref, rpc.RRef: _reduce_rref}
 
 
-class _ByValue(cloudpickle.Pickler):
+class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, reducers: dict[type, Callable[[Any], Any]]) -> None:
         super().__init__(file)
         self._reducers = reducers
@@ -162,7 +162,7 @@ class _ByValue(cloudpickle.Pickler):
         return super().reducer_override(obj) if reduce is None else reduce(obj)
 
 
-class RpcPickler(internal._InternalRPCPickler):  # type: ignore[misc]
+class RpcPickler(internal._InternalRPCPickler):
     """Pickles what goes to other workers.
 
     Args:

@@ -1,4 +1,4 @@
-"""Every program of cases_exit.py, in a launch of its own."""
+"""Every program, in a launch of its own."""
 
 import re
 
@@ -10,7 +10,7 @@ from multirank_plugin import parametrize_programs
 pytestmark = pytest.mark.timeout(300)
 
 
-@parametrize_programs(["cases_exit"])
+@parametrize_programs(["cases_exit", "cases_pickling", "cases_main"])
 def test_program(module: str, name: str, backend: str) -> None:
     program = harness.PROGRAMS[module][name]
     if backend == "tensorpipe" and program.tensorpipe:
