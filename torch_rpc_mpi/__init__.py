@@ -9,6 +9,7 @@ Neither import loads MPI or the extension; the first ``init_rpc`` of backend ``"
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,19 @@ import torch  # noqa: F401  (the extension needs torch's libraries loaded; witho
 from . import _register
 
 if TYPE_CHECKING:
+    from .calls import remote, rpc_async, rpc_sync
+    from .functions import as_asyncio
     from .options import MPIRpcBackendOptions
 
-__all__ = ["MPIRpcBackendOptions", "__version__", "is_available"]
+__all__ = ["MPIRpcBackendOptions", "__version__", "as_asyncio", "is_available", "remote", "rpc_async", "rpc_sync"]
+
+_LAZY = {
+    "MPIRpcBackendOptions": "options",
+    "as_asyncio": "functions",
+    "remote": "calls",
+    "rpc_async": "calls",
+    "rpc_sync": "calls",
+}
 
 __version__ = "0.1.0"
 
@@ -36,10 +47,8 @@ def is_available() -> bool:
 
 def __getattr__(name: str) -> object:
     # Lazy, because `import torch` runs this file in every process, RPC or not.
-    if name == "MPIRpcBackendOptions":
-        from .options import MPIRpcBackendOptions
-
-        return MPIRpcBackendOptions
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

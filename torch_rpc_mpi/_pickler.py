@@ -52,7 +52,10 @@ _receiving = _Tables()
 
 
 class MissingInMain(Exception):
-    """The callee's ``__main__`` lacks a name that the caller's has. It leads to a second attempt, by value."""
+    """The callee's ``__main__`` lacks a name that the caller's has. It leads to a second attempt, by value.
+
+    What a call unpickles to at such a callee: returned, not raised, for torch tidies up only after what it expects.
+    """
 
 
 class Resendable(bytes):
@@ -84,23 +87,29 @@ def _receive_script_module(data: bytes) -> Any:
     return torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
+def _fail(kind: type[Exception], text: str, rrefs: list[Any]) -> None:
+    raise kind(text)
+
+
 def _load(data: bytes, forks: list[Any], names_main: bool) -> Any:
-    if names_main and forks:
-        _check_names(data)
+    if names_main and forks and (missing := _missing_name(data)):
+        return MissingInMain(missing)
     with _tables(_receiving, rrefs=forks):
         try:
             return pickle.loads(data)
         except AttributeError as error:
             if names_main and re.match(r"Can't get attribute '.*' on <module '__main__'", str(error)):
-                raise MissingInMain(str(error)) from error
+                return MissingInMain(str(error))
             raise
 
 
-def _check_names(data: bytes) -> None:
-    """Raises MissingInMain if the pickle names something that ``__main__`` does not have here."""
+def _missing_name(data: bytes) -> str | None:
+    """The error for a name in the pickle that ``__main__`` does not have here, if there is one."""
     texts: list[str | None] = []  # those pushed, the last ones last
     memo: dict[int, str | None] = {}
     for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PROTO", "FRAME"):
+            continue
         if opcode.name == "MEMOIZE":
             memo[len(memo)] = texts[-1] if texts else None
             continue
@@ -111,9 +120,10 @@ def _check_names(data: bytes) -> None:
             target: Any = sys.modules["__main__"]
             for part in str(texts[-1]).split("."):
                 if not hasattr(target, part):
-                    raise MissingInMain(f"Can't get attribute {texts[-1]!r} on {sys.modules['__main__']}")
+                    return f"Can't get attribute {texts[-1]!r} on {sys.modules['__main__']}"
                 target = getattr(target, part)
         texts.append(argument if isinstance(argument, str) else None)
+    return None
 
 
 @contextmanager
@@ -244,7 +254,11 @@ class RpcPickler(internal._InternalRPCPickler):
     def _again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any], forks: Mapping[int, Any]) -> Pickled:
         with _tables(_receiving, tensors=tensors, rrefs=rrefs):
             obj = pickle.loads(data)
-        return self._by_value(obj, forks)
+        try:
+            return self._by_value(obj, forks)
+        except Exception as error:
+            # The callee must take up the RRefs' forks all the same. It brings the error back.
+            return self._by_value(internal.PythonUDF(_fail, (type(error), str(error), rrefs), {}), forks)
 
 
 def _complete(data: bytes, forks: list[Any], names_main: bool) -> bytes:

@@ -6,6 +6,7 @@ Imports the extension; import this module only once MPI is loaded.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -19,7 +20,8 @@ from typing import Any
 
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler, functions
+from . import _C, _pickler
+from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
 
@@ -58,7 +60,7 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
         pickler: what pickles the calls of this process from now on; None for torch's.
     """
     global _current
-    _current = _Session(agent, os.getpid(), _hook_into_api(pickler))
+    _current = _Session(agent, os.getpid(), _hook_into_api(agent, pickler))
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -78,27 +80,68 @@ def end(agent: Agent) -> None:
             setattr(api, name, torchs)
 
 
-def _hook_into_api(pickler: _pickler.RpcPickler | None) -> dict[str, tuple[Any, Any]]:
-    """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use a pickler of ours.
+def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[str, tuple[Any, Any]]:
+    """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and a pickler of ours.
 
-    All of them pickle and send Python functions through these names of ``torch.distributed.rpc.api``; the functions
-    themselves stay as they are, as TorchScript knows them.
+    All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
+    they are, as TorchScript knows them.
 
     Returns:
         By name, what was put there and what was there before.
     """
-    if pickler is None:
-        return {}
-    ours = {
-        "_internal_rpc_pickler": pickler,  # what _use_rpc_pickler() goes back to
-        "_default_pickler": pickler,
-        "_invoke_rpc_python_udf": functions.py_rpc_python_udf,
-        "_invoke_remote_python_udf": functions.py_remote_python_udf,
+    ours: dict[str, Any] = {
+        "_invoke_rpc": _make_invoke_rpc(agent, api._invoke_rpc),
+        "_invoke_rpc_builtin": _invoke_rpc_builtin,
+        "_invoke_remote_builtin": _invoke_remote_builtin,
     }
+    if pickler is not None:
+        ours |= {
+            "_internal_rpc_pickler": pickler,  # what _use_rpc_pickler() goes back to
+            "_default_pickler": pickler,
+            "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
+            "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
+        }
     replaced = {name: (value, getattr(api, name)) for name, value in ours.items()}
     for name, value in ours.items():
         setattr(api, name, value)
     return replaced
+
+
+class _Answer:
+    """What ``rpc_sync`` calls ``wait()`` of, at once."""
+
+    __slots__ = ("_agent", "_future")
+
+    def __init__(self, agent: Agent, future: Any) -> None:
+        self._agent, self._future = agent, future
+
+    def wait(self) -> Any:
+        return self._agent.wait(self._future)
+
+
+def _make_invoke_rpc(agent: Agent, torchs: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's ``_invoke_rpc``, after which ``rpc_sync`` drives progress itself until its answer has come."""
+
+    @functools.wraps(torchs)
+    def _invoke_rpc(to: Any, func: Any, rpc_type: Any, *args: Any, **kwargs: Any) -> Any:
+        if rpc_type is not internal.RPCExecMode.SYNC or agent.on_engine_thread():
+            return torchs(to, func, rpc_type, *args, **kwargs)
+        agent.expect_answer(True)
+        try:
+            return _Answer(agent, torchs(to, func, rpc_type, *args, **kwargs))
+        except BaseException:
+            agent.expect_answer(False)
+            raise
+
+    return _invoke_rpc
+
+
+def _invoke_rpc_builtin(dst: Any, name: str, timeout: float, *args: Any, **kwargs: Any) -> Any:
+    return entry_points.py_rpc_builtin(dst, name, args, kwargs, timeout)
+
+
+def _invoke_remote_builtin(dst: Any, name: str, timeout: float, *args: Any, **kwargs: Any) -> Any:
+    return entry_points.py_remote_builtin(dst, name, timeout, args, kwargs)
 
 
 def make_run_function(whereabouts: str) -> Callable[[Any], Any]:

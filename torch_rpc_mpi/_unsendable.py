@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import types
 from collections.abc import Callable, Iterator
@@ -22,16 +23,23 @@ def explain(obj: Any, error: Exception, dump: Callable[[Any], None]) -> Exceptio
         dump: pickles an object, to see whether it can be.
 
     Returns:
-        An exception of the same type where torch's users know it, whose text has the path of the culprit, such as
+        An exception of the same type if it can be made of a text, and that text has the path of the culprit, such as
         ``args[0].config.lock``.
     """
     if isinstance(obj, internal.PythonUDF):
         roots = [("function", obj.func), *_items("args", obj.args), *_entries("kwargs", obj.kwargs)]
     else:
         roots = [("result", obj)]
-    path, culprit = _search(roots, dump, set(), [_BUDGET]) or ("the call" if len(roots) > 1 else "the result", obj)
-    kind = type(error) if type(error) in (TypeError, AttributeError, RuntimeError) else pickle.PicklingError
-    return kind(f"{path} (of type {_name(type(culprit))}) cannot be sent to another worker: {error}")
+    whole = ("the call" if len(roots) > 1 else "the result", obj)
+    try:
+        path, culprit = _search(roots, dump, set(), [_BUDGET]) or whole
+    except RecursionError:
+        path, culprit = whole
+    text = f"{path} (of type {_name(type(culprit))}) cannot be sent to another worker: {error}"
+    try:
+        return type(error)(text)
+    except Exception:  # a type that takes other arguments
+        return pickle.PicklingError(text)
 
 
 def _name(kind: type) -> str:
@@ -75,15 +83,23 @@ def _parts(path: str, obj: Any) -> Iterator[tuple[str, Any]]:
         yield f"{path}.__self__", obj.__self__
     elif isinstance(obj, types.FunctionType):
         for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
-            yield f"{path}'s variable {name!r}", cell.cell_contents
+            with contextlib.suppress(ValueError):  # it has no value yet
+                yield f"{path}'s variable {name!r}", cell.cell_contents
         yield from _items(f"{path}.__defaults__", obj.__defaults__ or ())
         for name in obj.__code__.co_names:
             if name in obj.__globals__:
                 yield f"{path}'s global {name!r}", obj.__globals__[name]
     else:
-        for name, value in getattr(obj, "__dict__", {}).items():
-            yield f"{path}.{name}", value
-        for kind in type(obj).__mro__:
-            for name in (slots,) if isinstance(slots := kind.__dict__.get("__slots__", ()), str) else slots:
-                if hasattr(obj, name):
-                    yield f"{path}.{name}", getattr(obj, name)
+        for name in _attributes(obj):
+            with contextlib.suppress(Exception):  # the object's own code may refuse
+                yield f"{path}.{name}", getattr(obj, name)
+
+
+def _attributes(obj: Any) -> list[str]:
+    names: list[str] = []
+    with contextlib.suppress(Exception):
+        names += vars(obj)
+    for kind in type(obj).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names += (slots,) if isinstance(slots, str) else slots
+    return names

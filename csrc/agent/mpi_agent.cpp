@@ -28,6 +28,9 @@ constexpr double kLongestTimeout = 1e9;
 // Receive memory that was not used for so long goes back to the system.
 constexpr auto kTrimAfter = std::chrono::seconds(5);
 
+// The call that this thread made last and will drive.
+thread_local const void* awaited = nullptr;
+
 std::string timeoutText(std::chrono::milliseconds timeout) {
   std::string text = rpc::kRpcTimeoutErrorStr;
   return text.replace(text.find("{}"), 2, std::to_string(timeout.count()));
@@ -151,6 +154,11 @@ JitFuturePtr MpiAgent::send(
   call.peer = peer.id_;
   call.timeout = timeoutOf(rpcTimeoutSeconds);
   JitFuturePtr future = call.future;
+  if (peer.id_ == rank_) {
+    Engine::announceGuest(false); // another thread runs it, and is there as soon as this one would be
+  } else if (Engine::guestAnnounced()) {
+    awaited = future.get();
+  }
   const uint64_t id = calls_.add(std::move(call), Clock::now());
   TORCH_CHECK(id != 0, notRunningText(message->type()));
   message->setId(static_cast<int64_t>(id));
@@ -165,6 +173,17 @@ JitFuturePtr MpiAgent::send(
     throw;
   }
   return future;
+}
+
+void MpiAgent::expectAnswer(bool expected) {
+  awaited = nullptr;
+  Engine::announceGuest(expected);
+}
+
+void MpiAgent::driveUntil(const rpc::JitFuture& future) {
+  if (const void* call = std::exchange(awaited, nullptr)) {
+    engine_->driveFor(call, [&] { return future.completed(); });
+  }
 }
 
 void MpiAgent::sendToSelf(uint64_t id, RpcMessage message) {

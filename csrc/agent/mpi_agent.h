@@ -70,6 +70,14 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   // After join(shutdown=true): frees everything. Without: says goodbye to the peers and stops; local and bounded.
   void shutdownImpl() override;
 
+  // For a call that its thread will wait for at once, see Note [Guests]: expectAnswer(true) before it is sent, then
+  // driveUntil() with a future that completes when the call does. It may return before that.
+  static void expectAnswer(bool expected);
+  bool onEngineThread() const {
+    return engine_->onEngineThread();
+  }
+  void driveUntil(const torch::distributed::rpc::JitFuture& future);
+
   // Throws in a child process made by fork().
   void checkNotForked() const;
 

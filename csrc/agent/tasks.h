@@ -49,6 +49,9 @@ class MpiAgent::CompletionTask : public Task {
   Kind kind() const override {
     return Kind::kCompletion;
   }
+  bool completes(const void* awaited) const override {
+    return call_.future.get() == awaited;
+  }
   static void fail(const PendingCall& call, const std::string& error);
 
  protected:

@@ -4,6 +4,7 @@
 
 #include <sched.h>
 
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/pythoncapi_compat.h>
 #include <torch/version.h>
@@ -172,6 +173,15 @@ void bindAgent(py::module_& module) {
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
       .def("leave", &shutdownAgent, NoGil())
+      .def("on_engine_thread", &MpiAgent::onEngineThread)
+      .def_static("expect_answer", &MpiAgent::expectAnswer, py::arg("expected"))
+      .def(
+          "wait",
+          [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
+            self.driveUntil(*future.fut);
+            return future.wait(); // takes the GIL for what it returns
+          },
+          py::arg("future"), NoGil())
       .def("get_worker_info", &ownWorkerInfo, NoGil())
       .def(
           "get_worker_info", [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <c10/core/StreamGuard.h>
+#include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
 #include <torch/csrc/distributed/rpc/python_resp.h>
@@ -49,11 +50,12 @@ class PythonFunction final : public rpc::RpcCommandBase {
     const TimedGil gil(agent);
     try {
       function = handler.deserialize(pickled);
-    } catch (const py::error_already_set& error) {
-      if (error.type().attr("__name__").cast<std::string>() == "MissingInMain") {
-        missing = error.what(); // thrown, torch would log it; but the caller will just try again
-        return;
+      if (PyExceptionInstance_Check(function.ptr()) &&
+          py::type::of(function).attr("__name__").cast<std::string>() == "MissingInMain") {
+        missing = "MissingInMain: " + py::str(function).cast<std::string>();
+        function = py::object();
       }
+    } catch (const py::error_already_set& error) {
       throw std::runtime_error(error.what()); // the Python exception must go with the GIL held
     }
   }
@@ -165,20 +167,35 @@ struct PythonRequestCallback::PythonSide {
 PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize)
     : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize))) {}
 
-std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpcCommand(
-    std::unique_ptr<rpc::RpcCommandBase> command,
+// The function in a command that calls one; null for other commands.
+std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
+    const rpc::RpcCommandBase& command,
     const rpc::MessageType& type) const {
   if (type == rpc::MessageType::PYTHON_CALL) {
-    const auto& call = static_cast<rpc::PythonCall&>(*command);
+    const auto& call = static_cast<const rpc::PythonCall&>(command);
     return std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
   }
   if (type == rpc::MessageType::PYTHON_REMOTE_CALL) {
-    const auto& call = static_cast<rpc::PythonRemoteCall&>(*command);
+    const auto& call = static_cast<const rpc::PythonRemoteCall&>(command);
     auto unpickled = std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
     unpickled->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
     return unpickled;
   }
-  return RequestCallbackImpl::deserializePythonRpcCommand(std::move(command), type);
+  return nullptr;
+}
+
+std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpcCommand(
+    std::unique_ptr<rpc::RpcCommandBase> command,
+    const rpc::MessageType& type) const {
+  if (type == rpc::MessageType::FORWARD_AUTOGRAD_REQ) {
+    auto& recorded = static_cast<torch::distributed::autograd::RpcWithAutograd&>(*command);
+    if (auto function = unpickle(recorded.wrappedRpc(), recorded.wrappedMessageType())) {
+      recorded.setWrappedRpc(std::move(function));
+    }
+    return command;
+  }
+  auto function = unpickle(*command, type);
+  return function ? std::move(function) : std::move(command);
 }
 
 JitFuturePtr PythonRequestCallback::processPythonCall(

@@ -27,6 +27,8 @@ constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
 
+thread_local bool guestComing = false;
+
 // What this engine thread runs.
 thread_local struct {
   Task::Kind kind = Task::Kind::kCompletion;
@@ -142,7 +144,7 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
     if (TaskPtr task = take()) {
       return task;
     }
-    if (!leading_ && !broken_) {
+    if (!leading_ && !broken_ && !guestLeads()) {
       leading_ = true;
       if (!ticking_ && backlog()) {
         parkedCv_.notify_one();
@@ -242,7 +244,7 @@ void Engine::lead() {
       enqueue(tasks);
       return;
     }
-    if (runnable_ || broken_) {
+    if (runnable_ || broken_ || guestLeads()) {
       return;
     }
     const auto now = Clock::now();
@@ -274,7 +276,7 @@ bool Engine::sleep(std::chrono::nanoseconds limit) {
   const uint32_t ticket = doorbell_.prepare();
   asleep_ = true;
   bool rung = true;
-  if (driver_.hasQueued() || runnable_ || stopping_ || limit.count() <= 0) {
+  if (driver_.hasQueued() || runnable_ || stopping_ || guest_ || limit.count() <= 0) {
     doorbell_.cancel();
   } else {
     rung = doorbell_.wait(ticket, limit);
@@ -340,12 +342,73 @@ void Engine::submitted(bool expectsReply) {
     }
   }
   post(tasks);
-  if (expectsReply) {
+  if (expectsReply && !guestComing) {
     doorbell_.ring();
     if (onEngineThread()) {
       taskMayWait();
     }
   }
+}
+
+void Engine::announceGuest(bool coming) {
+  guestComing = coming;
+}
+
+bool Engine::guestAnnounced() {
+  return guestComing;
+}
+
+bool Engine::guestLeads() const {
+  return guest_ || Clock::now().time_since_epoch().count() < guestUntil_;
+}
+
+void Engine::driveFor(const void* awaited, const std::function<bool()>& over) {
+  guestComing = false;
+  TaskPtr mine;
+  if (!guest_.exchange(true)) {
+    const auto begin = Clock::now();
+    while (mine == nullptr && !over() && !stopping_ && !broken_) {
+      if (!turnAsGuest(awaited, mine)) {
+        if (Clock::now() - begin > options_.spinTime) {
+          break;
+        }
+        sched_yield();
+      }
+    }
+    const bool givesUp = mine == nullptr && !over();
+    guestUntil_ = givesUp ? 0 : (Clock::now() + kTick).time_since_epoch().count();
+    guest_ = false;
+    if (givesUp || asleep_) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wakeIdleThread();
+      doorbell_.ring();
+    }
+  } else {
+    doorbell_.ring();
+  }
+  if (mine != nullptr) {
+    mine->run();
+  }
+}
+
+bool Engine::turnAsGuest(const void* awaited, TaskPtr& mine) {
+  std::vector<TaskPtr> tasks;
+  bool active = false;
+  try {
+    active = turnOnce(tasks);
+    while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks)) {
+    }
+  } catch (const std::exception& error) {
+    breakDown(error.what());
+  }
+  const auto found =
+      std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
+  if (found != tasks.end()) {
+    mine = std::move(*found);
+    tasks.erase(found);
+  }
+  post(tasks);
+  return active;
 }
 
 void Engine::withToken(const std::function<void(ProgressToken&)>& body) {

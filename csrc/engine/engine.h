@@ -19,6 +19,13 @@
 // although others wait: then they are long, and it doubles the number, up to the bounds above. A task that makes a call
 // itself will probably wait for it, and does not count while it does.
 //
+// Note [Guests]
+// ~~~~~~~~~~~~~
+// A user's thread that waits for the answer to a call drives progress itself meanwhile, as a guest: the answer then
+// needs no other thread to be woken. Of what arrives it runs only the completion it waits for; the rest goes to the
+// engine's threads. There is one guest at a time. While there is one, and for a tick after it has left, since it will
+// probably call again, the engine's threads do not lead but stand by.
+//
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
 
@@ -50,6 +57,10 @@ class Task {
   virtual ~Task() = default;
   virtual Kind kind() const = 0;
   virtual void run() noexcept = 0;
+  // Whether this is the completion that `awaited` (a future's address) waits for.
+  virtual bool completes(const void* /*awaited*/) const {
+    return false;
+  }
 };
 using TaskPtr = std::unique_ptr<Task>;
 
@@ -88,7 +99,8 @@ struct EngineCounts {
 // Held by shared_ptr: its threads keep it alive. Members:
 //   mutex_ guards lanes_, threads_, parked_, ticking_;
 //   leading_, stopping_, broken_, runnable_ are written under mutex_ and read by anyone; asleep_ is the leader's;
-//   tokens_ is the progress token; options_, driver_ and doorbell_ are immutable after construction.
+//   guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_, driver_ and
+//   doorbell_ are immutable after construction.
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
   Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);
@@ -104,6 +116,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Any thread: something was queued for the driver. Runs a turn here if the token is free, otherwise its holder picks
   // the work up. `expectsReply`: somebody has to poll for the answer from now on.
   void submitted(bool expectsReply);
+  // Any thread that is not the engine's, see Note [Guests]. From announceGuest() on it leads when it waits; what it
+  // submits until then wakes nobody. driveFor() returns when the completion of `awaited` has run here or over() holds,
+  // or after the spin time, or at once if there is a guest already.
+  static void announceGuest(bool coming);
+  static bool guestAnnounced();
+  void driveFor(const void* awaited, const std::function<bool()>& over);
+
   // Takes the token, waiting for its holder to finish its turn. For starting and closing only.
   void withToken(const std::function<void(ProgressToken&)>& body);
   void wake() {
@@ -129,6 +148,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool backlog() const; // something waits only because others of its kind run
   void tick();
   bool turnOnce(std::vector<TaskPtr>& tasks);
+  bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
+  bool guestLeads() const;
   void enqueue(std::vector<TaskPtr>& tasks);
   void updateRunnable();
 
@@ -164,6 +185,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::atomic<bool> leading_{false};
   std::atomic<bool> runnable_{false}; // a queued task could be taken now
   std::atomic<bool> asleep_{false};
+  std::atomic<bool> guest_{false};
+  std::atomic<Clock::rep> guestUntil_{0};
 };
 
 } // namespace torch_rpc_mpi

@@ -8,14 +8,15 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,33 @@ class Result:
         """How many times faster MPI was than ``backend``, round by round."""
         ours, theirs = self.medians.get("mpi", []), self.medians.get(backend, [])
         return sorted(there / here for here, there in zip(ours, theirs, strict=False))
+
+
+class Team:
+    """The two ranks of one backend. They stand still but for their turns: TensorPipe polls without end."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.leader: Any = None
+
+    def measure(self, case: Case) -> list[float]:
+        """Seconds, one value a sample."""
+        self.go_on()
+        try:
+            self.leader.send((case.name, case.samples))
+            samples: list[float] = self.leader.recv()
+            return samples
+        finally:
+            self.pause()
+
+    def pause(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def main() -> None:
@@ -80,13 +108,12 @@ def measure(backends: list[str], cases: list[str], rounds: int) -> list[Result]:
     from rich.progress import Progress
 
     results = [Result(CASES[name]) for name in cases]
-    with started(backends) as connections, Progress(transient=True) as progress:
+    with started(backends) as teams, Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=(rounds + 1) * len(results) * len(backends))
         for turn in range(rounds + 1):
             for result in results:
                 for backend in backends[turn % len(backends) :] + backends[: turn % len(backends)]:
-                    connections[backend].send((result.case.name, result.case.samples))
-                    samples = sorted(connections[backend].recv())
+                    samples = sorted(teams[backend].measure(result.case))
                     progress.advance(task)
                     if turn > 0 and samples:  # the first is for warming up
                         result.medians.setdefault(backend, []).append(statistics.median(samples))
@@ -95,8 +122,8 @@ def measure(backends: list[str], cases: list[str], rounds: int) -> list[Result]:
 
 
 @contextmanager
-def started(backends: list[str]) -> Iterator[dict[str, Connection]]:
-    """Two ranks for each backend, and a connection to its rank 0."""
+def started(backends: list[str]) -> Iterator[dict[str, Team]]:
+    """Starts two ranks for each backend."""
     key = secrets.token_hex(16)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="rpc-bench-"))
@@ -114,13 +141,21 @@ def started(backends: list[str]) -> Iterator[dict[str, Connection]]:
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
                 stack.callback(_end, process)
                 processes.append(process)
-        connections = {}
-        for _ in backends:
+        teams = {backend: Team() for backend in backends}
+        for team in teams.values():
+            stack.callback(team.go_on)
+        for _ in range(2 * len(backends)):
             connection = listener.accept()
-            connections[connection.recv()] = connection
-        yield connections
-        for connection in connections.values():
-            connection.send(None)
+            backend, rank, pid = connection.recv()
+            teams[backend].pids.append(pid)
+            if rank == 0:
+                teams[backend].leader = connection
+        for team in teams.values():
+            team.pause()
+        yield teams
+        for team in teams.values():
+            team.go_on()
+            team.leader.send(None)
         for process in processes:
             process.wait(START_LIMIT)
 

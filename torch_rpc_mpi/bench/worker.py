@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -22,8 +23,10 @@ def main() -> None:
         _rpc(backend, rank, address)
 
 
-def _connect(address: str) -> Connection:
-    return Client(address, authkey=os.environ["TORCH_RPC_MPI_BENCH_KEY"].encode())
+def _connect(address: str, backend: str, rank: int) -> Connection:
+    controller = Client(address, authkey=os.environ["TORCH_RPC_MPI_BENCH_KEY"].encode())
+    controller.send((backend, rank, os.getpid()))
+    return controller
 
 
 def _rpc(backend: str, rank: int, address: str) -> None:
@@ -41,16 +44,20 @@ def _rpc(backend: str, rank: int, address: str) -> None:
             _channels=["basic"] if transports else None,
         )
         rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)  # type: ignore[no-untyped-call]
-    if rank == 0:
-        _obey(address, backend, lambda case, samples: CASES[case].run(samples))
-    rpc.shutdown()
+    with _connect(address, backend, rank) as controller:
+        if rank == 0:
+            _obey(controller, _measure)
+        rpc.shutdown()
 
 
-def _obey(address: str, backend: str, measure: Any) -> None:
-    with _connect(address) as controller:
-        controller.send(backend)
-        while (order := controller.recv()) is not None:
-            controller.send(measure(*order))
+def _measure(case: str, samples: int) -> list[float]:
+    CASES[case].run(max(samples // 10, 1))  # back from standing still
+    return CASES[case].run(samples)
+
+
+def _obey(controller: Connection, measure: Callable[[str, int], list[float]]) -> None:
+    while (order := controller.recv()) is not None:
+        controller.send(measure(*order))
 
 
 def _raw(address: str) -> None:
@@ -72,21 +79,23 @@ def _raw(address: str) -> None:
         size = CASES[case].message
         if size is None:
             return []
-        comm.send((size, samples + 1), 1, tag=1)
+        comm.send((size, samples + samples // 10 + 1), 1, tag=1)
         view = memoryview(here)[:size]
 
         def there_and_back() -> None:
             comm.Send(view, 1)
             comm.Recv(view, 1)
 
-        there_and_back()
+        for _ in range(samples // 10 + 1):
+            there_and_back()
         return timed(there_and_back, samples)
 
-    if comm.rank == 0:
-        _obey(address, "raw", measure)
-        comm.send(None, 1, tag=1)
-    else:
-        serve()
+    with _connect(address, "raw", comm.rank) as controller:
+        if comm.rank == 0:
+            _obey(controller, measure)
+            comm.send(None, 1, tag=1)
+        else:
+            serve()
 
 
 def _next_order(comm: Any) -> Any:
