@@ -5,6 +5,7 @@
 
 #include <c10/core/StreamGuard.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
+#include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_profiling_req.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
 #include <torch/csrc/distributed/rpc/python_resp.h>
@@ -19,6 +20,7 @@ namespace py = pybind11;
 
 namespace torch_rpc_mpi {
 
+namespace autograd = torch::distributed::autograd;
 namespace rpc = torch::distributed::rpc;
 
 namespace {
@@ -167,33 +169,40 @@ struct PythonRequestCallback::PythonSide {
 PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize)
     : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize))) {}
 
-// The function in a command that calls one; null for other commands.
+// What takes the place of a command because it calls a Python function; null for other commands. One that wraps another
+// gets the wrapped one's replacement here.
 std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
-    const rpc::RpcCommandBase& command,
+    rpc::RpcCommandBase& command,
     const rpc::MessageType& type) const {
-  if (type == rpc::MessageType::PYTHON_CALL) {
-    const auto& call = static_cast<const rpc::PythonCall&>(command);
-    return std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+  const auto unpickleWrapped = [&](auto& wrapper) {
+    if (auto function = unpickle(wrapper.wrappedRpc(), wrapper.wrappedMessageType())) {
+      wrapper.setWrappedRpc(std::move(function));
+    }
+    return nullptr;
+  };
+  switch (type) {
+    case rpc::MessageType::PYTHON_CALL: {
+      const auto& call = static_cast<rpc::PythonCall&>(command);
+      return std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+    }
+    case rpc::MessageType::PYTHON_REMOTE_CALL: {
+      const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
+      auto function = std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+      function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
+      return function;
+    }
+    case rpc::MessageType::FORWARD_AUTOGRAD_REQ:
+      return unpickleWrapped(static_cast<autograd::RpcWithAutograd&>(command));
+    case rpc::MessageType::RUN_WITH_PROFILING_REQ:
+      return unpickleWrapped(static_cast<autograd::RpcWithProfilingReq&>(command));
+    default:
+      return nullptr;
   }
-  if (type == rpc::MessageType::PYTHON_REMOTE_CALL) {
-    const auto& call = static_cast<const rpc::PythonRemoteCall&>(command);
-    auto unpickled = std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
-    unpickled->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
-    return unpickled;
-  }
-  return nullptr;
 }
 
 std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpcCommand(
     std::unique_ptr<rpc::RpcCommandBase> command,
     const rpc::MessageType& type) const {
-  if (type == rpc::MessageType::FORWARD_AUTOGRAD_REQ) {
-    auto& recorded = static_cast<torch::distributed::autograd::RpcWithAutograd&>(*command);
-    if (auto function = unpickle(recorded.wrappedRpc(), recorded.wrappedMessageType())) {
-      recorded.setWrappedRpc(std::move(function));
-    }
-    return command;
-  }
   auto function = unpickle(*command, type);
   return function ? std::move(function) : std::move(command);
 }

@@ -45,7 +45,7 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
  private:
   struct PythonSide;
   std::unique_ptr<torch::distributed::rpc::RpcCommandBase> unpickle(
-      const torch::distributed::rpc::RpcCommandBase& command,
+      torch::distributed::rpc::RpcCommandBase& command,
       const torch::distributed::rpc::MessageType& type) const;
 
   // Shared with the futures of functions that return later, which may outlive the agent.
