@@ -18,6 +18,10 @@ struct FunctionTask final : Task {
   void run() noexcept override {
     body();
   }
+  bool completes(const void* what) const override {
+    return awaited == what;
+  }
+  const void* awaited = this;
   const Kind kind_;
   std::function<void()> body;
 };
@@ -201,6 +205,47 @@ TEST(engine_a_task_may_submit_and_wait) {
     inner->acquire();
     done.release();
   });
+  done.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_a_guest_runs_the_completion_it_waits_for_and_nothing_else) {
+  Running running(2);
+  const int awaited = 0;
+  for (int i = 0; i < 100; ++i) {
+    Engine::announceGuest(true);
+    std::atomic<bool> done{false};
+    std::thread::id ranOn, otherRanOn;
+    std::binary_semaphore other{0};
+    {
+      const std::lock_guard<std::mutex> lock(running.driver.mutex);
+      running.driver.queue.push_back(std::make_unique<FunctionTask>(Task::Kind::kCompletion, [&] {
+        otherRanOn = std::this_thread::get_id();
+        other.release();
+      }));
+      auto mine = std::make_unique<FunctionTask>(Task::Kind::kCompletion, [&] {
+        ranOn = std::this_thread::get_id();
+        done = true;
+      });
+      mine->awaited = &awaited;
+      running.driver.queue.push_back(std::move(mine));
+    }
+    while (!done) { // an engine's thread may have been faster
+      running.engine->driveFor(&awaited, [&] { return done.load(); });
+    }
+    other.acquire();
+    CHECK_THAT(otherRanOn != std::this_thread::get_id());
+  }
+  CHECK_THAT(!Engine::guestAnnounced());
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_leads_again_when_a_guest_gives_up) {
+  Running running(2);
+  const int awaited = 0;
+  running.engine->driveFor(&awaited, [] { return false; }); // until the spin time has passed
+  std::binary_semaphore done{0};
+  running.request([&] { done.release(); });
   done.acquire();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }

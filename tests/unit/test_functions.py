@@ -45,6 +45,34 @@ for name, case in CASES.items():
     assert "fine" in run(run_python, program)
 
 
+def test_calls_of_the_package_over_tensorpipe(run_python: RunPython) -> None:
+    program = """
+import torch_rpc_mpi
+from functions_table import scale, script_scale
+x = torch.ones(2)
+for function in (scale, script_scale):
+    assert torch.equal(torch_rpc_mpi.rpc_sync("alone", function, args=(x,), kwargs={"factor": 3.0}), x * 3)
+    assert torch.equal(torch_rpc_mpi.rpc_async(me, function, args=(x,)).wait(), x * 2)
+    assert torch.equal(torch_rpc_mpi.remote(me.id, function, args=(x,)).to_here(), x * 2)
+assert torch.equal(torch_rpc_mpi.rpc_sync("alone", torch.add, args=(x, 1)), x + 1)
+try:
+    torch_rpc_mpi.rpc_sync("alone", lambda: 1)  # by value only where our backend pickles
+except (AttributeError, TypeError) as error:
+    assert "lambda" in str(error), error
+else:
+    raise AssertionError("no error")
+rpc.shutdown()
+try:
+    torch_rpc_mpi.rpc_sync("alone", torch.add, args=(x, 1))
+except RuntimeError as error:
+    assert "not been initialized" in str(error), error
+else:
+    raise AssertionError("no error")
+rpc.shutdown = lambda: None
+"""
+    assert "fine" in run(run_python, program)
+
+
 def test_halves_make_a_whole(run_python: RunPython) -> None:
     program = """
 x = torch.ones(2)
