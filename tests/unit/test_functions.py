@@ -57,7 +57,7 @@ for function in (scale, script_scale):
 assert torch.equal(torch_rpc_mpi.rpc_sync("alone", torch.add, args=(x, 1)), x + 1)
 try:
     torch_rpc_mpi.rpc_sync("alone", lambda: 1)  # by value only where our backend pickles
-except (AttributeError, TypeError) as error:
+except Exception as error:
     assert "lambda" in str(error), error
 else:
     raise AssertionError("no error")
