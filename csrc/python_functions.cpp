@@ -30,7 +30,8 @@ namespace rpc = torch::distributed::rpc;
 using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
 using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 
-// The object in a response, as an IValue that takes the GIL to let go of it.
+// The object in a response: a tensor as it is, since who asks a future for it gets the Python tensor then; anything else
+// as a Python object, made once, that takes the GIL to be let go of. So the commonest result of an operator needs no GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
@@ -38,6 +39,9 @@ c10::IValue toPyIValue(const rpc::Message& response) {
   switch (type) {
     case rpc::MessageType::SCRIPT_RET: {
       c10::IValue value = static_cast<rpc::ScriptResp&>(*command).value();
+      if (value.isTensor()) {
+        return value;
+      }
       const py::gil_scoped_acquire gil;
       return torch::jit::toIValue(torch::jit::toPyObject(std::move(value)), c10::PyObjectType::get());
     }

@@ -253,6 +253,10 @@ Clock::time_point MpiAgent::nextDeadline() const {
   return calls_.nextDeadline();
 }
 
+bool MpiAgent::awaitsAnswers() const {
+  return calls_.size() > 0;
+}
+
 bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   std::vector<OutboundPtr> queued;
   if (outboxFilled_.load()) {

@@ -100,6 +100,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   bool turn(ProgressToken& token, std::vector<TaskPtr>& tasks) override;
   bool hasQueued() const override;
   Clock::time_point nextDeadline() const override;
+  bool awaitsAnswers() const override;
   void onBroken(const std::string& reason) noexcept override;
   // ExchangeListener
   std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;

@@ -375,10 +375,10 @@ void Engine::driveFor(const void* awaited, const std::function<bool()>& over) {
         sched_yield();
       }
     }
-    const bool givesUp = mine == nullptr && !over();
-    guestUntil_ = givesUp ? 0 : (Clock::now() + kTick).time_since_epoch().count();
+    const bool neededOn = (mine == nullptr && !over()) || driver_.awaitsAnswers();
+    guestUntil_ = neededOn ? 0 : (Clock::now() + kTick).time_since_epoch().count();
     guest_ = false;
-    if (givesUp || asleep_) {
+    if (neededOn || asleep_) {
       const std::lock_guard<std::mutex> lock(mutex_);
       wakeIdleThread();
       doorbell_.ring();

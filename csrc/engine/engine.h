@@ -23,8 +23,8 @@
 // ~~~~~~~~~~~~~
 // A user's thread that waits for the answer to a call drives progress itself meanwhile, as a guest: the answer then
 // needs no other thread to be woken. Of what arrives it runs only the completion it waits for; the rest goes to the
-// engine's threads. There is one guest at a time. While there is one, and for a tick after it has left, since it will
-// probably call again, the engine's threads do not lead but stand by.
+// engine's threads. There is one guest at a time. While there is one, and for a tick after it has left if nobody else
+// waits for an answer, since it will probably call again, the engine's threads do not lead but stand by.
 //
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
@@ -74,6 +74,8 @@ class EngineDriver {
   virtual bool hasQueued() const = 0;
   // When the next deadline is due; Clock::time_point::max() for none.
   virtual Clock::time_point nextDeadline() const = 0;
+  // Whether somebody waits for something to arrive.
+  virtual bool awaitsAnswers() const = 0;
   // A turn threw: the transport is broken. Called once, without the token; progress has stopped.
   virtual void onBroken(const std::string& reason) noexcept = 0;
 };

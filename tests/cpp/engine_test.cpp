@@ -52,6 +52,9 @@ struct Driver : EngineDriver {
   Clock::time_point nextDeadline() const override {
     return Clock::time_point::max();
   }
+  bool awaitsAnswers() const override {
+    return false;
+  }
   void onBroken(const std::string& reason) noexcept override {
     brokenReason = reason;
     brokenSignal.release();
