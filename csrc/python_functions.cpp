@@ -30,8 +30,9 @@ namespace rpc = torch::distributed::rpc;
 using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
 using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 
-// The object in a response: a tensor as it is, since who asks a future for it gets the Python tensor then; anything else
-// as a Python object, made once, that takes the GIL to be let go of. So the commonest result of an operator needs no GIL.
+// The object in a response: a tensor as it is, since who asks a future for it gets the Python tensor then; anything
+// else as a Python object, made once, that takes the GIL to be let go of. So the commonest result of an operator needs
+// no GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
@@ -114,7 +115,7 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
 }
 
 // What torch_rpc_mpi._pickler.MissingInMain becomes on its way.
-constexpr const char* kMissingInMain = "MissingInMain: ";
+constexpr const char* kMissingInMain = "torch_rpc_mpi callee lacks a name of __main__: ";
 
 // The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends with what
 // byValue() pickled.

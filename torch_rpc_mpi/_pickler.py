@@ -18,12 +18,11 @@ import copyreg
 import io
 import pickle
 import pickletools
-import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import FunctionType
 from typing import Any, ClassVar
 
 import cloudpickle
@@ -43,7 +42,7 @@ _MAIN = b"__main__"
 class _Tables(threading.local):
     """What is out of band in the message that this thread pickles or unpickles: tensors and RRefs, by number."""
 
-    tensors: list[Tensor] | None = None
+    tensors: list[Tensor] | None = None  # where it is pickled; received ones are in torch's own table
     rrefs: list[Any] | None = None  # RRefs where it is pickled, their forks where it is unpickled
 
 
@@ -71,9 +70,7 @@ class Resendable(bytes):
 
 
 def _receive_tensor(index: int) -> Tensor:
-    tensors = _receiving.tensors
-    table = internal._thread_local_tensor_tables.recv_tables if tensors is None else tensors
-    tensor: Tensor = table[index]
+    tensor: Tensor = internal._thread_local_tensor_tables.recv_tables[index]
     return tensor
 
 
@@ -87,19 +84,22 @@ def _receive_script_module(data: bytes) -> Any:
     return torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
-def _fail(kind: type[Exception], text: str, rrefs: list[Any]) -> None:
+def _fail(kind: type[Exception], text: str) -> None:
     raise kind(text)
 
 
 def _load(data: bytes, forks: list[Any], names_main: bool) -> Any:
     if names_main and forks and (missing := _missing_name(data)):
+        with _tables(_receiving, rrefs=forks):  # taken up and let go of: the second attempt has forks of its own
+            for index in range(len(forks)):
+                _receive_rref(index)
         return MissingInMain(missing)
     with _tables(_receiving, rrefs=forks):
         try:
             return pickle.loads(data)
-        except AttributeError as error:
-            if names_main and re.match(r"Can't get attribute '.*' on <module '__main__'", str(error)):
-                return MissingInMain(str(error))
+        except AttributeError:
+            if names_main and (missing := _missing_name(data)):
+                return MissingInMain(missing)
             raise
 
 
@@ -161,15 +161,29 @@ _OUT_OF_BAND = {Tensor: _reduce_tensor, PyRRef: _reduce_rref, rpc.RRef: _reduce_
 
 
 class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, reducers: dict[type, Callable[[Any], Any]]) -> None:
+    """cloudpickle's, which sends all of ``__main__`` by value, unless its names are to be tried by reference."""
+
+    def __init__(self, file: io.BytesIO, reducers: dict[type, Callable[[Any], Any]], main_by_name: bool) -> None:
         super().__init__(file)
         self._reducers = reducers
+        self._main_by_name = main_by_name
 
     def reducer_override(self, obj: Any) -> Any:
         reduce = self._reducers.get(type(obj))
         if reduce is None and isinstance(obj, torch.jit.ScriptModule):
             reduce = _reduce_script_module
+        if reduce is None and self._main_by_name and _is_name_of_main(obj):
+            return NotImplemented
         return super().reducer_override(obj) if reduce is None else reduce(obj)
+
+
+def _is_name_of_main(obj: Any) -> bool:
+    if not isinstance(obj, (FunctionType, type)) or obj.__module__ != "__main__":
+        return False
+    target: Any = sys.modules["__main__"]
+    for part in obj.__qualname__.split("."):
+        target = getattr(target, part, None)
+    return target is obj
 
 
 class RpcPickler(internal._InternalRPCPickler):
@@ -197,22 +211,23 @@ class RpcPickler(internal._InternalRPCPickler):
         """
         if self._always_by_value:
             return self._by_value(obj)
+        is_call = isinstance(obj, internal.PythonUDF)
         tensors: list[Tensor] = []
         rrefs: list[Any] = []
         try:
             with _tables(_sending, tensors=tensors, rrefs=rrefs):
                 data = self._by_reference(obj)
         except Exception:
-            return self._by_value(obj)
-        # Only a call can be sent again. In a context of distributed autograd it cannot either: the first attempt has
-        # been recorded in the graph by then.
-        if _MAIN not in data or not isinstance(obj, internal.PythonUDF):
-            return _complete(data, [rref._serialize() for rref in rrefs], False), tensors
-        if _C.in_autograd_context():
-            return self._by_value(obj)
-        forks = {id(rref): rref._serialize() for rref in rrefs}
-        message = Resendable(_complete(data, [forks[id(rref)] for rref in rrefs], True))
-        message.by_value = lambda: self._again(data, tensors, rrefs, forks)
+            if not is_call:
+                return self._by_value(obj)
+            data, tensors, rrefs = self._dump_by_value(obj, main_by_name=True)
+        forks = [rref._serialize() for rref in rrefs]
+        # Only a call can be sent again. In a context of distributed autograd it cannot either, for the first attempt
+        # has been recorded in the graph by then: what the callee lacks is torch's error there.
+        if _MAIN not in data or not is_call or _C.in_autograd_context():
+            return _complete(data, forks, False), tensors
+        message = Resendable(_complete(data, forks, True))
+        message.by_value = lambda: self._again(data, tensors, rrefs)
         return message, tensors
 
     def _reducers(self, obj: Any) -> dict[type, Callable[[Any], Any]]:
@@ -233,32 +248,48 @@ class RpcPickler(internal._InternalRPCPickler):
         pickler.dump(obj)
         return buffer.getvalue()
 
-    def _by_value(self, obj: Any, forks: Mapping[int, Any] = MappingProxyType({})) -> Pickled:
-        """``forks`` has those RRefs by id that have been forked for this call before."""
+    def _by_value(self, obj: Any) -> Pickled:
+        data, tensors, rrefs = self._dump_by_value(obj, main_by_name=False)
+        return _complete(data, [rref._serialize() for rref in rrefs], False), tensors
+
+    def _dump_by_value(self, obj: Any, main_by_name: bool) -> tuple[bytes, list[Tensor], list[Any]]:
         tensors: list[Tensor] = []
         rrefs: list[Any] = []
+        buffer = io.BytesIO()
         try:
             with _tables(_sending, tensors=tensors, rrefs=rrefs):
-                buffer = io.BytesIO()
-                _ByValue(buffer, self._reducers(obj)).dump(obj)
+                _ByValue(buffer, self._reducers(obj), main_by_name).dump(obj)
         except Exception as error:
-            raise _unsendable.explain(obj, error, self._dumps_by_value) from error
-        return _complete(
-            buffer.getvalue(), [forks.get(id(rref)) or rref._serialize() for rref in rrefs], False
-        ), tensors
+            raise _unsendable.explain(obj, error, lambda part: self._try(part, main_by_name)) from error
+        return buffer.getvalue(), tensors, rrefs
 
-    def _dumps_by_value(self, obj: Any) -> None:
+    def _try(self, obj: Any, main_by_name: bool) -> None:
         with _tables(_sending, tensors=[], rrefs=[]):
-            _ByValue(io.BytesIO(), self._reducers(obj)).dump(obj)
+            _ByValue(io.BytesIO(), self._reducers(obj), main_by_name).dump(obj)
 
-    def _again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any], forks: Mapping[int, Any]) -> Pickled:
-        with _tables(_receiving, tensors=tensors, rrefs=rrefs):
-            obj = pickle.loads(data)
+    def _again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any]) -> Pickled:
         try:
-            return self._by_value(obj, forks)
+            with _tables(_receiving, rrefs=rrefs), _torchs_table(tensors):
+                obj = pickle.loads(data)
+            return self._by_value(obj)
         except Exception as error:
-            # The callee must take up the RRefs' forks all the same. It brings the error back.
-            return self._by_value(internal.PythonUDF(_fail, (type(error), str(error), rrefs), {}), forks)
+            # The call that goes out is one that brings the error back, of the same type.
+            return self._by_value(internal.PythonUDF(_fail, (type(error), str(error)), {}))
+
+
+@contextmanager
+def _torchs_table(tensors: list[Tensor]) -> Iterator[None]:
+    """Sets torch's table of received tensors, which its own unpickling on this thread nests in."""
+    table = internal._thread_local_tensor_tables
+    before = getattr(table, "recv_tables", None)
+    table.recv_tables = tensors
+    try:
+        yield
+    finally:
+        if before is None:
+            del table.recv_tables
+        else:
+            table.recv_tables = before
 
 
 def _complete(data: bytes, forks: list[Any], names_main: bool) -> bytes:

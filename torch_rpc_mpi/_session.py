@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler
+from . import _C, _pickler, calls
 from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -126,12 +126,7 @@ def _make_invoke_rpc(agent: Agent, torchs: Callable[..., Any]) -> Callable[..., 
     def _invoke_rpc(to: Any, func: Any, rpc_type: Any, *args: Any, **kwargs: Any) -> Any:
         if rpc_type is not internal.RPCExecMode.SYNC or agent.on_engine_thread():
             return torchs(to, func, rpc_type, *args, **kwargs)
-        agent.expect_answer(True)
-        try:
-            return _Answer(agent, torchs(to, func, rpc_type, *args, **kwargs))
-        except BaseException:
-            agent.expect_answer(False)
-            raise
+        return _Answer(agent, calls.announced(agent, lambda: torchs(to, func, rpc_type, *args, **kwargs)))
 
     return _invoke_rpc
 

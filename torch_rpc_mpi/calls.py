@@ -6,13 +6,15 @@ the same entry points beneath (see ``_session``), and there is no need to prefer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._distributed_rpc import _get_current_rpc_agent, _is_current_rpc_agent_set
 from torch.distributed.rpc import api, internal
 
-from . import functions
+from . import _C, functions
 
 if TYPE_CHECKING:
     from torch._C import Future
@@ -43,7 +45,21 @@ def rpc_sync(
         TypeError: ``func`` is not callable.
         Exception: what ``func`` raised, of the types that torch keeps.
     """
-    return _call(internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout).wait()
+    call = functools.partial(_call, internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout)
+    agent = _get_current_rpc_agent() if _is_current_rpc_agent_set() else None
+    if not isinstance(agent, _C.MPIAgent) or agent.on_engine_thread():
+        return call().wait()
+    return agent.wait(announced(agent, call))
+
+
+def announced(agent: _C.MPIAgent, call: Callable[[], Future[Any]]) -> Future[Any]:
+    """Makes a call whose future goes to ``agent.wait()`` next, which drives progress until the answer has come."""
+    agent.expect_answer(True)
+    try:
+        return call()
+    except BaseException:
+        agent.expect_answer(False)
+        raise
 
 
 def rpc_async(

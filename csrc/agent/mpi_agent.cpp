@@ -29,7 +29,7 @@ constexpr double kLongestTimeout = 1e9;
 constexpr auto kTrimAfter = std::chrono::seconds(5);
 
 // The call that this thread made last and will drive.
-thread_local const void* awaited = nullptr;
+thread_local JitFuturePtr awaited;
 
 std::string timeoutText(std::chrono::milliseconds timeout) {
   std::string text = rpc::kRpcTimeoutErrorStr;
@@ -157,7 +157,7 @@ JitFuturePtr MpiAgent::send(
   if (peer.id_ == rank_) {
     Engine::announceGuest(false); // another thread runs it, and is there as soon as this one would be
   } else if (Engine::guestAnnounced()) {
-    awaited = future.get();
+    awaited = future;
   }
   const uint64_t id = calls_.add(std::move(call), Clock::now());
   TORCH_CHECK(id != 0, notRunningText(message->type()));
@@ -176,13 +176,13 @@ JitFuturePtr MpiAgent::send(
 }
 
 void MpiAgent::expectAnswer(bool expected) {
-  awaited = nullptr;
+  awaited.reset();
   Engine::announceGuest(expected);
 }
 
 void MpiAgent::driveUntil(const rpc::JitFuture& future) {
-  if (const void* call = std::exchange(awaited, nullptr)) {
-    engine_->driveFor(call, [&] { return future.completed(); });
+  if (const JitFuturePtr call = std::exchange(awaited, nullptr)) {
+    engine_->driveFor(call.get(), [&] { return future.completed(); });
   }
 }
 

@@ -54,7 +54,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
       function = handler.deserialize(pickled);
       if (PyExceptionInstance_Check(function.ptr()) &&
           py::type::of(function).attr("__name__").cast<std::string>() == "MissingInMain") {
-        missing = "MissingInMain: " + py::str(function).cast<std::string>();
+        missing = "torch_rpc_mpi callee lacks a name of __main__: " + py::str(function).cast<std::string>();
         function = py::object();
       }
     } catch (const py::error_already_set& error) {

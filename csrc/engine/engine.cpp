@@ -343,6 +343,10 @@ void Engine::submitted(bool expectsReply) {
   }
   post(tasks);
   if (expectsReply && !guestComing) {
+    if (guestUntil_.exchange(0) != 0) { // nobody waits for this answer as the last guest did
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wakeIdleThread();
+    }
     doorbell_.ring();
     if (onEngineThread()) {
       taskMayWait();

@@ -393,12 +393,13 @@ extension.in_autograd_context = lambda: True
 data, tensors = auto.serialize(call(plus, 1, 2))
 assert not isinstance(data, Resendable)
 del main.plus
-assert run((data, tensors)) == 3
+error = received((data, tensors))
+assert type(error) is AttributeError and "Default RPC pickler does not serialize" in str(error), error
 """
     )
 
 
-def test_names_are_checked_before_rrefs_are_taken_up(run_pickler: RunPython) -> None:
+def test_a_callee_that_lacks_a_name_lets_go_of_the_rrefs(run_pickler: RunPython) -> None:
     run_pickler(
         """
 init()
@@ -410,10 +411,12 @@ _pickler.PyRRef = types.SimpleNamespace(_deserialize=lambda fork: taken.append(f
 kept = main.plus
 del main.plus
 assert type(received((data, tensors))) is MissingInMain
-assert taken == []
+assert len(taken) == 1  # once: the call was not unpickled
 main.plus = kept
-assert received((data, tensors)).args[0].to_here() == 5
-assert taken
+again = data.by_value()
+assert received(again).args[0].to_here() == 5
+assert len(taken) == 2 and taken[0] != taken[1]
+assert rpc._rref_context_get_debug_info()["num_forks"] == "0"
 rpc.shutdown()
 """
     )
