@@ -4,7 +4,6 @@
 #include <utility>
 
 #include <ATen/ThreadLocalState.h>
-#include <torch/csrc/distributed/autograd/utils.h>
 #include <torch/csrc/distributed/rpc/message.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
@@ -14,10 +13,43 @@
 #include <torch/csrc/distributed/rpc/script_call.h>
 #include <torch/csrc/distributed/rpc/script_remote_call.h>
 #include <torch/csrc/distributed/rpc/script_resp.h>
-#include <torch/csrc/distributed/rpc/torchscript_functions.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "builtin_operator.h"
+
+#if __has_include(<torch/csrc/distributed/autograd/utils.h>)
+#include <torch/csrc/distributed/autograd/utils.h>
+#include <torch/csrc/distributed/rpc/torchscript_functions.h>
+#else
+// torch 2.6 exports these functions, but leaves out the first header, which the second includes.
+namespace torch::distributed {
+namespace autograd {
+TORCH_API c10::intrusive_ptr<c10::ivalue::Future> sendMessageWithAutograd(
+    rpc::RpcAgent& agent,
+    const rpc::WorkerInfo& dst,
+    c10::intrusive_ptr<rpc::Message> wrappedRpcMsg,
+    bool forceGradRecording = false,
+    const float rpcTimeoutSeconds = rpc::kUnsetRpcTimeout,
+    bool forceDisableProfiling = false);
+} // namespace autograd
+namespace rpc {
+TORCH_API c10::intrusive_ptr<c10::ivalue::Future> rpcTorchscript(
+    const std::string& dstWorkerName,
+    const c10::QualifiedName& qualifiedName,
+    const c10::FunctionSchema& functionSchema,
+    std::vector<c10::IValue> stack,
+    const float rpcTimeoutSeconds = kUnsetRpcTimeout,
+    const bool isAsyncExecution = false);
+TORCH_API c10::intrusive_ptr<RRef> remoteTorchscript(
+    const std::string& dstWorkerName,
+    const c10::QualifiedName& qualifiedName,
+    const c10::FunctionSchema& functionSchema,
+    std::vector<c10::IValue>& stack,
+    const float rpcTimeoutSeconds = kUnsetRpcTimeout,
+    const bool isAsyncExecution = false);
+} // namespace rpc
+} // namespace torch::distributed
+#endif
 
 namespace py = pybind11;
 
