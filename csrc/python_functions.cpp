@@ -146,9 +146,6 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   return PyRRef(std::move(ownerRRef));
 }
 
-// What torch_rpc_mpi._pickler.MissingInMain becomes on its way.
-constexpr const char* kMissingInMain = "torch_rpc_mpi callee lacks a name of __main__: ";
-
 // The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends with what
 // byValue() pickled.
 JitFuturePtr withSecondAttempt(

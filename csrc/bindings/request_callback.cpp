@@ -15,6 +15,7 @@
 #include <torch/csrc/utils/pythoncapi_compat.h>
 
 #include "agent/mpi_agent.h"
+#include "python_functions.h"
 
 namespace py = pybind11;
 
@@ -54,7 +55,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
       function = handler.deserialize(pickled);
       if (PyExceptionInstance_Check(function.ptr()) &&
           py::type::of(function).attr("__name__").cast<std::string>() == "MissingInMain") {
-        missing = "torch_rpc_mpi callee lacks a name of __main__: " + py::str(function).cast<std::string>();
+        missing = kMissingInMain + py::str(function).cast<std::string>();
         function = py::object();
       }
     } catch (const py::error_already_set& error) {
