@@ -208,31 +208,36 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpc
   return function ? std::move(function) : std::move(command);
 }
 
+JitFuturePtr PythonRequestCallback::run(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams,
+    const c10::TypePtr& type,
+    const std::function<JitFuturePtr(const py::object& result)>& keep) const {
+  auto& call = static_cast<PythonFunction&>(command);
+  const c10::MultiStreamGuard guard(streams);
+  auto& handler = rpc::PythonRpcHandler::getInstance();
+  const TimedGil gil(agent_);
+  try {
+    const py::object result = python_->run(std::exchange(call.function, py::object()));
+    return call.isAsync && !handler.isRemoteException(result) ? futureIn(result) : keep(result);
+  } catch (const std::exception& error) {
+    return failed(error.what(), type);
+  }
+}
+
 JitFuturePtr PythonRequestCallback::processPythonCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
-  auto& call = static_cast<PythonFunction&>(command);
+  const auto& call = static_cast<PythonFunction&>(command);
   if (!call.missing.empty()) {
     return failed(call.missing, messageType());
   }
-  const c10::MultiStreamGuard guard(streams);
-  auto& handler = rpc::PythonRpcHandler::getInstance();
-  JitFuturePtr later;
   std::optional<rpc::SerializedPyObj> pickled;
-  {
-    const TimedGil gil(agent_);
-    try {
-      const py::object result = python_->run(std::exchange(call.function, py::object()));
-      if (call.isAsync && !handler.isRemoteException(result)) {
-        later = futureIn(result);
-      } else {
-        pickled = python_->serialize(result);
-      }
-    } catch (const std::exception& error) {
-      return failed(error.what(), messageType());
-    }
-  }
-  if (pickled) {
+  const JitFuturePtr later = run(command, streams, messageType(), [&](const py::object& result) {
+    pickled = python_->serialize(result);
+    return JitFuturePtr();
+  });
+  if (pickled) { // the response is made without the GIL
     return asFuture(rpc::PythonResp(std::move(*pickled)).toMessage());
   }
   return later->then(
@@ -245,26 +250,13 @@ JitFuturePtr PythonRequestCallback::processPythonCall(
 JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
-  auto& call = static_cast<PythonFunction&>(command);
-  if (!call.missing.empty()) {
+  const auto& call = static_cast<PythonFunction&>(command);
+  if (!call.missing.empty()) { // before the RRef is made: the caller sends the call again, with the same ids
     return failed(call.missing, messageType());
   }
-  const c10::MultiStreamGuard guard(streams);
-  auto& handler = rpc::PythonRpcHandler::getInstance();
-  JitFuturePtr value;
-  {
-    const TimedGil gil(agent_);
-    try {
-      const py::object result = python_->run(std::exchange(call.function, py::object()));
-      if (call.isAsync && !handler.isRemoteException(result)) {
-        value = futureIn(result);
-      } else {
-        value = asFuture(torch::jit::toIValue(result, c10::PyObjectType::get()), c10::PyObjectType::get());
-      }
-    } catch (const std::exception& error) {
-      value = failed(error.what(), c10::PyObjectType::get());
-    }
-  }
+  const JitFuturePtr value = run(command, streams, c10::PyObjectType::get(), [this](const py::object& result) {
+    return asFuture(torch::jit::toIValue(result, c10::PyObjectType::get()), c10::PyObjectType::get());
+  });
   return assignOwnerRRef(call.result->first, call.result->second, value);
 }
 

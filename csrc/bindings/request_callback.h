@@ -1,6 +1,10 @@
 // Runs the requests that arrive. torch's own, but for Python functions.
 #pragma once
 
+#include <functional>
+#include <memory>
+#include <vector>
+
 #include <torch/csrc/distributed/rpc/request_callback_impl.h>
 
 namespace torch_rpc_mpi {
@@ -47,6 +51,13 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
   std::unique_ptr<torch::distributed::rpc::RpcCommandBase> unpickle(
       torch::distributed::rpc::RpcCommandBase& command,
       const torch::distributed::rpc::MessageType& type) const;
+  // Runs the function of `command`. Returns what `keep` (called with the GIL) makes of its result, or the future that
+  // it promised its result in, or a failed one of `type`.
+  JitFuturePtr run(
+      torch::distributed::rpc::RpcCommandBase& command,
+      const std::vector<c10::Stream>& streams,
+      const c10::TypePtr& type,
+      const std::function<JitFuturePtr(const pybind11::object& result)>& keep) const;
 
   // Shared with the futures of functions that return later, which may outlive the agent.
   std::shared_ptr<const PythonSide> python_;
