@@ -116,6 +116,15 @@ JitFuturePtr sendBuiltin(const WorkerInfo& dst, BuiltinCall call, float rpcTimeo
   return send(dst, std::move(message), /*forceGradRecording=*/false, rpcTimeoutSeconds);
 }
 
+// What sends a pickled Python function, as often as it is called.
+auto pythonUdfSender(const WorkerInfo& dst, float rpcTimeoutSeconds, bool isAsyncExecution) {
+  return [dst, rpcTimeoutSeconds, isAsyncExecution](rpc::SerializedPyObj function) {
+    auto message = rpc::PythonCall(std::move(function), isAsyncExecution).toMessage();
+    // Also if no argument is a tensor: the result may be one.
+    return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+  };
+}
+
 // A value that stays at its worker. `sendCall` sends the call that makes it, with the ids given, and returns the future
 // of the response.
 template <typename SendCall>
@@ -146,15 +155,16 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   return PyRRef(std::move(ownerRRef));
 }
 
-// The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends with what
-// byValue() pickled.
-JitFuturePtr withSecondAttempt(
-    const JitFuturePtr& first,
-    const py::object& byValue,
-    std::function<JitFuturePtr(rpc::SerializedPyObj)> sendAgain) {
-  const auto holder = [&] {
+// The response, or if there is byValue and the callee lacks a name of __main__, the response to the call that
+// `sendAgain` sends with what byValue() pickled.
+template <typename SendAgain>
+JitFuturePtr withSecondAttempt(JitFuturePtr first, const py::object* byValue, SendAgain sendAgain) {
+  if (byValue == nullptr) {
+    return first;
+  }
+  const std::shared_ptr<py::object> holder = [&] {
     const py::gil_scoped_acquire gil;
-    return std::shared_ptr<py::object>(new py::object(byValue), [](py::object* object) {
+    return std::shared_ptr<py::object>(new py::object(*byValue), [](py::object* object) {
       const py::gil_scoped_acquire gil;
       delete object;
     });
@@ -168,7 +178,8 @@ JitFuturePtr withSecondAttempt(
         {
           const py::gil_scoped_acquire gil;
           try {
-            const auto pair = (*holder)().cast<std::pair<std::string, std::vector<at::Tensor>>>();
+            const py::object again = (*holder)();
+            const auto pair = again.cast<std::pair<std::string, std::vector<at::Tensor>>>();
             pickled.emplace(std::string(pair.first), std::vector<at::Tensor>(pair.second));
           } catch (const py::error_already_set& error) {
             throw std::runtime_error(error.what());
@@ -243,10 +254,7 @@ JitFuturePtr sendPythonUdf(
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution) {
-  rpc::SerializedPyObj function(std::move(pickledPythonUDF), std::move(tensors));
-  auto message = rpc::PythonCall(std::move(function), isAsyncExecution).toMessage();
-  // Also if no argument is a tensor: the result may be one.
-  return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+  return pythonUdfSender(dst, rpcTimeoutSeconds, isAsyncExecution)({std::move(pickledPythonUDF), std::move(tensors)});
 }
 
 JitFuturePtr sendTorchscript(
@@ -278,23 +286,11 @@ JitFuturePtr pyRpcPythonUdf(
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
-    bool isAsyncExecution) {
-  return toPyJitFuture(sendPythonUdf(dst, pickledPythonUDF, tensors, rpcTimeoutSeconds, isAsyncExecution));
-}
-
-JitFuturePtr pyRpcPythonUdf(
-    const WorkerInfo& dst,
-    std::string& pickledPythonUDF,
-    std::vector<torch::Tensor>& tensors,
-    float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const py::object& byValue) {
-  const auto first = sendPythonUdf(dst, pickledPythonUDF, tensors, rpcTimeoutSeconds, isAsyncExecution);
-  return toPyJitFuture(
-      withSecondAttempt(first, byValue, [dst, rpcTimeoutSeconds, isAsyncExecution](rpc::SerializedPyObj function) {
-        auto message = rpc::PythonCall(std::move(function), isAsyncExecution).toMessage();
-        return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
-      }));
+    const py::object* byValue) {
+  const auto sendIt = pythonUdfSender(dst, rpcTimeoutSeconds, isAsyncExecution);
+  JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
+  return toPyJitFuture(withSecondAttempt(std::move(first), byValue, sendIt));
 }
 
 // Not through sendTorchscript(): the future has the type that the function returns, so that scripts can wait for it.
@@ -329,30 +325,16 @@ PyRRef pyRemotePythonUdf(
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
-    bool isAsyncExecution) {
-  rpc::SerializedPyObj function(std::move(pickledPythonUDF), std::move(tensors));
-  return createRemotely(dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
-    auto message =
-        rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution).toMessage();
-    return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
-  });
-}
-
-PyRRef pyRemotePythonUdf(
-    const WorkerInfo& dst,
-    std::string& pickledPythonUDF,
-    std::vector<torch::Tensor>& tensors,
-    float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const py::object& byValue) {
-  rpc::SerializedPyObj pickled(std::move(pickledPythonUDF), std::move(tensors));
+    const py::object* byValue) {
   return createRemotely(dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
     const auto sendIt = [dst, rpcTimeoutSeconds, isAsyncExecution, rrefId, forkId](rpc::SerializedPyObj function) {
       auto message = rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution)
                          .toMessage();
       return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
     };
-    return withSecondAttempt(sendIt(std::move(pickled)), byValue, sendIt);
+    JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
+    return withSecondAttempt(std::move(first), byValue, sendIt);
   });
 }
 

@@ -35,24 +35,16 @@ c10::intrusive_ptr<JitFuture> pyRpcBuiltin(
     const pybind11::kwargs& kwargs,
     float rpcTimeoutSeconds);
 
-// Takes pickledPythonUDF and the contents of tensors.
-c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
-    const WorkerInfo& dst,
-    std::string& pickledPythonUDF,
-    std::vector<torch::Tensor>& tensors,
-    float rpcTimeoutSeconds,
-    bool isAsyncExecution);
-
-// The same, for a call that names something of __main__: when the callee says that its __main__ lacks a name, before
-// anything has run, byValue() is called (with the GIL) for the same call pickled by value, as a tuple (bytes, list of
-// tensors), and that is sent, once.
+// Takes pickledPythonUDF and the contents of tensors. A call that names something of __main__ comes with byValue: when
+// the callee says that its __main__ lacks a name, before anything has run, byValue() is called (with the GIL) for the
+// same call pickled by value, as a tuple (bytes, list of tensors), and that is sent, once.
 c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
     const WorkerInfo& dst,
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const pybind11::object& byValue);
+    const pybind11::object* byValue = nullptr);
 
 c10::intrusive_ptr<JitFuture> pyRpcTorchscript(
     const std::string& dstWorkerName,
@@ -69,22 +61,14 @@ PyRRef pyRemoteBuiltin(
     const pybind11::args& args,
     const pybind11::kwargs& kwargs);
 
-// Takes pickledPythonUDF and the contents of tensors.
-PyRRef pyRemotePythonUdf(
-    const WorkerInfo& dst,
-    std::string& pickledPythonUDF,
-    std::vector<torch::Tensor>& tensors,
-    float rpcTimeoutSeconds,
-    bool isAsyncExecution);
-
-// As pyRpcPythonUdf with byValue.
+// The arguments as for pyRpcPythonUdf.
 PyRRef pyRemotePythonUdf(
     const WorkerInfo& dst,
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const pybind11::object& byValue);
+    const pybind11::object* byValue = nullptr);
 
 PyRRef pyRemoteTorchscript(
     const std::string& dstWorkerName,
