@@ -124,7 +124,7 @@ def _make_invoke_rpc(agent: Agent, torchs: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(torchs)
     def _invoke_rpc(to: Any, func: Any, rpc_type: Any, *args: Any, **kwargs: Any) -> Any:
-        if rpc_type is not internal.RPCExecMode.SYNC or agent.on_engine_thread():
+        if rpc_type is not internal.RPCExecMode.SYNC:
             return torchs(to, func, rpc_type, *args, **kwargs)
         return _Answer(agent, calls.announced(agent, lambda: torchs(to, func, rpc_type, *args, **kwargs)))
 

@@ -47,7 +47,7 @@ def rpc_sync(
     """
     call = functools.partial(_call, internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout)
     agent = _get_current_rpc_agent() if _is_current_rpc_agent_set() else None
-    if not isinstance(agent, _C.MPIAgent) or agent.on_engine_thread():
+    if not isinstance(agent, _C.MPIAgent):
         return call().wait()
     return agent.wait(announced(agent, call))
 

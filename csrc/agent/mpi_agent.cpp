@@ -176,6 +176,9 @@ JitFuturePtr MpiAgent::send(
 }
 
 void MpiAgent::expectAnswer(bool expected) {
+  if (engine_->onEngineThread()) {
+    return; // so send() leaves `awaited` empty, and driveUntil() has nothing to drive for
+  }
   awaited.reset();
   Engine::announceGuest(expected);
 }

@@ -71,11 +71,9 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   void shutdownImpl() override;
 
   // For a call that its thread will wait for at once, see Note [Guests]: expectAnswer(true) before it is sent, then
-  // driveUntil() with a future that completes when the call does. It may return before that.
-  static void expectAnswer(bool expected);
-  bool onEngineThread() const {
-    return engine_->onEngineThread();
-  }
+  // driveUntil() with a future that completes when the call does. It may return before that. Neither does anything on
+  // an engine thread, which is no guest.
+  void expectAnswer(bool expected);
   void driveUntil(const torch::distributed::rpc::JitFuture& future);
 
   // Throws in a child process made by fork().

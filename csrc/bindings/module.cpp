@@ -173,8 +173,7 @@ void bindAgent(py::module_& module) {
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
       .def("leave", &shutdownAgent, NoGil())
-      .def("on_engine_thread", &MpiAgent::onEngineThread)
-      .def_static("expect_answer", &MpiAgent::expectAnswer, py::arg("expected"))
+      .def("expect_answer", &MpiAgent::expectAnswer, py::arg("expected"))
       .def(
           "wait",
           [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {

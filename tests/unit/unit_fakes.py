@@ -140,9 +140,6 @@ class Agent(rpc.TensorPipeAgent):
         self.run_function, self.serialize = run_function, serialize
         super().__init__(HashStore(), names[0], 0, 1, rpc.TensorPipeRpcBackendOptions(), {}, [])
 
-    def on_engine_thread(self) -> bool:
-        return False
-
     def expect_answer(self, expected: bool) -> None:
         pass
 
