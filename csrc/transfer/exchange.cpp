@@ -300,11 +300,8 @@ bool Exchange::sendDueCredits(ProgressToken& token) {
     due_ = false;
   }
   for (const int rank : due) {
-    Peer& peer = *peers_[rank];
-    peer.due = false;
-    if (peer.gone.empty() && (peer.releasedRequests != peer.toldRequests || peer.releasedBytes != peer.toldBytes)) {
-      transmit(token, std::make_unique<CreditMessage>(rank));
-    }
+    peers_[rank]->due = false;
+    reportCredit(token, rank);
   }
   return !due.empty();
 }
@@ -317,10 +314,17 @@ void Exchange::reportStaleCredits(ProgressToken& token, std::chrono::steady_cloc
   for (int rank = 0; rank < static_cast<int>(peers_.size()); ++rank) {
     Peer& peer = *peers_[rank];
     const uint64_t released = peer.releasedRequests;
-    if (released != peer.toldRequests && released == peer.releasedAtLook && peer.gone.empty()) {
-      transmit(token, std::make_unique<CreditMessage>(rank));
+    if (released == peer.releasedAtLook) {
+      reportCredit(token, rank);
     }
     peer.releasedAtLook = released;
+  }
+}
+
+void Exchange::reportCredit(ProgressToken& token, int rank) {
+  const Peer& peer = *peers_[rank];
+  if (peer.gone.empty() && (peer.releasedRequests != peer.toldRequests || peer.releasedBytes != peer.toldBytes)) {
+    transmit(token, std::make_unique<CreditMessage>(rank));
   }
 }
 
@@ -346,11 +350,8 @@ void Exchange::onFrame(ProgressToken& token, FrameBuffer frame, const OperationS
   counts_.bytesReceived.fetch_add(status.bytes, std::memory_order_relaxed);
   const auto header = parseFrame(frame.data(), status.bytes);
   if (!header) {
-    listener_.onBadFrame(
-        status.source,
-        "a frame of " + std::to_string(status.bytes) +
-            " bytes that is not of this "
-            "protocol or version");
+    const std::string bytes = std::to_string(status.bytes);
+    listener_.onBadFrame(status.source, "a frame of " + bytes + " bytes that is not of this protocol or version");
     return;
   }
   if (header->kind != FrameKind::kDrain) {

@@ -113,6 +113,7 @@ class Exchange {
   void sendWaiting(ProgressToken& token, int peer);
   bool hasCredit(const Peer& peer, uint64_t bytes) const;
   bool sendDueCredits(ProgressToken& token);
+  void reportCredit(ProgressToken& token, int peer); // in a frame of its own, unless the peer knows
   void pumpOut(ProgressToken& token, int peer);
   void pumpIn(ProgressToken& token, int peer);
   void openParts(Inbound& inbound, int peer);
