@@ -7,14 +7,7 @@
 // that chunks need no names. The receiver posts a few chunks at a time: a large transfer then yields to small frames
 // after each chunk, although MPI may copy a whole chunk inside one call. Parts are sent from the tensors' own storage
 // and received into the storage that the callee's tensor will own.
-//
-// Note [Credits]
-// ~~~~~~~~~~~~~~
-// A sender may have so many requests, and so many bytes of them, with a peer that has not begun to run them; the rest
-// waits here, unencoded. The receiver reports what it took off its queue, cumulatively, in every frame it sends, and in
-// a frame of its own when half a window has gathered unreported, or anything has for kStale. A request larger than the
-// window goes when nothing else is out. Responses take no credit: the caller asked for them, so its own requests bound
-// them, and they can never wait behind requests.
+// How much may be under way: Note [Credits] in credits.h.
 #pragma once
 
 #include <atomic>
@@ -22,10 +15,11 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "transfer/bulk_receiver.h"
+#include "transfer/credits.h"
 #include "transfer/message.h"
 #include "transport/transport.h"
 
@@ -61,8 +55,8 @@ struct ExchangeCounts {
   uint64_t unfinishedSends = 0;
 };
 
-// Everything is guarded by the progress token but: the counters of counts_ (atomics, read by anyone), and what
-// released() touches (atomics in Peer, and duePeers_ under dueMutex_).
+// Everything is guarded by the progress token but: the counters of counts_ and Peer::waitingCount (atomics, read by
+// anyone), and credits_ and bulkReceiver_, which say for themselves.
 class Exchange {
  public:
   Exchange(Transport& transport, ExchangeListener& listener, ExchangeOptions options);
@@ -77,8 +71,7 @@ class Exchange {
   void post(ProgressToken& token, OutboundPtr message);
   // One bounded turn; returns whether anything moved.
   bool poll(ProgressToken& token);
-  // Tells peers of credit that no frame has told them of for a while: theirs may wait for it although much less than
-  // half a window is missing, because what they sent before is still being answered.
+  // Tells peers of credit that no frame has told them of for a while.
   void reportStaleCredits(ProgressToken& token, std::chrono::steady_clock::time_point now);
   void close(ProgressToken& token, bool agreed) noexcept;
   // No message to `peer` will be sent or waited for any more.
@@ -89,11 +82,13 @@ class Exchange {
   std::vector<std::pair<OutboundPtr, std::string>> takeFailed(ProgressToken& token);
 
   // Any thread: a request of `source` left the queue to be run.
-  void released(int source, uint64_t chargedBytes);
+  void released(int source, uint64_t chargedBytes) {
+    credits_.released(source, chargedBytes);
+  }
   // Any thread, a hint: a request of so many bytes would leave at once.
   bool wouldSendAtOnce(int peer, uint64_t chargedBytes) const;
   bool hasDue() const {
-    return due_.load(std::memory_order_relaxed);
+    return credits_.hasDue();
   }
   ExchangeCounts counts() const;
   // Nothing under way in either direction, as far as this side knows.
@@ -103,40 +98,29 @@ class Exchange {
   friend class OutboundMessage;
   struct FrameReceive;
   struct ChunkSend;
-  struct ChunkReceive;
-  struct Inbound;
   struct Peer;
 
   void transmit(ProgressToken& token, OutboundPtr message);
   void finished(ProgressToken& token, OutboundMessage* message);
   void sendFailed(ProgressToken& token, int peer, const std::string& reason);
   void sendWaiting(ProgressToken& token, int peer);
-  bool hasCredit(const Peer& peer, uint64_t bytes) const;
-  bool sendDueCredits(ProgressToken& token);
-  void reportCredit(ProgressToken& token, int peer); // in a frame of its own, unless the peer knows
+  void reportCredits(ProgressToken& token, const std::vector<int>& ranks); // in frames of their own, if still needed
   void pumpOut(ProgressToken& token, int peer);
-  void pumpIn(ProgressToken& token, int peer);
-  void openParts(Inbound& inbound, int peer);
   void onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status);
-  void receiveBody(ProgressToken& token, int source, const FrameHeader& header, FrameBuffer frame);
-  void chunkReceived(ProgressToken& token, Inbound* inbound, const OperationStatus& status);
   void postFrameReceive(ProgressToken& token, FrameReceive* slot);
 
   Transport& transport_;
   ExchangeListener& listener_;
   const ExchangeOptions options_;
   const std::shared_ptr<FramePool> frames_;
+  Credits credits_;
+  BulkReceiver bulkReceiver_;
   std::vector<std::unique_ptr<FrameReceive>> receives_;
   std::vector<std::unique_ptr<Peer>> peers_;
   std::vector<OutboundPtr> finished_;
   std::vector<std::pair<OutboundPtr, std::string>> failed_;
-  std::chrono::steady_clock::time_point nextReport_{};
   std::string fatal_; // what broke the transport; thrown by the next poll()
   bool closed_ = false;
-
-  std::mutex dueMutex_;
-  std::vector<int> duePeers_;
-  std::atomic<bool> due_{false};
 
   struct AtomicCounts {
     std::atomic<uint64_t> framesSent{0}, framesReceived{0}, bytesSent{0}, bytesReceived{0};
