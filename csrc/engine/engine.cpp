@@ -13,21 +13,9 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-constexpr auto kTick = std::chrono::microseconds(200);
-// Completions that run at once, without those that wait for calls of their own: a user's callback that waits for
-// another call needs a thread more, which completes that.
-constexpr int kCompletionThreads = 48;
-// Those that wait included: where a program that waits without end is stopped from taking all threads there are.
-constexpr int kAllCompletionThreads = 2048;
-// How long no task of a kind ends, while others wait, before more of them run at once. Completions are short by nature;
-// what holds them up is usually the GIL, which Python's threads pass on every 5 ms.
-constexpr auto kStuckRequests = std::chrono::milliseconds(1);
-constexpr auto kStuckCompletions = std::chrono::milliseconds(10);
 constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
-
-thread_local bool guestComing = false;
 
 // What this engine thread runs.
 thread_local struct {
@@ -40,7 +28,8 @@ thread_local struct {
 Engine::Engine(EngineOptions options, EngineDriver& driver, BellWord& bell)
     : options_(std::move(options)),
       driver_(driver),
-      doorbell_(bell) {}
+      doorbell_(bell),
+      lanes_(options_.numWorkerThreads, options_.coresToSpare) {}
 
 bool Engine::onEngineThread() const {
   return currentEngine == this;
@@ -75,68 +64,20 @@ bool Engine::spawn() {
 void Engine::threadMain() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (TaskPtr task = nextTask(lock)) {
-    Lane& lane = lanes_[static_cast<size_t>(task->kind())];
-    lock.unlock();
     currentTask = {task->kind(), false};
+    lock.unlock();
     task->run();
     task.reset();
     lock.lock();
-    --lane.running;
-    lane.waiting -= currentTask.waiting ? 1 : 0;
-    ++lane.ended;
-    updateRunnable();
+    lanes_.ended(currentTask.kind, currentTask.waiting);
   }
-}
-
-int Engine::busy() const {
-  return lanes_[0].running + lanes_[1].running;
-}
-
-bool Engine::mayRun(Task::Kind kind) const {
-  const Lane& lane = lanes_[static_cast<size_t>(kind)];
-  return !lane.queue.empty() && mayTakeAnother(kind) && lane.running - lane.waiting < lane.atOnce;
-}
-
-bool Engine::mayTakeAnother(Task::Kind kind) const {
-  const Lane& lane = lanes_[static_cast<size_t>(kind)];
-  if (kind == Task::Kind::kRequest) {
-    return lane.running < options_.numWorkerThreads;
-  }
-  return lane.running - lane.waiting < kCompletionThreads && lane.running < kAllCompletionThreads;
-}
-
-void Engine::updateRunnable() {
-  for (Lane& lane : lanes_) {
-    if (lane.queue.empty()) {
-      lane.atOnce = options_.coresToSpare;
-    }
-  }
-  runnable_ = mayRun(Task::Kind::kCompletion) || mayRun(Task::Kind::kRequest);
 }
 
 void Engine::enqueue(std::vector<TaskPtr>& tasks) {
-  for (TaskPtr& task : tasks) {
-    lanes_[static_cast<size_t>(task->kind())].queue.push_back(std::move(task));
-  }
-  tasks.clear();
-  updateRunnable();
-  if (!ticking_ && backlog()) {
+  lanes_.add(tasks);
+  if (!ticking_ && lanes_.backlog()) {
     parkedCv_.notify_one();
   }
-}
-
-bool Engine::backlog() const {
-  for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
-    const Lane& lane = lanes_[static_cast<size_t>(kind)];
-    if (!lane.queue.empty() && lane.running > 0 && mayTakeAnother(kind)) {
-      return true;
-    }
-  }
-  return false;
-}
-
-int Engine::limitOf(Task::Kind kind) const {
-  return kind == Task::Kind::kRequest ? options_.numWorkerThreads : kCompletionThreads;
 }
 
 TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
@@ -146,7 +87,7 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
     }
     if (!leading_ && !broken_ && !guestLeads()) {
       leading_ = true;
-      if (!ticking_ && backlog()) {
+      if (!ticking_ && lanes_.backlog()) {
         parkedCv_.notify_one();
       }
       lock.unlock();
@@ -161,19 +102,14 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
 }
 
 TaskPtr Engine::take() {
-  const auto kind = mayRun(Task::Kind::kCompletion) ? Task::Kind::kCompletion : Task::Kind::kRequest;
-  if (!mayRun(kind)) {
+  if (!lanes_.runnable()) {
     return nullptr;
   }
   // Beside this one there is to be a leader and a standby; without another thread in the process, one for both.
-  if (threads_ - busy() < 3 && !spawn() && threads_ - busy() < 2) {
+  if (threads_ - lanes_.running() < 3 && !spawn() && threads_ - lanes_.running() < 2) {
     return nullptr;
   }
-  Lane& lane = lanes_[static_cast<size_t>(kind)];
-  TaskPtr task = std::move(lane.queue.front());
-  lane.queue.pop_front();
-  ++lane.running;
-  updateRunnable();
+  TaskPtr task = lanes_.take();
   // Somebody must look after leadership and the rest of the queue while this runs.
   if (!ticking_) {
     parkedCv_.notify_one();
@@ -183,12 +119,12 @@ TaskPtr Engine::take() {
 
 void Engine::standBy(std::unique_lock<std::mutex>& lock) {
   // Ticking is for the time when traffic flows (asleep_ says that it does not) or when tasks wait for others to end.
-  if (!ticking_ && !broken_ && (!asleep_ || backlog())) {
+  if (!ticking_ && !broken_ && (!asleep_ || lanes_.backlog())) {
     ticking_ = true;
     const bool timedOut = standbyCv_.wait_for(lock, kTick) == std::cv_status::timeout;
     ticking_ = false;
     if (timedOut) {
-      tick();
+      lanes_.look();
     }
     return;
   }
@@ -197,29 +133,13 @@ void Engine::standBy(std::unique_lock<std::mutex>& lock) {
   --parked_;
 }
 
-void Engine::tick() {
-  const auto now = Clock::now();
-  for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
-    Lane& lane = lanes_[static_cast<size_t>(kind)];
-    if (lane.queue.empty() || lane.ended != lane.endedAtLook) {
-      lane.endedAtLook = lane.ended;
-      lane.stuckSince = now;
-    } else if (now - lane.stuckSince >= (kind == Task::Kind::kRequest ? kStuckRequests : kStuckCompletions)) {
-      lane.atOnce = std::min(lane.atOnce * 2, limitOf(kind));
-      lane.stuckSince = now;
-    }
-  }
-  updateRunnable();
-}
-
 void Engine::taskMayWait() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!currentTask.waiting) {
     currentTask.waiting = true;
-    ++lanes_[static_cast<size_t>(currentTask.kind)].waiting;
-    updateRunnable();
+    lanes_.mayWait(currentTask.kind);
   }
-  if (!leading_ || runnable_) {
+  if (!leading_ || lanes_.runnable()) {
     wakeIdleThread();
   }
 }
@@ -244,7 +164,7 @@ void Engine::lead() {
       enqueue(tasks);
       return;
     }
-    if (runnable_ || broken_ || guestLeads()) {
+    if (lanes_.runnable() || broken_ || guestLeads()) {
       return;
     }
     const auto now = Clock::now();
@@ -276,7 +196,7 @@ bool Engine::sleep(std::chrono::nanoseconds limit) {
   const uint32_t ticket = doorbell_.prepare();
   asleep_ = true;
   bool rung = true;
-  if (driver_.hasQueued() || runnable_ || stopping_ || guest_ || limit.count() <= 0) {
+  if (driver_.hasQueued() || lanes_.runnable() || stopping_ || guest_ || limit.count() <= 0) {
     doorbell_.cancel();
   } else {
     rung = doorbell_.wait(ticket, limit);
@@ -342,7 +262,7 @@ void Engine::submitted(bool expectsReply) {
     }
   }
   post(tasks);
-  if (expectsReply && !guestComing) {
+  if (expectsReply && !guestAnnounced()) {
     if (guestUntil_.exchange(0) != 0) { // nobody waits for this answer as the last guest did
       const std::lock_guard<std::mutex> lock(mutex_);
       wakeIdleThread();
@@ -352,67 +272,6 @@ void Engine::submitted(bool expectsReply) {
       taskMayWait();
     }
   }
-}
-
-void Engine::announceGuest(bool coming) {
-  guestComing = coming;
-}
-
-bool Engine::guestAnnounced() {
-  return guestComing;
-}
-
-bool Engine::guestLeads() const {
-  return guest_ || Clock::now().time_since_epoch().count() < guestUntil_;
-}
-
-void Engine::driveFor(const void* awaited, const std::function<bool()>& over) {
-  guestComing = false;
-  TaskPtr mine;
-  if (!guest_.exchange(true)) {
-    const auto begin = Clock::now();
-    while (mine == nullptr && !over() && !stopping_ && !broken_) {
-      if (!turnAsGuest(awaited, mine)) {
-        if (Clock::now() - begin > options_.spinTime) {
-          break;
-        }
-        sched_yield();
-      }
-    }
-    const bool neededOn = (mine == nullptr && !over()) || driver_.awaitsAnswers();
-    guestUntil_ = neededOn ? 0 : (Clock::now() + kTick).time_since_epoch().count();
-    guest_ = false;
-    if (neededOn || asleep_) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      wakeIdleThread();
-      doorbell_.ring();
-    }
-  } else {
-    doorbell_.ring();
-  }
-  if (mine != nullptr) {
-    mine->run();
-  }
-}
-
-bool Engine::turnAsGuest(const void* awaited, TaskPtr& mine) {
-  std::vector<TaskPtr> tasks;
-  bool active = false;
-  try {
-    active = turnOnce(tasks);
-    while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks)) {
-    }
-  } catch (const std::exception& error) {
-    breakDown(error.what());
-  }
-  const auto found =
-      std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
-  if (found != tasks.end()) {
-    mine = std::move(*found);
-    tasks.erase(found);
-  }
-  post(tasks);
-  return active;
 }
 
 void Engine::withToken(const std::function<void(ProgressToken&)>& body) {
@@ -427,14 +286,10 @@ void Engine::withToken(const std::function<void(ProgressToken&)>& body) {
 }
 
 bool Engine::stop(std::chrono::milliseconds limit) {
-  std::deque<TaskPtr> dropped;
+  std::deque<TaskPtr> dropped; // destroyed without the lock
   std::unique_lock<std::mutex> lock(mutex_);
   stopping_ = true;
-  for (Lane& lane : lanes_) {
-    std::move(lane.queue.begin(), lane.queue.end(), std::back_inserter(dropped));
-    lane.queue.clear();
-  }
-  runnable_ = false;
+  dropped = lanes_.takeAll();
   parkedCv_.notify_all();
   standbyCv_.notify_all();
   doorbell_.ring();
@@ -447,9 +302,9 @@ bool Engine::stop(std::chrono::milliseconds limit) {
 
 EngineCounts Engine::counts() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Lane& requests = lanes_[static_cast<size_t>(Task::Kind::kRequest)];
-  const Lane& completions = lanes_[static_cast<size_t>(Task::Kind::kCompletion)];
-  return {threads_, busy(), requests.running, requests.queue.size(), completions.queue.size()};
+  return {
+      threads_, lanes_.running(), lanes_.running(Task::Kind::kRequest), lanes_.queued(Task::Kind::kRequest),
+      lanes_.queued(Task::Kind::kCompletion)};
 }
 
 } // namespace torch_rpc_mpi

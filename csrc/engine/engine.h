@@ -10,14 +10,8 @@
 //
 // A thread takes a task only if two others remain that run none, starting new ones if it must. So progress,
 // deadlines and flow control never depend on how long user code takes. Requests are bounded by num_worker_threads;
-// completions of futures are not counted with them, because a request may be waiting for just that completion.
-//
-// Note [How many at once]
-// ~~~~~~~~~~~~~~~~~~~~~~~
-// Short tasks of Python functions run one after the other faster than side by side, where they fight for the GIL. So
-// only as many run at once as there are cores to spare, until the standby finds that none has ended for a while
-// although others wait: then they are long, and it doubles the number, up to the bounds above. A task that makes a call
-// itself will probably wait for it, and does not count while it does.
+// completions of futures are not counted with them, because a request may be waiting for just that completion. How many
+// of them run: Note [How many at once] in task_lanes.h.
 //
 // Note [Guests]
 // ~~~~~~~~~~~~~
@@ -29,11 +23,9 @@
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -42,27 +34,10 @@
 
 #include "engine/doorbell.h"
 #include "engine/progress_token.h"
+#include "engine/task.h"
+#include "engine/task_lanes.h"
 
 namespace torch_rpc_mpi {
-
-using Clock = std::chrono::steady_clock;
-
-// A piece of work for an engine thread.
-class Task {
- public:
-  enum class Kind : size_t {
-    kCompletion, // completes a future, releases memory: short, must not wait behind requests
-    kRequest     // runs what a peer asked for: as long as the user's function takes
-  };
-  virtual ~Task() = default;
-  virtual Kind kind() const = 0;
-  virtual void run() noexcept = 0;
-  // Whether this is the completion that `awaited` (a future's address) waits for.
-  virtual bool completes(const void* /*awaited*/) const {
-    return false;
-  }
-};
-using TaskPtr = std::unique_ptr<Task>;
 
 // What the leader drives. Called with the token, never concurrently.
 class EngineDriver {
@@ -100,7 +75,7 @@ struct EngineCounts {
 
 // Held by shared_ptr: its threads keep it alive. Members:
 //   mutex_ guards lanes_, threads_, parked_, ticking_;
-//   leading_, stopping_, broken_, runnable_ are written under mutex_ and read by anyone; asleep_ is the leader's;
+//   leading_, stopping_, broken_ are written under mutex_ and read by anyone; asleep_ is the leader's;
 //   guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_, driver_ and
 //   doorbell_ are immutable after construction.
 class Engine : public std::enable_shared_from_this<Engine> {
@@ -118,9 +93,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Any thread: something was queued for the driver. Runs a turn here if the token is free, otherwise its holder picks
   // the work up. `expectsReply`: somebody has to poll for the answer from now on.
   void submitted(bool expectsReply);
-  // Any thread that is not the engine's, see Note [Guests]. From announceGuest() on it leads when it waits; what it
-  // submits until then wakes nobody. driveFor() returns when the completion of `awaited` has run here or over() holds,
-  // or after the spin time, or at once if there is a guest already.
+  // Any thread that is not the engine's, see Note [Guests]; engine/guests.cpp. From announceGuest() on it leads when it
+  // waits; what it submits until then wakes nobody. driveFor() returns when the completion of `awaited` has run here or
+  // over() holds, or after the spin time, or at once if there is a guest already.
   static void announceGuest(bool coming);
   static bool guestAnnounced();
   void driveFor(const void* awaited, const std::function<bool()>& over);
@@ -135,26 +110,19 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool onEngineThread() const;
 
  private:
+  static constexpr std::chrono::microseconds kTick{200};
+
   bool spawn(); // with mutex_ held; false if there are no more threads
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
-  TaskPtr take();   // with mutex_ held
-  int busy() const; // with mutex_ held
+  TaskPtr take(); // with mutex_ held
   void standBy(std::unique_lock<std::mutex>& lock);
   void lead();
-  // All with mutex_ held.
-  void wakeIdleThread();
-  bool mayRun(Task::Kind kind) const;
-  bool mayTakeAnother(Task::Kind kind) const;
-  int limitOf(Task::Kind kind) const;
-  bool backlog() const; // something waits only because others of its kind run
-  void tick();
+  void wakeIdleThread();                     // with mutex_ held
+  void enqueue(std::vector<TaskPtr>& tasks); // with mutex_ held
   bool turnOnce(std::vector<TaskPtr>& tasks);
   bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
   bool guestLeads() const;
-  void enqueue(std::vector<TaskPtr>& tasks);
-  void updateRunnable();
-
   bool sleep(std::chrono::nanoseconds limit); // whether it was rung
   void taskMayWait();
   void breakDown(const std::string& reason);
@@ -168,24 +136,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::condition_variable parkedCv_;  // idle threads without a duty
   std::condition_variable standbyCv_; // the ticking one
   std::condition_variable stoppedCv_;
-  // By Task::Kind: what is queued, and of the running ones how many there are and how many probably wait for a call.
-  struct Lane {
-    std::deque<TaskPtr> queue;
-    int running = 0;
-    int waiting = 0;
-    int atOnce = 1;
-    uint64_t ended = 0;
-    uint64_t endedAtLook = 0;
-    Clock::time_point stuckSince;
-  };
-  std::array<Lane, 2> lanes_;
+  TaskLanes lanes_;
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> broken_{false};
   std::atomic<bool> leading_{false};
-  std::atomic<bool> runnable_{false}; // a queued task could be taken now
   std::atomic<bool> asleep_{false};
   std::atomic<bool> guest_{false};
   std::atomic<Clock::rep> guestUntil_{0};

@@ -1,0 +1,78 @@
+// The part of Engine that users' threads run, see Note [Guests].
+#include <algorithm>
+#include <exception>
+
+#include <sched.h>
+
+#include "engine/engine.h"
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+thread_local bool guestComing = false;
+
+} // namespace
+
+void Engine::announceGuest(bool coming) {
+  guestComing = coming;
+}
+
+bool Engine::guestAnnounced() {
+  return guestComing;
+}
+
+bool Engine::guestLeads() const {
+  return guest_ || Clock::now().time_since_epoch().count() < guestUntil_;
+}
+
+void Engine::driveFor(const void* awaited, const std::function<bool()>& over) {
+  guestComing = false;
+  TaskPtr mine;
+  if (!guest_.exchange(true)) {
+    const auto begin = Clock::now();
+    while (mine == nullptr && !over() && !stopping_ && !broken_) {
+      if (!turnAsGuest(awaited, mine)) {
+        if (Clock::now() - begin > options_.spinTime) {
+          break;
+        }
+        sched_yield();
+      }
+    }
+    const bool neededOn = (mine == nullptr && !over()) || driver_.awaitsAnswers();
+    guestUntil_ = neededOn ? 0 : (Clock::now() + kTick).time_since_epoch().count();
+    guest_ = false;
+    if (neededOn || asleep_) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wakeIdleThread();
+      doorbell_.ring();
+    }
+  } else {
+    doorbell_.ring();
+  }
+  if (mine != nullptr) {
+    mine->run();
+  }
+}
+
+bool Engine::turnAsGuest(const void* awaited, TaskPtr& mine) {
+  std::vector<TaskPtr> tasks;
+  bool active = false;
+  try {
+    active = turnOnce(tasks);
+    while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks)) {
+    }
+  } catch (const std::exception& error) {
+    breakDown(error.what());
+  }
+  const auto found =
+      std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
+  if (found != tasks.end()) {
+    mine = std::move(*found);
+    tasks.erase(found);
+  }
+  post(tasks);
+  return active;
+}
+
+} // namespace torch_rpc_mpi

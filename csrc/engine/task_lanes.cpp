@@ -1,0 +1,119 @@
+#include "engine/task_lanes.h"
+
+#include <algorithm>
+#include <iterator>
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+// Completions that run at once, without those that wait for calls of their own: a user's callback that waits for
+// another call needs a thread more, which completes that.
+constexpr int kCompletionThreads = 48;
+// Those that wait included: where a program that waits without end is stopped from taking all threads there are.
+constexpr int kAllCompletionThreads = 2048;
+// How long no task of a kind ends, while others wait, before more of them run at once. Completions are short by nature;
+// what holds them up is usually the GIL, which Python's threads pass on every 5 ms.
+constexpr auto kStuckRequests = std::chrono::milliseconds(1);
+constexpr auto kStuckCompletions = std::chrono::milliseconds(10);
+
+} // namespace
+
+TaskLanes::TaskLanes(int numWorkerThreads, int coresToSpare)
+    : numWorkerThreads_(numWorkerThreads),
+      coresToSpare_(coresToSpare) {}
+
+void TaskLanes::add(std::vector<TaskPtr>& tasks) {
+  for (TaskPtr& task : tasks) {
+    lane(task->kind()).queue.push_back(std::move(task));
+  }
+  tasks.clear();
+  update();
+}
+
+TaskPtr TaskLanes::take() {
+  Lane& from = lane(mayRun(Task::Kind::kCompletion) ? Task::Kind::kCompletion : Task::Kind::kRequest);
+  TaskPtr task = std::move(from.queue.front());
+  from.queue.pop_front();
+  ++from.running;
+  update();
+  return task;
+}
+
+void TaskLanes::mayWait(Task::Kind kind) {
+  ++lane(kind).waiting;
+  update();
+}
+
+void TaskLanes::ended(Task::Kind kind, bool didWait) {
+  --lane(kind).running;
+  lane(kind).waiting -= didWait ? 1 : 0;
+  ++lane(kind).ended;
+  update();
+}
+
+void TaskLanes::look() {
+  const auto now = Clock::now();
+  for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
+    Lane& each = lane(kind);
+    if (each.queue.empty() || each.ended != each.endedAtLook) {
+      each.endedAtLook = each.ended;
+      each.stuckSince = now;
+    } else if (now - each.stuckSince >= (kind == Task::Kind::kRequest ? kStuckRequests : kStuckCompletions)) {
+      each.atOnce = std::min(each.atOnce * 2, limitOf(kind));
+      each.stuckSince = now;
+    }
+  }
+  update();
+}
+
+std::deque<TaskPtr> TaskLanes::takeAll() {
+  std::deque<TaskPtr> all;
+  for (Lane& each : lanes_) {
+    std::move(each.queue.begin(), each.queue.end(), std::back_inserter(all));
+    each.queue.clear();
+  }
+  update();
+  return all;
+}
+
+bool TaskLanes::backlog() const {
+  for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
+    if (!lane(kind).queue.empty() && lane(kind).running > 0 && mayTakeAnother(kind)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+int TaskLanes::running() const {
+  return lanes_[0].running + lanes_[1].running;
+}
+
+bool TaskLanes::mayRun(Task::Kind kind) const {
+  const Lane& of = lane(kind);
+  return !of.queue.empty() && mayTakeAnother(kind) && of.running - of.waiting < of.atOnce;
+}
+
+bool TaskLanes::mayTakeAnother(Task::Kind kind) const {
+  const Lane& of = lane(kind);
+  if (kind == Task::Kind::kRequest) {
+    return of.running < numWorkerThreads_;
+  }
+  return of.running - of.waiting < kCompletionThreads && of.running < kAllCompletionThreads;
+}
+
+int TaskLanes::limitOf(Task::Kind kind) const {
+  return kind == Task::Kind::kRequest ? numWorkerThreads_ : kCompletionThreads;
+}
+
+void TaskLanes::update() {
+  for (Lane& each : lanes_) {
+    if (each.queue.empty()) {
+      each.atOnce = coresToSpare_;
+    }
+  }
+  runnable_ = mayRun(Task::Kind::kCompletion) || mayRun(Task::Kind::kRequest);
+}
+
+} // namespace torch_rpc_mpi
