@@ -1,7 +1,5 @@
 #include "agent/mpi_agent.h"
 
-#include <torch/csrc/distributed/rpc/utils.h>
-
 #include "agent/fork_guard.h"
 #include "agent/rref_sessions.h"
 #include "agent/tasks.h"
@@ -23,18 +21,8 @@ EngineOptions engineOptions(const AgentOptions& options) {
   return result;
 }
 
-// Seconds; what is longer, infinity included, is no limit. A deadline in nanoseconds overflows at nine times this.
-constexpr double kLongestTimeout = 1e9;
 // Receive memory that was not used for so long goes back to the system.
 constexpr auto kTrimAfter = std::chrono::seconds(5);
-
-// The call that this thread made last and will drive.
-thread_local JitFuturePtr awaited;
-
-std::string timeoutText(std::chrono::milliseconds timeout) {
-  std::string text = rpc::kRpcTimeoutErrorStr;
-  return text.replace(text.find("{}"), 2, std::to_string(timeout.count()));
-}
 
 } // namespace
 
@@ -110,122 +98,7 @@ std::string MpiAgent::describe(int rank) const {
   return c10::str("worker '", workers_[rank].name_, "' (rank ", rank, " on host ", hosts_[rank], ")");
 }
 
-// ---- calling ----
-
-std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
-  const double limit =
-      seconds == rpc::kUnsetRpcTimeout ? std::chrono::duration<double>(getRpcTimeout()).count() : double{seconds};
-  TORCH_CHECK(limit >= 0, "An RPC timeout must not be negative, but is ", limit, " s. Give seconds, or 0 for no limit");
-  if (limit == 0 || limit > kLongestTimeout) {
-    return std::chrono::milliseconds(0);
-  }
-  // At least 1 ms: the smallest timeout that a user can give is not "none".
-  return std::chrono::milliseconds(std::max<int64_t>(std::llround(limit * rpc::kSecToMsConversion), 1));
-}
-
-void MpiAgent::checkNotForked() const {
-  TORCH_CHECK(
-      !inForkedChild(),
-      "RPC cannot be used in a child process made by fork(): RPC was initialized in its parent, and its threads and "
-      "its MPI stay there. Start such processes with the 'spawn' or 'forkserver' method, or do not call RPC in them "
-      "(for a DataLoader: multiprocessing_context='forkserver')");
-}
-
-std::string MpiAgent::notRunningText(rpc::MessageType type) const {
-  return c10::str(
-      "Node ", rank_, " tried to send() a message of type ", type, " but RPC is no longer running on this node.");
-}
-
-void MpiAgent::checkUsable(const rpc::Message& message) const {
-  TORCH_CHECK(message.isRequest(), "MpiAgent::send(..) is only for sending requests.");
-  checkNotForked();
-  TORCH_CHECK(rpcAgentRunning_.load(), notRunningText(message.type()));
-}
-
-JitFuturePtr MpiAgent::send(
-    const WorkerInfo& to,
-    RpcMessage message,
-    const float rpcTimeoutSeconds,
-    const rpc::DeviceMap& /*deviceMap*/) {
-  checkUsable(*message);
-  const WorkerInfo& peer = getWorkerInfo(to.id_);
-  PendingCall call;
-  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
-  call.peer = peer.id_;
-  call.timeout = timeoutOf(rpcTimeoutSeconds);
-  JitFuturePtr future = call.future;
-  if (peer.id_ == rank_) {
-    Engine::announceGuest(false); // another thread runs it, and is there as soon as this one would be
-  } else if (Engine::guestAnnounced()) {
-    awaited = future;
-  }
-  const uint64_t id = calls_.add(std::move(call), Clock::now());
-  TORCH_CHECK(id != 0, notRunningText(message->type()));
-  message->setId(static_cast<int64_t>(id));
-  try {
-    if (peer.id_ == rank_) {
-      sendToSelf(id, std::move(message));
-    } else {
-      sendToPeer(peer.id_, id, std::move(message));
-    }
-  } catch (...) {
-    calls_.take(id);
-    throw;
-  }
-  return future;
-}
-
-void MpiAgent::expectAnswer(bool expected) {
-  if (engine_->onEngineThread()) {
-    return; // so send() leaves `awaited` empty, and driveUntil() has nothing to drive for
-  }
-  awaited.reset();
-  Engine::announceGuest(expected);
-}
-
-void MpiAgent::driveUntil(const rpc::JitFuture& future) {
-  if (const JitFuturePtr call = std::exchange(awaited, nullptr)) {
-    engine_->driveFor(call.get(), [&] { return future.completed(); });
-  }
-}
-
-void MpiAgent::sendToSelf(uint64_t id, RpcMessage message) {
-  serving_.fetch_add(1);
-  try {
-    engine_->post(std::make_unique<LocalRequestTask>(*this, id, copyMessage(*message)));
-  } catch (...) {
-    serving_.fetch_sub(1);
-    throw;
-  }
-}
-
-void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
-  if (goneCount_.load(std::memory_order_relaxed) > 0) {
-    std::string reason;
-    {
-      const std::lock_guard<std::mutex> lock(goneMutex_);
-      const auto found = gone_.find(peer);
-      if (found != gone_.end()) {
-        reason = found->second;
-      }
-    }
-    if (!reason.empty()) {
-      if (auto call = calls_.take(id)) {
-        CompletionTask::fail(*call, reason);
-      }
-      return;
-    }
-  }
-  auto out = std::make_unique<OutboundRpc>(
-      peer, FrameKind::kRequest, id, std::move(message), options_.exchange.eagerLimit,
-      static_cast<SendFailureListener&>(*this));
-  // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
-  if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
-    out->encode(exchange_.frames());
-    out->dropSource();
-  }
-  submit(std::move(out), /*expectsReply=*/true);
-}
+// ---- progress ----
 
 void MpiAgent::submit(OutboundPtr message, bool expectsReply) {
   {
@@ -235,18 +108,6 @@ void MpiAgent::submit(OutboundPtr message, bool expectsReply) {
   }
   engine_->submitted(expectsReply);
 }
-
-void MpiAgent::onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept {
-  if (kind == FrameKind::kRequest) {
-    if (auto call = calls_.take(callId)) {
-      CompletionTask::fail(*call, reason);
-    }
-  } else {
-    LOG(WARNING) << "RPC response to " << describe(peer) << " was not sent: " << reason;
-  }
-}
-
-// ---- progress ----
 
 bool MpiAgent::hasQueued() const {
   return outboxFilled_.load() || exchange_.hasDue();
@@ -291,13 +152,6 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
     arrivals_.clear();
   }
   return moved || !queued.empty();
-}
-
-void MpiAgent::expire(Clock::time_point now) {
-  for (PendingCall& call : calls_.takeExpired(now)) {
-    std::string error = rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT);
-    arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), std::move(error)));
-  }
 }
 
 std::unique_ptr<BulkTarget> MpiAgent::makeTarget(int, const FrameHeader&, ConstSpan body) {

@@ -108,7 +108,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   // SendFailureListener
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
 
-  // Calls (caller's side)
+  // Calling (caller's side), agent/call.cpp
   std::chrono::milliseconds timeoutOf(float seconds) const;
   std::string notRunningText(torch::distributed::rpc::MessageType type) const;
   void checkUsable(const torch::distributed::rpc::Message& message) const;
