@@ -6,12 +6,12 @@
 
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/csrc/utils/pythoncapi_compat.h>
 #include <torch/version.h>
 
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "bindings/functions_module.h"
+#include "bindings/interpreter.h"
 #include "bindings/request_callback.h"
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
@@ -32,7 +32,7 @@ void withPythonThreadState(const std::function<void()>& body) {
   PyThreadState* state = PyEval_SaveThread();
   body();
   // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
-  if (Py_IsInitialized() != 0 && Py_IsFinalizing() == 0) {
+  if (interpreterRuns()) {
     PyEval_RestoreThread(state);
     PyGILState_Release(gil);
   }

@@ -12,9 +12,9 @@
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
 #include <torch/csrc/distributed/rpc/rref_proto.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
-#include <torch/csrc/utils/pythoncapi_compat.h>
 
 #include "agent/mpi_agent.h"
+#include "bindings/interpreter.h"
 #include "python_functions.h"
 
 namespace py = pybind11;
@@ -128,13 +128,13 @@ c10::TypePtr messageType() {
 
 } // namespace
 
-// The functions of the Python side of the session. Its own functions are called with the GIL.
+// The session's two Python functions. Who calls run(), or serialize() with a Python object, holds the GIL.
 struct PythonRequestCallback::PythonSide {
   PythonSide(py::object runFunction, py::object serialize)
       : runFunction(std::move(runFunction)),
         serializeFunction(std::move(serialize)) {}
   ~PythonSide() {
-    if (Py_IsInitialized() != 0 && Py_IsFinalizing() == 0) {
+    if (interpreterRuns()) {
       const py::gil_scoped_acquire gil;
       runFunction = py::object();
       serializeFunction = py::object();

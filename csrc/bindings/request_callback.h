@@ -16,8 +16,7 @@ class MpiAgent;
 // function that is still running when the interpreter ends stops where it is (see Note [Functions that outlive
 // Python]).
 //
-// Any number of threads may use it: python_ never changes, agent_ is set
-// before the first request.
+// Any number of threads may use it: python_ never changes, agent_ is set before the first request.
 class PythonRequestCallback final : public torch::distributed::rpc::RequestCallbackImpl {
  public:
   using JitFuturePtr = c10::intrusive_ptr<torch::distributed::rpc::JitFuture>;
