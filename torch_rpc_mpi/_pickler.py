@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any
 
 import cloudpickle
 import torch
@@ -37,6 +37,7 @@ from . import _C, _unsendable
 Pickled = tuple[bytes, list[Tensor]]
 
 _MAIN = b"__main__"
+_MISSING = object()
 
 
 class _Tables(threading.local):
@@ -127,16 +128,19 @@ def _missing_name(data: bytes) -> str | None:
 
 
 @contextmanager
-def _tables(side: _Tables, **tables: list[Any]) -> Iterator[None]:
-    """Sets tables of this thread; unpickling may pickle, so they nest."""
-    before = {name: getattr(side, name) for name in tables}
+def _tables(side: threading.local, **tables: list[Any]) -> Iterator[None]:
+    """Sets tables of this thread, ours or torch's; unpickling may pickle, so they nest."""
+    before = {name: getattr(side, name, _MISSING) for name in tables}
     for name, table in tables.items():
         setattr(side, name, table)
     try:
         yield
     finally:
-        for name, table in before.items():
-            setattr(side, name, table)
+        for name, value in before.items():
+            if value is _MISSING:
+                delattr(side, name)
+            else:
+                setattr(side, name, value)
 
 
 def _reduce_tensor(tensor: Tensor) -> tuple[Any, ...]:
@@ -194,8 +198,6 @@ class RpcPickler(internal._InternalRPCPickler):
             Python's own pickle cannot send (``pickler="auto"``). Either sends importable names by reference.
     """
 
-    MODES: ClassVar = ("auto", "pickle", "cloudpickle")
-
     def __init__(self, always_by_value: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._always_by_value = always_by_value
@@ -221,12 +223,11 @@ class RpcPickler(internal._InternalRPCPickler):
             if not is_call:
                 return self._by_value(obj)
             data, tensors, rrefs = self._dump_by_value(obj, main_by_name=True)
-        forks = [rref._serialize() for rref in rrefs]
         # Only a call can be sent again. In a context of distributed autograd it cannot either, for the first attempt
         # has been recorded in the graph by then: what the callee lacks is torch's error there.
         if _MAIN not in data or not is_call or _C.in_autograd_context():
-            return _complete(data, forks, False), tensors
-        message = Resendable(_complete(data, forks, True))
+            return _complete(data, rrefs, False), tensors
+        message = Resendable(_complete(data, rrefs, True))
         message.by_value = lambda: self._again(data, tensors, rrefs)
         return message, tensors
 
@@ -250,26 +251,26 @@ class RpcPickler(internal._InternalRPCPickler):
 
     def _by_value(self, obj: Any) -> Pickled:
         data, tensors, rrefs = self._dump_by_value(obj, main_by_name=False)
-        return _complete(data, [rref._serialize() for rref in rrefs], False), tensors
+        return _complete(data, rrefs, False), tensors
 
     def _dump_by_value(self, obj: Any, main_by_name: bool) -> tuple[bytes, list[Tensor], list[Any]]:
+        try:
+            return self._dump(obj, main_by_name)
+        except Exception as error:
+            raise _unsendable.explain(obj, error, lambda part: self._dump(part, main_by_name)) from error
+
+    def _dump(self, obj: Any, main_by_name: bool) -> tuple[bytes, list[Tensor], list[Any]]:
         tensors: list[Tensor] = []
         rrefs: list[Any] = []
         buffer = io.BytesIO()
-        try:
-            with _tables(_sending, tensors=tensors, rrefs=rrefs):
-                _ByValue(buffer, self._reducers(obj), main_by_name).dump(obj)
-        except Exception as error:
-            raise _unsendable.explain(obj, error, lambda part: self._try(part, main_by_name)) from error
+        with _tables(_sending, tensors=tensors, rrefs=rrefs):
+            _ByValue(buffer, self._reducers(obj), main_by_name).dump(obj)
         return buffer.getvalue(), tensors, rrefs
-
-    def _try(self, obj: Any, main_by_name: bool) -> None:
-        with _tables(_sending, tensors=[], rrefs=[]):
-            _ByValue(io.BytesIO(), self._reducers(obj), main_by_name).dump(obj)
 
     def _again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any]) -> Pickled:
         try:
-            with _tables(_receiving, rrefs=rrefs), _torchs_table(tensors):
+            torchs = internal._thread_local_tensor_tables
+            with _tables(_receiving, rrefs=rrefs), _tables(torchs, recv_tables=tensors):
                 obj = pickle.loads(data)
             return self._by_value(obj)
         except Exception as error:
@@ -277,26 +278,11 @@ class RpcPickler(internal._InternalRPCPickler):
             return self._by_value(internal.PythonUDF(_fail, (type(error), str(error)), {}))
 
 
-@contextmanager
-def _torchs_table(tensors: list[Tensor]) -> Iterator[None]:
-    """Sets torch's table of received tensors, which its own unpickling on this thread nests in."""
-    table = internal._thread_local_tensor_tables
-    before = getattr(table, "recv_tables", None)
-    table.recv_tables = tensors
-    try:
-        yield
-    finally:
-        if before is None:
-            del table.recv_tables
-        else:
-            table.recv_tables = before
-
-
-def _complete(data: bytes, forks: list[Any], names_main: bool) -> bytes:
-    """The message: `data`, around it what `_load` needs, if it needs anything."""
-    if not forks and not names_main:
+def _complete(data: bytes, rrefs: list[Any], names_main: bool) -> bytes:
+    """The message: `data`, around it what `_load` needs, if it needs anything. Forks the RRefs."""
+    if not rrefs and not names_main:
         return data
-    return pickle.dumps(_Loader(data, forks, names_main))
+    return pickle.dumps(_Loader(data, [rref._serialize() for rref in rrefs], names_main))
 
 
 class _Loader:

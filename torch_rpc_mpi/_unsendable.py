@@ -14,7 +14,7 @@ from torch.distributed.rpc import internal
 _BUDGET = 2000
 
 
-def explain(obj: Any, error: Exception, dump: Callable[[Any], None]) -> Exception:
+def explain(obj: Any, error: Exception, dump: Callable[[Any], object]) -> Exception:
     """Makes the error for ``obj``, whose pickling failed with ``error``.
 
     Args:
@@ -47,7 +47,7 @@ def _name(kind: type) -> str:
 
 
 def _search(
-    candidates: list[tuple[str, Any]], dump: Callable[[Any], None], seen: set[int], budget: list[int]
+    candidates: list[tuple[str, Any]], dump: Callable[[Any], object], seen: set[int], budget: list[int]
 ) -> tuple[str, Any] | None:
     for path, candidate in candidates:
         if id(candidate) in seen or budget[0] <= 0:
