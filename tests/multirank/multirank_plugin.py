@@ -15,7 +15,6 @@ import harness
 import launcher
 import psutil
 import pytest
-from known_defects import KNOWN_DEFECTS
 
 GIB = 2**30
 LARGE_NEEDS = 12 * GIB
@@ -43,9 +42,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         deselected = [item for item in items if item.get_closest_marker("stress")]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
-    for item in items:
-        if item.name in KNOWN_DEFECTS:
-            item.add_marker(pytest.mark.xfail(reason=KNOWN_DEFECTS[item.name], strict=False))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
