@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import textwrap
 import threading
@@ -16,7 +15,7 @@ from cases_autograd import expect_gradients, pair
 from cases_calls import APIS, doubling_module, identity
 from cases_pickling import LARGE, TORCH_CANNOT, apply, settled, tables_left
 from cases_rref import fetch
-from harness import World, case, equal, eventually, in_threads, program
+from harness import World, case, equal, in_threads, program, shut_down_without_leaks
 from torch import Tensor
 from torch.distributed.rpc import RRef
 
@@ -171,15 +170,6 @@ def rrefs_in_the_arguments(world: World, api: Any) -> None:
         equal((back.x.to_here(), back.rest[0].local_value()), (2, 2))
     del rrefs, back
     settled(world)
-
-
-def shut_down_without_leaks(world: World) -> None:
-    gc.collect()
-    for key in ("num_owner_rrefs", "num_pending_users", "num_forks"):
-        eventually(lambda key=key: int(rpc._rref_context_get_debug_info()[key]) == 0, f"{key} is 0")
-    world.barrier()
-    rpc.api._ignore_rref_leak = False
-    rpc.shutdown()
 
 
 @program(size=3, tensorpipe=TORCH_CANNOT)

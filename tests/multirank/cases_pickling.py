@@ -19,7 +19,7 @@ from cases_calls import APIS, doubling_module, identity
 from cases_errors import CALLS, raise_it, still_works
 from cases_rref import fetch
 from cases_rref_lifetime import settle
-from harness import World, case, debug_info, equal, eventually, in_threads, program
+from harness import World, case, debug_info, equal, in_threads, program, shut_down_without_leaks
 from torch import Tensor
 from torch.distributed import nn as dist_nn
 from torch.distributed.rpc import RRef, internal
@@ -369,12 +369,7 @@ def pickling_leaks_no_rref(world: World) -> None:
             with pytest.raises(TypeError, match=r"args\[2\]"):
                 api(to, sum_of, args=([mine, theirs], lambda: 1, threading.Lock()))
         del mine, theirs
-    gc.collect()
-    for key in ("num_owner_rrefs", "num_pending_users", "num_forks"):
-        eventually(lambda key=key: int(rpc._rref_context_get_debug_info()[key]) == 0, f"{key} is 0")
-    world.barrier()
-    rpc.api._ignore_rref_leak = False
-    rpc.shutdown()
+    shut_down_without_leaks(world)
 
 
 # torch's other objects

@@ -10,6 +10,7 @@ Ranks meet through events.py, never through the backend under test.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import threading
 import time
@@ -294,6 +295,16 @@ def eventually(condition: Callable[[], bool], what: str, timeout: float = 20.0) 
     while not condition():
         assert time.monotonic() < deadline, f"still not after {timeout} s: {what}"
         time.sleep(0.002)
+
+
+def shut_down_without_leaks(world: World) -> None:
+    """Ends the session of every rank, none of which may know of an RRef any more."""
+    gc.collect()
+    for key in ("num_owner_rrefs", "num_pending_users", "num_forks"):
+        eventually(lambda key=key: int(rpc._rref_context_get_debug_info()[key]) == 0, f"{key} is 0")
+    world.barrier()
+    rpc.api._ignore_rref_leak = False
+    rpc.shutdown()
 
 
 def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:

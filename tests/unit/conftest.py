@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import unit_fakes
 from unit_fakes import RunPython
 
 import torch_rpc_mpi
@@ -51,6 +52,20 @@ def run_python(tmp_path: Path) -> RunPython:
         )
         assert child.returncode == 0, f"exit code {child.returncode}\n{child.stdout}\n{child.stderr}"
         return child.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_with_fakes(run_python: RunPython, tmp_path: Path) -> RunPython:
+    """Runs a preamble and a program (two arguments), as `run_python`, where mpi4py is a fake.
+
+    Torch's entry point is as installed; the preamble installs the fake extension (``unit_fakes.install_extension``).
+    """
+    unit_fakes.write_mpi4py(tmp_path / "fakes")
+
+    def run(preamble: str, program: str, **environment: str) -> str:
+        return run_python(preamble + program, installed=True, path=(tmp_path / "fakes",), **environment)
 
     return run
 

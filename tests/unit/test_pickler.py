@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 
 import pytest
-import unit_fakes
 from unit_fakes import RunPython
 
 # The agent is a stand-in; __main__ is the program itself, and a name is missing once it is deleted.
@@ -60,14 +59,8 @@ def plus(x, y):
 
 
 @pytest.fixture
-def run_pickler(run_python: RunPython, tmp_path: Path) -> RunPython:
-    """Runs a program that has fakes for MPI and the extension."""
-    unit_fakes.write_mpi4py(tmp_path / "fakes")
-
-    def run(program: str, **environment: str) -> str:
-        return run_python(PREAMBLE + program, installed=True, path=(tmp_path / "fakes",), **environment)
-
-    return run
+def run_pickler(run_with_fakes: RunPython) -> RunPython:
+    return functools.partial(run_with_fakes, PREAMBLE)
 
 
 # Session

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 
 import pytest
-import unit_fakes
 from unit_fakes import RunPython
 
 PREAMBLE = """
@@ -24,14 +23,8 @@ def fail(text):
 
 
 @pytest.fixture
-def run_session(run_python: RunPython, tmp_path: Path) -> RunPython:
-    """Runs a program that has fakes for MPI and the extension, and torch's entry point as installed."""
-    unit_fakes.write_mpi4py(tmp_path / "fakes")
-
-    def run(program: str, **environment: str) -> str:
-        return run_python(PREAMBLE + program, installed=True, path=(tmp_path / "fakes",), **environment)
-
-    return run
+def run_session(run_with_fakes: RunPython) -> RunPython:
+    return functools.partial(run_with_fakes, PREAMBLE)
 
 
 def test_the_literal_call_works(run_session: RunPython) -> None:
