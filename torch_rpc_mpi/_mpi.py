@@ -120,10 +120,26 @@ def load(init_timeout: float) -> LoadedMPI:
     refuse_forked_child()
     if _loaded is None:
         extension = load_extension()
-        module = _import_mpi(extension, init_timeout)
-        _loaded = _open(extension, module)
+        _loaded = _open(extension, _initialize_mpi(extension, init_timeout))
     _check_state(_loaded)
     return _loaded
+
+
+def open_library() -> LoadedMPI:
+    """MPI's library, without MPI_Init if that has not been called yet. Raises as :func:`load`."""
+    global _loaded
+    refuse_forked_child()
+    if _loaded is None:
+        extension = load_extension()
+        _import_mpi4py().rc.initialize = False
+        _loaded = _open(extension, _import_mpi())
+    return _loaded
+
+
+def is_initialized() -> bool:
+    """Whether MPI was initialised in this process, as far as mpi4py knows; does not load it."""
+    module = sys.modules.get("mpi4py.MPI")
+    return module is not None and bool(module.Is_initialized())
 
 
 def refuse_forked_child() -> None:
@@ -161,7 +177,8 @@ def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _import_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
+def _import_mpi4py() -> ModuleType:
+    """The package, which does not load MPI yet."""
     try:
         import mpi4py
     except ImportError as error:
@@ -173,6 +190,12 @@ def _import_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
             f'backend "MPI" needs mpi4py {".".join(map(str, MINIMUM_MPI4PY))} or newer, but this is '
             f"{mpi4py.__version__}. Run `pip install --upgrade mpi4py`."
         )
+    return mpi4py
+
+
+def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
+    """Imports mpi4py.MPI, which runs MPI_Init unless the user has told mpi4py otherwise."""
+    mpi4py = _import_mpi4py()
     if "mpi4py.MPI" in sys.modules:
         return sys.modules["mpi4py.MPI"]
     mpi4py.rc.threads = True
@@ -187,6 +210,13 @@ def _import_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         init_timeout,
     )
     try:
+        return _import_mpi()
+    finally:
+        watchdog.cancel()
+
+
+def _import_mpi() -> ModuleType:
+    try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             module = importlib.import_module("mpi4py.MPI")
@@ -196,8 +226,6 @@ def _import_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         raise RuntimeError(
             f"mpi4py found no MPI library that it can use: {'; '.join(reasons)}. {_INSTALL_MPI}"
         ) from error
-    finally:
-        watchdog.cancel()
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return module

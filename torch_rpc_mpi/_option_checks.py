@@ -51,7 +51,7 @@ class Option:
         text = environ.get(self.environment) if self.environment else None
         if text is None:
             return self.checked(self.default)
-        parse: Callable[[str], object] = int if self.type == "int" else float
+        parse: Callable[[str], object] = {"int": int, "float": float, "str": str}[self.type]
         try:
             return self.checked(parse(text))
         except ValueError as error:

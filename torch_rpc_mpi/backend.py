@@ -26,9 +26,10 @@ from torch._C._distributed_rpc import (
     _is_current_rpc_agent_set,
     _reset_current_rpc_agent,
 )
+from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
 from torch.distributed.rpc import api, internal
 
-from . import __version__, _agreement, _mpi
+from . import __version__, _agreement, _mpi, _world
 from .options import MPIRpcBackendOptions
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ class _UnusableOptions(MPIRpcBackendOptions):
 
 
 def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
-    """Torch's handler of ``mpi://``: a store of this process alone, because MPI brings the ranks together."""
+    """Torch's handler of ``mpi://``.
+
+    Where MPI brings the ranks together, a store of this process alone; else what ``env://`` gives.
+    """
     query = dict(parse_qsl(urlsplit(url).query))
     rank, world_size = int(query.get("rank", -1)), int(query.get("world_size", -1))
     # init_process_group passes its timeout here, init_rpc passes nothing.
@@ -83,18 +87,33 @@ def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
             'init_method="mpi://" serves torch.distributed.rpc.init_rpc(backend="MPI") only. Give '
             "init_process_group a store that the ranks share (env://, tcp://host:port or file:///path)."
         )
-    yield HashStore(), rank, world_size
+    if _world.wanted(rank, world_size):
+        yield from _rendezvous_by_environment(rank, world_size)
+    else:
+        yield HashStore(), rank, world_size
+
+
+def _rendezvous_by_environment(rank: int, world_size: int) -> Iterator[tuple[Store, int, int]]:
+    try:
+        yield from torchs_rendezvous("env://", rank, world_size)
+    except ValueError as error:
+        raise RuntimeError(
+            f"init_rpc was asked for {world_size} ranks, but no MPI launcher started this process, and the ranks have "
+            f"no store to find each other by: {error}. Start the program with `mpirun -n {world_size} python "
+            "script.py` or with torchrun, set MASTER_ADDR and MASTER_PORT, or give init_method (tcp://host:port or "
+            "file:///path) in the options."
+        ) from error
 
 
 def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
     """Checks the arguments of ``init_rpc``, loads MPI, and fills in what MPI knows.
 
-    Local: it waits for other ranks only in MPI_Init.
+    Local: it waits for other ranks only in MPI_Init, and there only under a launcher.
 
     Raises:
         RuntimeError: RPC is initialised already, the name is not valid, or MPI is not usable (see ``_mpi.load``).
         TypeError: options of another backend.
-        ValueError: rank or world size disagree with the communicator.
+        ValueError: rank or world size are missing, or disagree with the communicator.
     """
     _mpi.refuse_forked_child()
     if _is_current_rpc_agent_set():
@@ -103,11 +122,30 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
     options = MPIRpcBackendOptions() if options is None else _checked_options(options)
     rank = _integer("rank", -1 if rank is None else rank)
     world_size = _integer("world_size", -1 if world_size is None else world_size)
+    rank, world_size = _complete_place(options, rank, world_size)
+    _mpi.load_extension().forget_autograd_worker_id(rank)
+    return InitCall(name, rank, world_size, options)
+
+
+def _complete_place(options: MPIRpcBackendOptions, rank: int, world_size: int) -> tuple[int, int]:
+    """Rank and world size, checked against what MPI or torchrun says."""
+    rank, world_size = _world.complete(rank, world_size)
+    if _without_launcher(options, rank, world_size):
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"init_rpc was given rank={rank}, world_size={world_size}. In a process that no MPI launcher started "
+                "it needs both, the rank from 0 to world_size - 1."
+            )
+        return rank, world_size
     mpi = _mpi.load(options.init_timeout)
     comm = _communicator(mpi, options)
     _check_launch(mpi, options, rank, world_size, comm.Get_size())
     _check_place(rank, world_size, comm.Get_rank(), comm.Get_size(), options)
-    return InitCall(name, comm.Get_rank(), comm.Get_size(), options)
+    return comm.Get_rank(), comm.Get_size()
+
+
+def _without_launcher(options: MPIRpcBackendOptions, rank: int, world_size: int) -> bool:
+    return options.comm is None and _world.wanted(rank, world_size)
 
 
 def init_backend(
@@ -119,17 +157,22 @@ def init_backend(
 ) -> RpcAgent:
     """Torch's init handler: forms the group and starts the agent.
 
-    Collective over the communicator. Raises the same error on all ranks when they do not fit together. The store stays
-    unused: MPI brings the ranks together.
+    Collective over the group. Raises the same error on all ranks when they do not fit together. The store is used only
+    where no launcher brings the ranks together.
     """
     # Again, because torch's own init_rpc or _init_rpc_backend may have been called past our wrapper.
     call = prepare(name, rank, world_size, rpc_backend_options)
     options = call.rpc_backend_options
-    mpi = _mpi.load(options.init_timeout)
     extension = _mpi.load_extension()
-    communicator: _C.Communicator = extension.Communicator.duplicate(
-        mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
-    )
+    communicator: _C.Communicator
+    if _without_launcher(options, call.rank, call.world_size):
+        node = options.node or socket.gethostname()
+        communicator = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
+    else:
+        mpi = _mpi.load(options.init_timeout)
+        communicator = extension.Communicator.duplicate(
+            mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
+        )
     members = _on_all_ranks(communicator, options.init_timeout, lambda: _describe(call))
     try:
         _agreement.check(members)
@@ -218,8 +261,9 @@ def _check_launch(
     wanted = max(world_size, rank + 1)
     if wanted > 1:
         raise RuntimeError(
-            f"init_rpc was asked for {wanted} ranks, but this process is alone in MPI's world. Start the program with "
-            f"an MPI launcher: `mpirun -n {wanted} python script.py`."
+            f"init_rpc was asked for {wanted} ranks, but this process is alone in MPI's world, which it entered before "
+            f"init_rpc. Start the program with an MPI launcher: `mpirun -n {wanted} python script.py`. Without one, "
+            "import mpi4py.MPI only after init_rpc, which then brings the ranks together."
         )
     if launcher is None:
         raise RuntimeError(

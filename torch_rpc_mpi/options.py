@@ -55,9 +55,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "init_method", "str", "mpi://", "URL",
-        "Where torch's rendezvous takes its store from. Under a launcher `mpi://` needs no address and no port. "
-        "torch's default `env://` means `mpi://` here when torch itself fills it in.",
+        "Where torch's rendezvous takes its store from. Under an MPI launcher `mpi://` needs no address and no port; "
+        "without one it means `env://`.",
         check_str,
+    ),
+    Option(
+        "node", "str", "", "name",
+        "Without a launcher: ranks that give the same name share memory; by default the host's name. For containers "
+        "that share a host's name but no memory, or the other way round.",
+        check_str, from_environment=True,
     ),
     Option(
         "device_maps", "dict[str, dict]", None, "devices",
@@ -121,6 +127,7 @@ class _Given(TypedDict, total=False):
     num_worker_threads: int
     rpc_timeout: float
     init_method: str
+    node: str
     device_maps: Mapping[str, DeviceMap] | None
     devices: Sequence[DeviceLike] | None
     comm: MPI.Intracomm | None
@@ -153,6 +160,7 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
     __signature__: ClassVar[inspect.Signature]  # for help(), with the table's defaults
 
     num_worker_threads: int
+    node: str
     device_maps: dict[str, dict[torch.device, torch.device]]
     devices: list[torch.device]
     comm: MPI.Intracomm | None

@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "agent/autograd_sessions.h"
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "bindings/functions_module.h"
@@ -15,6 +16,7 @@
 #include "bindings/request_callback.h"
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
+#include "mpi/pmi_server.h"
 
 namespace py = pybind11;
 
@@ -127,10 +129,12 @@ void bindMpi(py::module_& module) {
       .def("initialized", &MpiLibrary::initialized)
       .def("finalized", &MpiLibrary::finalized)
       .def("thread_level", &MpiLibrary::threadLevel)
+      .def("initialize", &MpiLibrary::initialize, NoGil())
       .def("library_version", &MpiLibrary::libraryVersion);
   py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
       .def_static(
           "duplicate", &Communicator::duplicate, py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
+      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), NoGil())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
       .def(
@@ -147,6 +151,19 @@ void bindMpi(py::module_& module) {
           },
           py::arg("data"), py::arg("timeout"))
       .def("free", &Communicator::free, NoGil());
+  py::module_::import("torch._C._distributed_c10d"); // holds the class of stores
+  py::class_<PmiServer>(module, "PMIServer")
+      .def(
+          py::init([](c10d::Store& store, int rank, int size, std::string world, std::string mapping, double timeout) {
+            const auto limit = std::chrono::milliseconds(timeout > 0 ? std::llround(timeout * 1000) : INT32_MAX);
+            // By reference and not by its holder, which torch may choose differently in each release.
+            return std::make_unique<PmiServer>(
+                c10::intrusive_ptr<c10d::Store>::unsafe_reclaim_from_nonowning(&store),
+                PmiPlace{rank, size, std::move(world), std::move(mapping)}, limit);
+          }),
+          py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("world"), py::arg("mapping"), py::arg("timeout"))
+      .def_property_readonly("client_socket", &PmiServer::clientSocket)
+      .def("stop", &PmiServer::stop, NoGil());
   py::class_<InitWatchdog>(module, "InitWatchdog")
       .def(py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
       .def("cancel", &InitWatchdog::cancel, NoGil());
@@ -190,6 +207,7 @@ void bindAgent(py::module_& module) {
       .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+  module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
 }
 
 void translateExceptions() {

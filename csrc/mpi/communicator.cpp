@@ -123,6 +123,19 @@ std::shared_ptr<Communicator> Communicator::duplicate(
   return std::shared_ptr<Communicator>(new Communicator(std::move(library), *result));
 }
 
+std::shared_ptr<Communicator> Communicator::group(
+    std::shared_ptr<MpiLibrary> mpi,
+    intptr_t worldValue,
+    const std::vector<int>& ranks) {
+  trm_handle world = 0;
+  mpi->check((*mpi)->comm_from_int(worldValue, &world), "MPI_Comm_f2c");
+  trm_handle group = (*mpi)->comm_null;
+  mpi->check(
+      (*mpi)->comm_create_group(world, static_cast<int>(ranks.size()), ranks.data(), /*tag=*/0, &group),
+      "MPI_Comm_create_group");
+  return std::shared_ptr<Communicator>(new Communicator(std::move(mpi), group));
+}
+
 std::vector<std::string> Communicator::allgather(const std::string& data, double timeout) {
   const auto deadline = deadlineAfter(timeout);
   // Two rounds of equal pieces, so that one collective suffices: the lengths, then everything padded to the longest.

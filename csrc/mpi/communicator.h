@@ -1,4 +1,4 @@
-// A private duplicate of a user's communicator, so that the agent's traffic never mixes with the user's.
+// A communicator of the agent's own, so that its traffic never mixes with the user's.
 #pragma once
 
 #include <chrono>
@@ -27,6 +27,12 @@ class Communicator {
   // Collective over `parent` (the integer form that mpi4py gives). Waits at most `timeout` seconds, 0 for no limit.
   // Throws MissingRanks, MpiError, std::invalid_argument.
   static std::shared_ptr<Communicator> duplicate(std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout);
+  // Of `ranks` of the world, which has mpi4py's integer form `world`, in this order; only they call it. Others may be
+  // idle or gone. Waits without a limit, so they must all be known to come.
+  static std::shared_ptr<Communicator> group(
+      std::shared_ptr<MpiLibrary> mpi,
+      intptr_t world,
+      const std::vector<int>& ranks);
 
   int rank() const {
     return rank_;

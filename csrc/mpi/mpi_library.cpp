@@ -72,6 +72,11 @@ int MpiLibrary::threadLevel() const {
   return level;
 }
 
+void MpiLibrary::initialize() const {
+  int provided = TRM_THREAD_SINGLE;
+  check(table_->init_thread(TRM_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+}
+
 std::string MpiLibrary::libraryVersion() const {
   std::string text(kTextCapacity, '\0');
   check(table_->get_library_version(text.data(), text.size()), "MPI_Get_library_version");

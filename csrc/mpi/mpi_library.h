@@ -35,6 +35,8 @@ class MpiLibrary {
   bool initialized() const;
   bool finalized() const;
   int threadLevel() const;
+  // Asks for MPI_THREAD_MULTIPLE. Blocks until every rank of the world has called it.
+  void initialize() const;
   std::string libraryVersion() const;
 
  private:

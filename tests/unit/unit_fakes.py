@@ -172,6 +172,7 @@ def make_extension(directory: Path) -> ModuleType:
         "AgentOptions": AgentOptions,
         "MPIAgent": Agent,
         "in_autograd_context": lambda: False,
+        "forget_autograd_worker_id": lambda worker_id: None,
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
         "__torch_version__": torch.__version__,

