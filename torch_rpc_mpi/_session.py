@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import multiprocessing.util
 import os
 import sys
 import threading
@@ -180,6 +181,11 @@ def _leave_at_exit() -> None:
             _let_other_threads_wake(before)
     except Exception:
         logger.warning("torch_rpc_mpi: the agent could not leave its group at exit", exc_info=True)
+
+
+if multiprocessing.parent_process() is not None:
+    # Children of multiprocessing's fork and forkserver methods end without atexit.
+    multiprocessing.util.Finalize(None, _leave_at_exit, exitpriority=100)
 
 
 def _whereabouts_of_other_threads() -> dict[int, tuple[FrameType, int]]:

@@ -191,7 +191,7 @@ def _await_all(session: Store, stage: str, size: int, deadline: float) -> None:
             missing = [rank for rank, key in enumerate(keys) if not session.check([key])]
         waited = time.monotonic() - begin
         who = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {size}"
-        if time.monotonic() >= deadline:
+        if _left(deadline) < 0.01:  # stores count in milliseconds
             raise TimeoutError(
                 f"{who} did not call init_rpc within {waited:.3g} s. Check that every process is given the same "
                 "world_size, a rank of its own and the same init_method, see their output for an earlier error, or "

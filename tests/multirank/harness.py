@@ -159,6 +159,11 @@ class World:
 
     @property
     def mpi(self) -> bool:
+        return self.backend != "tensorpipe"
+
+    @property
+    def launched(self) -> bool:
+        """Whether an MPI launcher started the ranks."""
         return self.backend == "mpi"
 
     def name(self, rank: int | None = None) -> str:
@@ -184,6 +189,8 @@ class World:
         if self.mpi:
             import torch_rpc_mpi
 
+            if not self.launched:
+                options.setdefault("init_method", f"file://{os.environ['RPC_TEST_SCRATCH']}/store")
             return torch_rpc_mpi.MPIRpcBackendOptions(**options)
         options.setdefault("init_method", f"file://{os.environ['RPC_TEST_SCRATCH']}/session{self._sessions}")
         return rpc.TensorPipeRpcBackendOptions(**options)
@@ -193,10 +200,9 @@ class World:
         self._sessions += 1
         name = name or self.name()
         backend_options = self.options(**{**SESSION_OPTIONS, **options})
-        if self.mpi:
-            rpc.init_rpc(name, backend="MPI", rpc_backend_options=backend_options)
-        else:
-            rpc.init_rpc(name, rank=self.rank, world_size=self.size, rpc_backend_options=backend_options)
+        place = {} if self.launched else {"rank": self.rank, "world_size": self.size}
+        backend = rpc.BackendType["MPI" if self.mpi else "TENSORPIPE"]
+        rpc.init_rpc(name, backend, rpc_backend_options=backend_options, **place)
 
     # Events between ranks. A scope is the case that runs; every rank enters the same ones in the same order.
 

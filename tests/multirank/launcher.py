@@ -1,4 +1,4 @@
-"""Starts ranks, under mpirun or (for TensorPipe) directly, watches over them, and reads what they report."""
+"""Starts ranks, under mpirun or directly, watches over them, and reads what they report."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 from events import EventServer
 
+# MPI under mpirun; MPI of processes that find each other by a file; TensorPipe.
+BACKENDS = ("mpi", "mpi-by-store", "tensorpipe")
 HERE = Path(__file__).resolve().parent
 START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
 # What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
@@ -56,32 +59,36 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, **fixed, **extra}
 
 
+def commands_for(command: Sequence[str], size: int, backend: str, env: Mapping[str, str]) -> list[Command]:
+    """What starts the ranks: one launcher, or a process for each."""
+    if backend == "mpi":
+        return [Command([*mpirun(), "-n", str(size), *command], env)]
+    return [Command(command, {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}) for rank in range(size)]
+
+
+class Command(NamedTuple):
+    """A command and the variables that it gets."""
+
+    arguments: Sequence[str]
+    env: Mapping[str, str]
+
+
 class Job:
     """The processes of one launch. Their common output is one file."""
 
-    def __init__(
-        self, command: Sequence[str], size: int, backend: str, launcher: bool, env: Mapping[str, str], output: Path
-    ) -> None:
+    def __init__(self, commands: Sequence[Command], output: Path) -> None:
         self._output = output.open("wb")
-        if backend == "mpi" and launcher:
-            commands = [([*mpirun(), "-n", str(size), *command], env)]
-        elif launcher:
-            commands = [
-                (list(command), {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}) for rank in range(size)
-            ]
-        else:
-            commands = [(list(command), env)]
         # A session of their own, so that they can be ended as a group without touching anything else.
         self._processes = [
             subprocess.Popen(
-                arguments,
-                env=environment(variables),
+                command.arguments,
+                env=environment(command.env),
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            for arguments, variables in commands
+            for command in commands
         ]
 
     def wait(self, expired: Callable[[], bool], pids: Callable[[], list[int]] = list) -> int | None:
@@ -180,7 +187,7 @@ def run_cases(module: str, size: int, names: Sequence[str], backend: str) -> Rep
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
         command = [sys.executable, str(HERE / "ranks.py"), "cases", module, *names]
-        job = Job(command, size, backend, True, env, output)
+        job = Job(commands_for(command, size, backend, env), output)
         files = [scratch / f"rank{rank}.jsonl" for rank in range(size)]
         seen, since = -1, time.monotonic()
 
@@ -205,16 +212,27 @@ def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
         output = scratch / "output"
         command = [*SAY_STATUS, sys.executable, str(HERE / "ranks.py"), "program", module, name]
         variables = {**env, **program.env}
-        job = Job(command, program.size, backend, program.launcher, variables, output)
+        commands = (
+            commands_for(command, program.size, backend, variables)
+            if program.launcher
+            else [Command(command, variables)]
+        )
+        job = Job(commands, output)
         deadline = time.monotonic() + program.limit + GRACE
         return job.wait(lambda: time.monotonic() > deadline), _text(output)
 
 
 def run_script(command: Sequence[str], size: int, limit: float, launcher: bool = True) -> tuple[int | None, str]:
     """Runs any Python script (an example) under mpirun, or on its own."""
+    start = [*mpirun(), "-n", str(size)] if launcher else []
+    return run_commands([[*start, sys.executable, *command]], {}, limit)
+
+
+def run_commands(commands: Sequence[Sequence[str]], env: Mapping[str, str], limit: float) -> tuple[int | None, str]:
+    """Runs commands side by side; returns the first status that is not 0, else 0 (None if they hung), and output."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "output")
-        job = Job([sys.executable, *command], size, "mpi", launcher, {}, output)
+        job = Job([Command(command, env) for command in commands], output)
         deadline = time.monotonic() + limit
         return job.wait(lambda: time.monotonic() > deadline), _text(output)
 

@@ -25,7 +25,7 @@ _selected: dict[tuple[str, int], list[str]] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     with contextlib.suppress(ValueError):  # two suites in one run: the option is there already
-        parser.addoption("--backend", choices=("mpi", "tensorpipe"), help="RPC backend of the multi-rank tests")
+        parser.addoption("--backend", choices=launcher.BACKENDS, help="RPC backend of the multi-rank tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -344,11 +344,18 @@ class TestOptionHandler:
 
 
 class TestRendezvous:
-    def test_gives_a_store_without_any_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_under_a_launcher_gives_a_store_without_any_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MASTER_ADDR", raising=False)
+        monkeypatch.setenv("PMI_RANK", "1")
+        monkeypatch.setenv("PMI_SIZE", "4")
         store, rank, world_size = next(torch.distributed.rendezvous("mpi://", rank=1, world_size=4))
         assert isinstance(store, torch.distributed.HashStore)
         assert (rank, world_size) == (1, 4)
+
+    def test_without_a_launcher_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, no_launcher: None) -> None:
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        with pytest.raises(RuntimeError, match=r"asked for 4 ranks.*no MPI launcher.*MASTER_ADDR.*`mpirun -n 4 python"):
+            next(torch.distributed.rendezvous("mpi://", rank=1, world_size=4))
 
     def test_refuses_process_groups(self) -> None:
         # Their ranks would wait for each other in stores that only they themselves see.

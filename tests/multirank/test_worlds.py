@@ -1,0 +1,122 @@
+"""Worlds of processes that no MPI launcher has started."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import launcher
+import pytest
+
+PROGRAM = str(Path(__file__).with_name("world_program.py"))
+FAMILY = "Open MPI" if "--oversubscribe" in launcher.mpirun() else "MPICH"
+
+pytestmark = pytest.mark.timeout(300)
+mpich = pytest.mark.skipif(FAMILY != "MPICH", reason="Open MPI needs its launcher")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., None]:
+    """Starts processes; all must end with status 0, and as many say "ok" as there are ranks."""
+
+    def start(commands: Sequence[Sequence[str]], size: int, **environment: str) -> None:
+        environment = {"RPC_TEST_SCRATCH": str(tmp_path), **environment}
+        status, output = launcher.run_commands([[sys.executable, *command] for command in commands], environment, 240)
+        assert status == 0, output
+        assert sorted(line for line in output.splitlines() if line.endswith(": ok")) == sorted(
+            f"rank {rank}: ok" for rank in range(size)
+        ), output
+
+    return start
+
+
+def by_hand(scenario: str, size: int, *arguments: str) -> list[list[str]]:
+    """As in so many terminals."""
+    return [[PROGRAM, "--rank", str(rank), "--size", str(size), *arguments, scenario] for rank in range(size)]
+
+
+def by_file(directory: Path) -> tuple[str, str]:
+    return ("--init-method", f"file://{directory}/store")
+
+
+@mpich
+@pytest.mark.parametrize("size", [2, 4, 6, 8])
+def test_processes_with_a_file(run: Callable[..., None], tmp_path: Path, size: int) -> None:
+    run(by_hand("once", size, *by_file(tmp_path)), size)
+
+
+@mpich
+def test_processes_with_an_address(run: Callable[..., None]) -> None:
+    run(by_hand("once", 2, "--init-method", f"tcp://127.0.0.1:{free_port()}"), 2)
+
+
+@mpich
+def test_processes_with_torchs_variables(run: Callable[..., None]) -> None:
+    run(by_hand("once", 2), 2, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+@mpich
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_multiprocessing(run: Callable[..., None], tmp_path: Path, method: str) -> None:
+    run([[PROGRAM, "--spawn", method, "--size", "4", *by_file(tmp_path), "once"]], 4)
+
+
+def torchrun(scenario: str, size: int, *options: str) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *options, PROGRAM, scenario]
+
+
+@mpich
+def test_torchrun(run: Callable[..., None]) -> None:
+    run([torchrun("once", 3)], 3)
+
+
+@mpich
+@pytest.mark.parametrize("starter", ["torchrun", "multiprocessing"])
+def test_within_a_task_of_a_launcher(run: Callable[..., None], tmp_path: Path, starter: str) -> None:
+    """The task's own variables would make MPI take the processes for the task."""
+    inner = (
+        torchrun("once", 2)
+        if starter == "torchrun"
+        else [PROGRAM, "--spawn", "spawn", "--size", "2", *by_file(tmp_path), "once"]
+    )
+    status, output = launcher.run_commands([[*launcher.mpirun(), "-n", "1", sys.executable, *inner]], {}, 240)
+    assert status == 0, output
+    assert all(f"rank {rank}: ok" in output for rank in range(2)), output
+
+
+@mpich
+@pytest.mark.parametrize("nodes", ["{rank}", "odd"])
+def test_several_nodes(run: Callable[..., None], tmp_path: Path, nodes: str) -> None:
+    """Nodes share no memory. Ranks of a node need not follow each other."""
+    commands = by_hand("again", 4, *by_file(tmp_path))
+    for rank, command in enumerate(commands):
+        command[1:1] = ["--node", f"node{rank % 2 if nodes == 'odd' else rank}"]
+    run(commands, 4)
+
+
+@mpich
+@pytest.mark.parametrize(
+    ("scenario", "size"),
+    [("again", 3), ("late", 2), ("strangers", 3), ("mpi_first", 2), ("mpi4py_beside", 3), ("leaves", 3)],
+)
+def test_scenario(run: Callable[..., None], tmp_path: Path, scenario: str, size: int) -> None:
+    run(by_hand(scenario, size, *by_file(tmp_path)), size)
+
+
+@mpich
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_child_that_leaves(run: Callable[..., None], tmp_path: Path, method: str) -> None:
+    run([[PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves"]], 3)
+
+
+@pytest.mark.skipif(FAMILY == "MPICH", reason="MPICH needs no launcher")
+def test_open_mpi_says_that_it_needs_its_launcher(run: Callable[..., None], tmp_path: Path) -> None:
+    run(by_hand("no_open_mpi", 2, *by_file(tmp_path)), 2)

@@ -1,0 +1,178 @@
+"""One process of a world that no MPI launcher made, or several started by multiprocessing. Run by test_worlds.py.
+
+    python world_program.py [--rank R --size N] [--spawn METHOD] [--node NAME] [--init-method URL] SCENARIO
+
+Prints "rank R: ok" when the scenario went as it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.rpc as rpc
+
+
+def double(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return x * 2, os.getpid()
+
+
+def call_until_it_fails(worker: str) -> None:
+    while True:
+        rpc.rpc_sync(worker, double, args=(torch.ones(1),))
+
+
+class Process:
+    """This process, and how it begins sessions."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.rank, self.size = arguments.rank, arguments.size
+        self._given = {}
+        if arguments.init_method:
+            self._given["init_method"] = arguments.init_method
+        if arguments.node:
+            self._given["node"] = arguments.node.format(rank=self.rank)
+
+    def begin(self, rank: int | None = None, size: int | None = None, **options: Any) -> None:
+        import torch_rpc_mpi
+
+        rank, size = self.rank if rank is None else rank, self.size if size is None else size
+        place = {} if size is None else {"rank": rank, "world_size": size}
+        rpc.init_rpc(
+            f"worker{os.environ['RANK'] if rank is None else rank}",
+            backend="MPI",
+            rpc_backend_options=torch_rpc_mpi.MPIRpcBackendOptions(**self._given, **options),
+            **place,
+        )
+
+    def session(self, rank: int | None = None, size: int | None = None) -> None:
+        """Calls everybody, in messages of every way of transfer, and hears of as many processes as there are ranks."""
+        self.begin(rank, size)
+        workers = sorted(worker.name for worker in rpc.api._get_current_rpc_agent().get_worker_infos())
+        pids = set()
+        for worker in workers:
+            for length in (1, 10_000, 1_000_000):
+                result, pid = rpc.rpc_sync(worker, double, args=(torch.ones(length),))
+                assert torch.equal(result, torch.full((length,), 2.0))
+                pids.add(pid)
+        assert len(pids) == len(workers), pids
+        if rank is not None:
+            assert (rpc.get_worker_info().id, len(workers)) == (rank, size)
+        rpc.shutdown()
+
+
+def once(process: Process) -> None:
+    process.session()
+    assert not [name for name in os.environ if name.startswith("PMI")], "MPI's variables stay in the environment"
+    shared = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]
+    assert [line for line in shared if not line.endswith("(deleted)")] == []
+
+
+def again(process: Process) -> None:
+    """Sessions of all, of some, and of all in another order."""
+    rank, size = process.rank, process.size
+    process.session()
+    process.session()
+    if rank != 1:
+        process.session(rank - (rank > 1), size - 1)
+    process.session((rank + 1) % size, size)
+    process.session(0, 1)
+    process.session(size - 1 - rank, size)
+
+
+def late(process: Process) -> None:
+    """An attempt that a rank misses fails with its number; the next one succeeds."""
+    if process.rank == 0:
+        with pytest.raises(TimeoutError, match=r"rank 1 of 2 did not call init_rpc within 0\.2"):
+            process.begin(init_timeout=0.2)
+        Path(os.environ["RPC_TEST_SCRATCH"], "missed").touch()
+    else:
+        while not Path(os.environ["RPC_TEST_SCRATCH"], "missed").exists():
+            os.sched_yield()
+    process.session()
+
+
+def strangers(process: Process) -> None:
+    """Two who were in a world together, and one who was not, cannot form one."""
+    if process.rank < 2:
+        process.session(process.rank, 2)
+    with pytest.raises(RuntimeError, match=r"not belong to the same MPI world.*worker2.*none yet.*start new processes"):
+        process.begin()
+
+
+def mpi_first(process: Process) -> None:
+    """Who has initialised MPI is alone for ever."""
+    from mpi4py import MPI
+
+    assert MPI.COMM_WORLD.Get_size() == 1
+    with pytest.raises(RuntimeError, match=r"import mpi4py\.MPI only after init_rpc"):
+        process.begin()
+
+
+def mpi4py_beside(process: Process) -> None:
+    """The world is mpi4py's too."""
+    process.begin()
+    from mpi4py import MPI
+
+    assert MPI.COMM_WORLD.Get_size() == process.size
+    assert MPI.COMM_WORLD.allreduce(1) == process.size
+    rpc.shutdown()
+    assert MPI.COMM_WORLD.allgather(MPI.COMM_WORLD.Get_rank()) == list(range(process.size))
+    with pytest.raises(MPI.Exception):
+        MPI.COMM_WORLD.Send(b"", dest=process.size)
+
+
+def leaves(process: Process) -> None:
+    """Rank 1 ends without shutdown, as a multiprocessing child does that skips atexit; nobody hangs or dies."""
+    process.begin()
+    if process.rank == 1:
+        print("rank 1: ok", flush=True)
+        sys.exit(0)
+    with pytest.raises(RuntimeError, match="worker1") as caught:
+        call_until_it_fails("worker1")
+    assert "timeout" not in str(caught.value)
+    rpc.shutdown(graceful=False)
+
+
+def no_open_mpi(process: Process) -> None:
+    with pytest.raises(RuntimeError, match=rf"only under its launcher.*`mpirun -n {process.size} python script.py`"):
+        process.begin()
+
+
+def run(rank: int | None, arguments: argparse.Namespace) -> None:
+    if rank is not None:
+        arguments.rank = rank
+    globals()[arguments.scenario](Process(arguments))
+    rank = arguments.rank if arguments.rank is not None else int(os.environ["RANK"])
+    print(f"rank {rank}: ok", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--spawn", choices=("spawn", "forkserver", "fork"))
+    parser.add_argument("--node")
+    parser.add_argument("--init-method")
+    parser.add_argument("scenario")
+    arguments = parser.parse_args()
+    if arguments.spawn is None:
+        run(None, arguments)
+        return
+    context = multiprocessing.get_context(arguments.spawn)
+    children = [context.Process(target=run, args=(rank, arguments)) for rank in range(arguments.size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    sys.exit(max(abs(child.exitcode) for child in children))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""How ranks without a launcher find each other: the store's side, without MPI."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore, PrefixStore
+
+from torch_rpc_mpi import _mpi, _world
+from torch_rpc_mpi._world import Member, Membership
+
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
+
+def member(name: str = "worker", **changes: Any) -> Member:
+    fields = {"node": "north", "host": "north", "pid": 1, "mpi": "MPICH 5", "membership": None, "problem": None}
+    return Member(name, **{**fields, **changes})
+
+
+class TestWanted:
+    @pytest.fixture(autouse=True)
+    def _unloaded(self, fresh_mpi: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+    def test_for_several_ranks_without_a_launcher(self) -> None:
+        assert _world.wanted(0, 2)
+        assert _world.wanted(1, -1)
+
+    @pytest.mark.parametrize(("rank", "size"), [(-1, -1), (0, 1), (0, -1)])
+    def test_not_for_a_single_rank(self, rank: int, size: int) -> None:
+        assert not _world.wanted(rank, size)
+
+    def test_not_under_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PMI_RANK", "0")
+        monkeypatch.setenv("PMI_SIZE", "2")
+        assert not _world.wanted(0, 2)
+
+    @pytest.mark.parametrize("starter", ["torchrun", "multiprocessing"])
+    def test_where_a_launcher_started_only_a_parent(self, monkeypatch: pytest.MonkeyPatch, starter: str) -> None:
+        monkeypatch.setenv("PMI_RANK", "0")
+        monkeypatch.setenv("PMI_SIZE", "2")
+        if starter == "torchrun":
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        else:
+            monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+        assert _world.wanted(0, 2)
+
+    def test_not_where_mpi_was_initialized(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_mpi, "is_initialized", lambda: True)
+        assert not _world.wanted(0, 2)
+
+    def test_where_a_world_was_formed_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_mpi, "is_initialized", lambda: True)
+        monkeypatch.setattr(_world, "_membership", Membership("world", 0))
+        assert _world.wanted(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "completed"),
+    [
+        ((-1, -1), {}, (-1, -1)),
+        ((-1, -1), {"RANK": "1", "WORLD_SIZE": "2"}, (-1, -1)),
+        ((-1, -1), {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, (1, 2)),
+        ((0, -1), {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, (0, 2)),
+    ],
+)
+def test_torchrun_tells_the_place(given: tuple[int, int], environment: dict[str, str], completed: object) -> None:
+    assert _world.complete(*given, environment) == completed
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("a", "(vector,(0,1,1))"),
+        ("aaaa", "(vector,(0,1,4))"),
+        ("aabbcc", "(vector,(0,3,2))"),
+        ("aabccdd", "(vector,(0,1,2),(1,1,1),(2,2,2))"),
+    ],
+)
+def test_map_of_nodes(nodes: str, expected: str) -> None:
+    assert _world.node_map(nodes) == expected
+
+
+class TestCheckIn:
+    def together(self, *calls: Callable[[], Any]) -> list[Any]:
+        results: list[Any] = [None] * len(calls)
+
+        def run(index: int) -> None:
+            try:
+                results[index] = calls[index]()
+            except Exception as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def check_in(self, store: Any, rank: int, size: int, name: str = "worker", limit: float = 60.0) -> Any:
+        me = member(f"{name}{rank}", membership=Membership("world", rank))
+        return _world._check_in(store, me, rank, size, time.monotonic() + limit)[1]
+
+    def test_tells_everybody_of_everybody(self) -> None:
+        store = HashStore()
+        results = self.together(*(lambda rank=rank: self.check_in(store, rank, 3) for rank in range(3)))
+        expected = [member(f"worker{rank}", membership=Membership("world", rank)) for rank in range(3)]
+        assert results == [expected] * 3
+
+    def test_sessions_of_one_store_do_not_meet(self) -> None:
+        store = HashStore()
+        for session in ("first", "second"):
+            calls = [functools.partial(self.check_in, store, rank, 2, session) for rank in range(2)]
+            results = self.together(*calls)
+            assert [[each.name for each in result] for result in results] == [[f"{session}0", f"{session}1"]] * 2
+
+    def test_names_who_is_missing_and_lets_another_attempt_meet_them(self) -> None:
+        store = HashStore()
+        with pytest.raises(TimeoutError, match=r"^ranks 0, 1, 3 of 4 did not call init_rpc within 0\.1"):
+            self.check_in(store, 2, 4, "early", 0.1)
+        results = self.together(*(lambda rank=rank: self.check_in(store, rank, 4, "late") for rank in range(4)))
+        assert [each.name for each in results[0]] == ["late0", "late1", "late2", "late3"]
+
+    def test_uses_the_store_beneath_torchs_count_of_sessions(self) -> None:
+        store = HashStore()
+        prefixed = [PrefixStore(f"rpc_prefix_{count}", store) for count in (0, 7)]
+        results = self.together(
+            *(lambda rank=rank: self.check_in(_world._shared_by_sessions(prefixed[rank]), rank, 2) for rank in range(2))
+        )
+        assert [each.name for each in results[1]] == ["worker0", "worker1"]
+
+
+class TestFit:
+    def test_of_those_who_begin(self) -> None:
+        _world._check_fit([member(), member()])
+
+    def test_of_a_world(self) -> None:
+        _world._check_fit([member(membership=Membership("a", 3)), member(membership=Membership("a", 1))])
+
+    def test_tells_everybody_of_the_problem_of_one(self) -> None:
+        with pytest.raises(
+            RuntimeError, match=r"(?s)failed on all ranks because of.*rank 1, b \(pid 1 on north\): No MPI"
+        ):
+            _world._check_fit([member("a"), member("b", problem="No MPI")])
+
+    def test_refuses_different_libraries(self) -> None:
+        with pytest.raises(RuntimeError, match=r"different MPI libraries: MPICH 5 \(a .*; MPICH 4 \(b "):
+            _world._check_fit([member("a"), member("b", mpi="MPICH 4")])
+
+    @pytest.mark.parametrize("other", [None, Membership("other", 1)])
+    def test_refuses_strangers(self, other: Membership | None) -> None:
+        with pytest.raises(RuntimeError, match=r"not belong to the same MPI world.*a \(pid 1 on north\) is in world"):
+            _world._check_fit([member("a", membership=Membership("world", 0)), member("b", membership=other)])
