@@ -48,6 +48,13 @@ class InitWatchdog:
     def __init__(self, what: str, warn_after: float, abort_after: float) -> None: ...
     def cancel(self) -> None: ...
 
+class Neighbours:
+    """How this process and the other ranks of its host wake each other."""
+
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> str: ...
+
 class AgentOptions:
     """What the agent needs of MPIRpcBackendOptions; times in seconds, sizes in bytes."""
 
@@ -67,6 +74,8 @@ class MPIAgent(RpcAgent):
         communicator: Communicator,
         names: Sequence[str],
         hosts: Sequence[str],
+        neighbours: Neighbours,
+        addresses: Sequence[str],
         options: AgentOptions,
         run_function: Callable[[Any], Any],
         serialize: Callable[[Any], tuple[bytes, list[Tensor]]],

@@ -21,6 +21,7 @@ class Member:
     name: str
     host: str
     pid: int
+    address: str  # for its neighbours, see csrc/transport/neighbours.h
     agreed: dict[str, Hashable]  # values that must be the same everywhere; see disagreement()
     device_count: int = 0
     device_maps: dict[str, dict[torch.device, torch.device]] = field(default_factory=dict)

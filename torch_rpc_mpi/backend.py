@@ -173,7 +173,8 @@ def init_backend(
         communicator = extension.Communicator.duplicate(
             mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
         )
-    members = _on_all_ranks(communicator, options.init_timeout, lambda: _describe(call))
+    neighbours = extension.Neighbours()
+    members = _on_all_ranks(communicator, options.init_timeout, lambda: _describe(call, neighbours.address))
     try:
         _agreement.check(members)
     except Exception:
@@ -193,6 +194,8 @@ def init_backend(
                 communicator,
                 names,
                 hosts,
+                neighbours,
+                [member.address for member in members],
                 _agent_options(extension, options),
                 _session.make_run_function(whereabouts),
                 internal.serialize if pickler is None else pickler.serialize,
@@ -268,7 +271,8 @@ def _check_launch(
     if launcher is None:
         raise RuntimeError(
             "this process was started without an MPI launcher, so it is alone in MPI's world. Start the program with "
-            "one: `mpirun -n 4 python script.py`. If a single process is meant, pass rank=0, world_size=1 to init_rpc."
+            "one: `mpirun -n 4 python script.py`. Without one, pass rank and world_size to init_rpc, which then brings the "
+            "ranks together through init_method. If a single process is meant, pass rank=0, world_size=1."
         )
 
 
@@ -289,13 +293,14 @@ def _check_place(rank: int, world_size: int, actual_rank: int, actual_size: int,
         )
 
 
-def _describe(call: InitCall) -> _agreement.Member:
+def _describe(call: InitCall, address: str) -> _agreement.Member:
     options = call.rpc_backend_options
     uses_devices = bool(options.device_maps or options.devices)
     return _agreement.Member(
         name=call.name,
         host=socket.gethostname(),
         pid=os.getpid(),
+        address=address,
         agreed={
             "version of torch_rpc_mpi": __version__,
             "version of torch": ".".join(torch.__version__.split(".")[:2]),

@@ -16,6 +16,7 @@ EngineOptions engineOptions(const AgentOptions& options) {
   result.numWorkerThreads = options.numWorkerThreads;
   result.spinTime = options.spinTime;
   result.maxSleep = options.maxSleep;
+  result.maxRest = options.maxRest;
   result.coresToSpare = options.coresToSpare;
   result.threadHook = options.threadHook;
   return result;
@@ -39,7 +40,7 @@ MpiAgent::MpiAgent(
       transport_(std::move(transport)),
       rank_(transport_->rank()),
       exchange_(*transport_, *this, options_.exchange),
-      engine_(std::make_shared<Engine>(engineOptions(options_), static_cast<EngineDriver&>(*this), bell_)),
+      engine_(std::make_shared<Engine>(engineOptions(options_), static_cast<EngineDriver&>(*this), transport_->bell())),
       drain_(rank_, transport_->size(), [this](ProgressToken& token, int peer, std::string body) {
         exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kDrain, std::move(body)));
       }) {
@@ -121,6 +122,10 @@ bool MpiAgent::awaitsAnswers() const {
   return calls_.size() > 0;
 }
 
+bool MpiAgent::rests() const {
+  return rests_.load();
+}
+
 bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   std::vector<OutboundPtr> queued;
   if (outboxFilled_.load()) {
@@ -141,7 +146,10 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   if (now >= calls_.nextDeadline()) {
     expire(now);
   }
+  watchNeighbours(token, now);
   advanceDrain(token);
+  // While it serves, a peer may wait for credit that only a later turn reports.
+  rests_ = transport_->allRing() && calls_.size() == 0 && serving_.load() == 0 && exchange_.quiet(token);
   auto finished = exchange_.takeFinished(token);
   auto failed = exchange_.takeFailed(token);
   if (!finished.empty() || !failed.empty()) {
@@ -152,6 +160,23 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
     arrivals_.clear();
   }
   return moved || !queued.empty();
+}
+
+void MpiAgent::watchNeighbours(ProgressToken& token, Clock::time_point now) {
+  if (now < nextWatch_) {
+    return;
+  }
+  nextWatch_ = now + options_.watchInterval;
+  // What they sent before they ended, a goodbye perhaps, has had the time since the last look to arrive.
+  for (const int peer : ended_) {
+    onPeerGone(
+        token, peer,
+        c10::str(
+            "RPC to ", describe(peer),
+            " failed: its process has ended without leaving (it crashed or was killed). "
+            "Calls to it can no longer be answered"));
+  }
+  ended_ = transport_->takeEnded(token);
 }
 
 std::unique_ptr<BulkTarget> MpiAgent::makeTarget(int, const FrameHeader&, ConstSpan body) {

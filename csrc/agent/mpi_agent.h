@@ -27,6 +27,8 @@ struct AgentOptions {
   int ranksOnHost = 1;
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
+  std::chrono::nanoseconds maxRest = EngineOptions().maxRest;
+  std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
 };
 
@@ -38,7 +40,8 @@ struct GroupMember {
 
 // Thread-safe. Members:
 //   workers_, hosts_, idsByName_, options_, transport_ are immutable after construction;
-//   outbox_ is guarded by outboxMutex_ (outboxFilled_ is a hint); arrivals_, nextTrim_, drain_ by the progress token;
+//   outbox_ is guarded by outboxMutex_ (outboxFilled_ is a hint); arrivals_, nextTrim_, nextWatch_, ended_,
+//   drain_ by the progress token;
 //   joinMutex_ guards agreements_ and joinFailure_; metricsMutex_ the GIL wait; goneMutex_ the reasons in gone_;
 //   calls_, exchange_ and engine_ guard themselves; the rest are atomics.
 class MpiAgent final : public torch::distributed::rpc::RpcAgent,
@@ -99,6 +102,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   bool hasQueued() const override;
   Clock::time_point nextDeadline() const override;
   bool awaitsAnswers() const override;
+  bool rests() const override;
   void onBroken(const std::string& reason) noexcept override;
   // ExchangeListener
   std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;
@@ -128,6 +132,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   void submit(OutboundPtr message, bool expectsReply);
   bool idle(ProgressToken& token) const;
   void advanceDrain(ProgressToken& token);
+  void watchNeighbours(ProgressToken& token, Clock::time_point now);
   void joinFailed(const std::string& reason);
   void sayGoodbye();
   void failAllCalls(const std::string& reason);
@@ -140,7 +145,6 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::unordered_map<std::string, int> idsByName_;
   const std::unique_ptr<Transport> transport_;
   const int rank_;
-  BellWord bell_;
   CallTable calls_;
   Exchange exchange_;
   const std::shared_ptr<Engine> engine_;
@@ -151,6 +155,9 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::atomic<bool> outboxFilled_{false};
   std::vector<TaskPtr> arrivals_; // made during a turn
   Clock::time_point nextTrim_ = Clock::now();
+  Clock::time_point nextWatch_ = Clock::now();
+  std::vector<int> ended_; // neighbours that were found so at the last look
+  std::atomic<bool> rests_{false};
 
   mutable std::mutex goneMutex_;
   std::unordered_map<int, std::string> gone_;

@@ -87,12 +87,16 @@ std::shared_ptr<MpiAgent> makeAgent(
     const std::shared_ptr<Communicator>& communicator,
     const std::vector<std::string>& names,
     const std::vector<std::string>& hosts,
+    const std::shared_ptr<Neighbours>& neighbours,
+    const std::vector<std::string>& addresses,
     const PyAgentOptions& options,
     py::object runFunction,
     py::object serialize) {
   TORCH_CHECK(
-      names.size() == hosts.size() && names.size() == static_cast<size_t>(communicator->size()),
-      "one name and one host are needed for each of the ", communicator->size(), " ranks");
+      names.size() == hosts.size() && names.size() == addresses.size() &&
+          names.size() == static_cast<size_t>(communicator->size()),
+      "one name, host and address are needed for each of the ", communicator->size(), " ranks");
+  neighbours->meet(addresses, communicator->rank());
   std::vector<GroupMember> members;
   for (size_t rank = 0; rank < names.size(); ++rank) {
     members.push_back({names[rank], hosts[rank]});
@@ -102,7 +106,7 @@ std::shared_ptr<MpiAgent> makeAgent(
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
-          std::make_unique<MpiTransport>(communicator), std::move(members), std::move(callback),
+          std::make_unique<MpiTransport>(communicator, neighbours), std::move(members), std::move(callback),
           options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
       torch::impl::destroy_without_gil<MpiAgent>);
   requests.setAgent(*agent);
@@ -171,6 +175,9 @@ void bindMpi(py::module_& module) {
 
 void bindAgent(py::module_& module) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Neighbours, std::shared_ptr<Neighbours>>(module, "Neighbours")
+      .def(py::init<>())
+      .def_property_readonly("address", &Neighbours::address);
   py::class_<PyAgentOptions>(module, "AgentOptions")
       .def(py::init<>())
       .def_readwrite("num_worker_threads", &PyAgentOptions::numWorkerThreads)
@@ -184,8 +191,8 @@ void bindAgent(py::module_& module) {
   py::module_::import("torch._C._distributed_rpc");
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(
-          py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("options"),
-          py::arg("run_function"), py::arg("serialize"))
+          py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
+          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())

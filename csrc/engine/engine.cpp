@@ -148,10 +148,11 @@ void Engine::lead() {
   std::vector<TaskPtr> tasks;
   auto lastActivity = Clock::now();
   std::chrono::nanoseconds nextSleep = kFirstSleep;
+  bool spinning = true;
   while (!stopping_) {
     bool active = false;
     try {
-      active = turnOnce(tasks);
+      active = spinning ? turnOnce(tasks) : sleep(nextSleep, tasks);
       // A sender that found the token taken relies on its holder; this one is about to leave.
       while (!tasks.empty() && driver_.hasQueued()) {
         turnOnce(tasks);
@@ -171,14 +172,13 @@ void Engine::lead() {
     if (active) {
       lastActivity = now;
       nextSleep = kFirstSleep;
-    } else if (now - lastActivity < options_.spinTime) {
+      spinning = true;
+    } else if (spinning) {
       // More ranks than cores must work: whoever has something to do goes first.
       sched_yield();
-    } else if (sleep(nextSleep)) {
-      lastActivity = Clock::now();
-      nextSleep = kFirstSleep;
+      spinning = now - lastActivity < options_.spinTime;
     } else {
-      nextSleep = std::min<std::chrono::nanoseconds>(nextSleep * 2, options_.maxSleep);
+      nextSleep = std::min(nextSleep * 2, driver_.rests() ? options_.maxRest : options_.maxSleep);
     }
   }
 }
@@ -188,21 +188,30 @@ bool Engine::turnOnce(std::vector<TaskPtr>& tasks) {
   return hold && driver_.turn(*hold, tasks);
 }
 
-bool Engine::sleep(std::chrono::nanoseconds limit) {
+bool Engine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) {
+  const uint32_t ticket = doorbell_.prepare();
+  asleep_ = true;
+  bool active = true;
+  try {
+    // What was sent before the sender could know that this one sleeps.
+    active = turnOnce(tasks) || !tasks.empty();
+  } catch (...) {
+    doorbell_.cancel();
+    asleep_ = false;
+    throw;
+  }
   const auto deadline = driver_.nextDeadline();
   if (deadline != Clock::time_point::max()) {
     limit = std::min<std::chrono::nanoseconds>(limit, deadline - Clock::now());
   }
-  const uint32_t ticket = doorbell_.prepare();
-  asleep_ = true;
-  bool rung = true;
-  if (driver_.hasQueued() || lanes_.runnable() || stopping_ || guest_ || limit.count() <= 0) {
+  if (active || driver_.hasQueued() || lanes_.runnable() || stopping_ || guest_ || limit.count() <= 0) {
     doorbell_.cancel();
+    active = true;
   } else {
-    rung = doorbell_.wait(ticket, limit);
+    active = doorbell_.wait(ticket, limit);
   }
   asleep_ = false;
-  return rung;
+  return active;
 }
 
 void Engine::breakDown(const std::string& reason) {

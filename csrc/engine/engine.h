@@ -51,6 +51,8 @@ class EngineDriver {
   virtual Clock::time_point nextDeadline() const = 0;
   // Whether somebody waits for something to arrive.
   virtual bool awaitsAnswers() const = 0;
+  // Whether nothing can become due unless the doorbell rings or the next deadline comes.
+  virtual bool rests() const = 0;
   // A turn threw: the transport is broken. Called once, without the token; progress has stopped.
   virtual void onBroken(const std::string& reason) noexcept = 0;
 };
@@ -60,6 +62,7 @@ struct EngineOptions {
   int coresToSpare = 1; // tasks of a kind that run at once while they are short
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
+  std::chrono::nanoseconds maxRest = std::chrono::milliseconds(20); // instead, while the driver rests
   // Runs `body` on a new engine thread; the place where the bindings attach a Python thread state for the thread's
   // life.
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
@@ -123,7 +126,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool turnOnce(std::vector<TaskPtr>& tasks);
   bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
   bool guestLeads() const;
-  bool sleep(std::chrono::nanoseconds limit); // whether it was rung
+  bool sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks); // whether there is something to do
   void taskMayWait();
   void breakDown(const std::string& reason);
 

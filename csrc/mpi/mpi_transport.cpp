@@ -11,8 +11,9 @@ constexpr size_t kFrameBatch = 16;
 
 } // namespace
 
-MpiTransport::MpiTransport(std::shared_ptr<Communicator> communicator)
+MpiTransport::MpiTransport(std::shared_ptr<Communicator> communicator, std::shared_ptr<Neighbours> neighbours)
     : communicator_(std::move(communicator)),
+      neighbours_(std::move(neighbours)),
       mpi_(*communicator_->mpi()) {}
 
 OperationStatus MpiTransport::translate(const trm_status& status) const {
@@ -47,6 +48,7 @@ void MpiTransport::send(
     op->complete(token, status);
     return;
   }
+  neighbours_->ring(peer);
   // Eager sends are complete when they return: one test now spares them the array.
   int done = 0;
   trm_status status{};

@@ -5,14 +5,16 @@
 #include <vector>
 
 #include "mpi/communicator.h"
+#include "transport/neighbours.h"
 #include "transport/transport.h"
 
 namespace torch_rpc_mpi {
 
-// All members are guarded by the progress token; communicator_ is immutable.
+// All members are guarded by the progress token; communicator_ and neighbours_ are immutable.
 class MpiTransport final : public Transport {
  public:
-  explicit MpiTransport(std::shared_ptr<Communicator> communicator);
+  // neighbours: who has met the communicator's members.
+  MpiTransport(std::shared_ptr<Communicator> communicator, std::shared_ptr<Neighbours> neighbours);
 
   int rank() const override {
     return communicator_->rank();
@@ -20,10 +22,19 @@ class MpiTransport final : public Transport {
   int size() const override {
     return communicator_->size();
   }
+  BellWord& bell() override {
+    return neighbours_->bell();
+  }
+  bool allRing() const override {
+    return neighbours_->areAll();
+  }
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
   void receiveFrame(ProgressToken& token, void* data, size_t capacity, Operation* op) override;
   void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) override;
   size_t poll(ProgressToken& token) override;
+  std::vector<int> takeEnded(ProgressToken&) override {
+    return neighbours_->takeEnded();
+  }
   void close(ProgressToken& token, bool agreed) noexcept override;
 
  private:
@@ -39,6 +50,7 @@ class MpiTransport final : public Transport {
   void cancelFrames() noexcept;
 
   const std::shared_ptr<Communicator> communicator_;
+  const std::shared_ptr<Neighbours> neighbours_;
   const MpiLibrary& mpi_;
   // MPI matches receives in the order they were posted: only the head can be the next to complete.
   std::deque<FrameReceive> frames_;

@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "engine/doorbell.h"
 #include "engine/progress_token.h"
 
 namespace torch_rpc_mpi {
@@ -41,6 +43,10 @@ class Transport {
   virtual ~Transport() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // Where the thread sleeps that polls. Peers that can do so ring it when they have sent something.
+  virtual BellWord& bell() = 0;
+  // Whether all of them can: then nothing arrives unrung.
+  virtual bool allRing() const = 0;
 
   virtual void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) = 0;
   // Receives on kFrame take any source and complete in the order in which they were posted.
@@ -48,6 +54,8 @@ class Transport {
   virtual void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) = 0;
   // Completes what has finished, a bounded batch at a time; returns how many operations that were.
   virtual size_t poll(ProgressToken& token) = 0;
+  // The peers whose processes are known to have ended since the last call.
+  virtual std::vector<int> takeEnded(ProgressToken& token) = 0;
   // Cancels posted receives and gives up on unfinished sends; no operation completes afterwards. Local. With
   // `agreed` every rank does the same and nothing is in flight, so that the communicator is freed as well.
   virtual void close(ProgressToken& token, bool agreed) noexcept = 0;

@@ -44,7 +44,11 @@ class EchoCallback final : public rpc::RequestCallback {
 };
 
 struct Group {
-  explicit Group(int size, AgentOptions options = {}) : network(std::make_shared<FakeNetwork>(size)) {
+  explicit Group(int size, AgentOptions options = {}, const std::function<void(FakeNetwork&)>& prepare = nullptr)
+      : network(std::make_shared<FakeNetwork>(size)) {
+    if (prepare) {
+      prepare(*network);
+    }
     options.exchange.bulkChunk = 64 << 10;
     std::vector<GroupMember> members;
     for (int rank = 0; rank < size; ++rank) {
@@ -245,4 +249,28 @@ TEST(agent_counts_what_it_does) {
   CHECK_EQUAL(metrics.at("agent.client_active_calls"), "0");
   CHECK_EQUAL(metrics.at("mpi.frames_sent"), "1");
   CHECK_THAT(std::stoul(metrics.at("mpi.bytes_sent")) > 400000);
+}
+
+TEST(agent_rests_until_a_peer_rings) {
+  AgentOptions options;
+  options.spinTime = std::chrono::nanoseconds(0);
+  options.maxRest = std::chrono::hours(1);
+  Group group(2, options, [](FakeNetwork& network) { network.rings = true; });
+  for (int i = 0; i < 5; ++i) {
+    // Long enough that sleeps have grown beyond what the test would wait for; an answer that comes earlier is as good.
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    CHECK_EQUAL(textOf(answer(group.call(0, 1, "hello"))), "hello");
+  }
+}
+
+TEST(agent_fails_calls_to_a_process_that_has_ended) {
+  AgentOptions options;
+  options.watchInterval = std::chrono::milliseconds(1);
+  Group group(3, options);
+  const auto pending = group.call(0, 1, "hold");
+  group.network->end(1);
+  CHECK_THROWS(answer(pending), "'worker1' (rank 1 on host host) failed: its process has ended without leaving");
+  CHECK_THROWS(answer(group.call(0, 1, "hello")), "its process has ended without leaving");
+  CHECK_EQUAL(textOf(answer(group.call(0, 2, "hello"))), "hello");
+  CHECK_EQUAL(textOf(answer(group.call(2, 0, "hello"))), "hello");
 }

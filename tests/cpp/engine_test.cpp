@@ -55,6 +55,9 @@ struct Driver : EngineDriver {
   bool awaitsAnswers() const override {
     return false;
   }
+  bool rests() const override {
+    return resting;
+  }
   void onBroken(const std::string& reason) noexcept override {
     brokenReason = reason;
     brokenSignal.release();
@@ -68,6 +71,7 @@ struct Driver : EngineDriver {
   std::atomic<bool> inside{false};
   std::atomic<int> turns{0};
   std::atomic<bool> broken{false};
+  bool resting = false;
   std::string brokenReason;
   std::binary_semaphore brokenSignal{0};
 };

@@ -18,12 +18,21 @@ namespace torch_rpc_mpi::testing {
 
 class FakeNetwork {
  public:
-  explicit FakeNetwork(int size) : size_(size) {}
+  explicit FakeNetwork(int size) : size_(size), bells_(size) {}
   int size() const {
     return size_;
   }
+  // Whether a send rings the receiver's bell.
+  bool rings = false;
   // Sends up to so many bytes are copied at once, as eager MPI messages are; the others when they are received.
   size_t eagerBytes = 4096;
+  // The process of a rank ends.
+  void end(int rank) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int other = 0; other < size_; ++other) {
+      ended_[other].push_back(rank);
+    }
+  }
 
  private:
   friend class FakeTransport;
@@ -35,7 +44,9 @@ class FakeNetwork {
     std::shared_ptr<bool> taken;
   };
   const int size_;
+  std::vector<BellWord> bells_;
   std::mutex mutex_;
+  std::map<int, std::vector<int>> ended_;                   // by who has not taken it yet
   std::map<std::pair<int, int>, std::deque<Message>> bulk_; // (source, destination)
   std::map<int, std::deque<Message>> frames_;               // destination
 };
@@ -49,6 +60,16 @@ class FakeTransport final : public Transport {
   }
   int size() const override {
     return network_->size();
+  }
+  BellWord& bell() override {
+    return network_->bells_[rank_];
+  }
+  bool allRing() const override {
+    return network_->rings;
+  }
+  std::vector<int> takeEnded(ProgressToken&) override {
+    const std::lock_guard<std::mutex> lock(network_->mutex_);
+    return std::exchange(network_->ended_[rank_], {});
   }
 
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override {
@@ -65,6 +86,9 @@ class FakeTransport final : public Transport {
       queue.push_back(std::move(message));
     }
     ++sends;
+    if (network_->rings) {
+      Doorbell::ring(network_->bells_[peer]);
+    }
     if (eager) {
       op->complete(token, {});
     } else {

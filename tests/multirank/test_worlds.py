@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -27,10 +28,10 @@ def free_port() -> int:
 def run(tmp_path: Path) -> Callable[..., None]:
     """Starts processes; all must end with status 0, and as many say "ok" as there are ranks."""
 
-    def start(commands: Sequence[Sequence[str]], size: int, **environment: str) -> None:
+    def start(commands: Sequence[Sequence[str]], size: int, killed: bool = False, **environment: str) -> None:
         environment = {"RPC_TEST_SCRATCH": str(tmp_path), **environment}
         status, output = launcher.run_commands([[sys.executable, *command] for command in commands], environment, 240)
-        assert status == 0, output
+        assert status == (-signal.SIGKILL if killed else 0), output
         assert sorted(line for line in output.splitlines() if line.endswith(": ok")) == sorted(
             f"rank {rank}: ok" for rank in range(size)
         ), output
@@ -109,6 +110,11 @@ def test_several_nodes(run: Callable[..., None], tmp_path: Path, nodes: str) -> 
 )
 def test_scenario(run: Callable[..., None], tmp_path: Path, scenario: str, size: int) -> None:
     run(by_hand(scenario, size, *by_file(tmp_path)), size)
+
+
+@mpich
+def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path) -> None:
+    run(by_hand("dies", 3, *by_file(tmp_path)), 3, killed=True)
 
 
 @mpich

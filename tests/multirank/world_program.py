@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def double(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 def call_until_it_fails(worker: str) -> None:
     while True:
         rpc.rpc_sync(worker, double, args=(torch.ones(1),))
+
+
+def touch(event: str) -> None:
+    Path(os.environ["RPC_TEST_SCRATCH"], event).touch()
+
+
+def wait_for(event: str) -> None:
+    while not Path(os.environ["RPC_TEST_SCRATCH"], event).exists():
+        time.sleep(0.001)
 
 
 class Process:
@@ -91,10 +102,9 @@ def late(process: Process) -> None:
     if process.rank == 0:
         with pytest.raises(TimeoutError, match=r"rank 1 of 2 did not call init_rpc within"):
             process.begin(init_timeout=0.2)
-        Path(os.environ["RPC_TEST_SCRATCH"], "missed").touch()
+        touch("missed")
     else:
-        while not Path(os.environ["RPC_TEST_SCRATCH"], "missed").exists():
-            os.sched_yield()
+        wait_for("missed")
     process.session()
 
 
@@ -137,6 +147,21 @@ def leaves(process: Process) -> None:
     with pytest.raises(RuntimeError, match="worker1") as caught:
         call_until_it_fails("worker1")
     assert "timeout" not in str(caught.value)
+    rpc.shutdown(graceful=False)
+
+
+def dies(process: Process) -> None:
+    """Rank 1 is killed; calls to it fail with its name, the others go on."""
+    process.begin()
+    if process.rank == 1:
+        print("rank 1: ok\n", end="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"'worker1' \(rank 1 on host .* has ended without leaving"):
+        call_until_it_fails("worker1")
+    other = f"worker{2 - process.rank}"
+    assert rpc.rpc_sync(other, double, args=(torch.ones(1_000_000),))[0].sum() == 2_000_000
+    touch(f"{process.rank} is done")
+    wait_for(f"{2 - process.rank} is done")
     rpc.shutdown(graceful=False)
 
 

@@ -120,6 +120,10 @@ class Communicator:
         self.freed += 1
 
 
+class Neighbours:
+    address = "here"
+
+
 class AgentOptions:
     """Any attribute can be set."""
 
@@ -132,6 +136,8 @@ class Agent(rpc.TensorPipeAgent):
         communicator: Communicator,
         names: list[str],
         hosts: list[str],
+        neighbours: Any,
+        addresses: list[str],
         options: Any,
         run_function: Any,
         serialize: Any,
@@ -170,6 +176,7 @@ def make_extension(directory: Path) -> ModuleType:
         "MPIRuntime": type("Runtime", (Runtime,), {}),
         "Communicator": Communicator,
         "AgentOptions": AgentOptions,
+        "Neighbours": Neighbours,
         "MPIAgent": Agent,
         "in_autograd_context": lambda: False,
         "forget_autograd_worker_id": lambda worker_id: None,

@@ -1,0 +1,96 @@
+// Real processes and real shared memory.
+#include "transport/neighbours.h"
+
+#include <thread>
+
+#include <sys/wait.h>
+#include <unistd.h>
+#include <csignal>
+
+#include "check.h"
+
+using namespace torch_rpc_mpi;
+
+namespace {
+
+// A process that has made its bell and then waits to be killed.
+struct Process {
+  Process() {
+    int ends[2];
+    CHECK_THAT(pipe(ends) == 0);
+    pid = fork();
+    if (pid == 0) {
+      const Neighbours own;
+      const std::string text = own.address();
+      const ssize_t written = write(ends[1], text.data(), text.size());
+      (void)written;
+      close(ends[1]);
+      for (;;) {
+        pause();
+      }
+    }
+    close(ends[1]);
+    char buffer[256];
+    for (ssize_t count = 0; (count = read(ends[0], buffer, sizeof(buffer))) > 0;) {
+      address.append(buffer, static_cast<size_t>(count));
+    }
+    close(ends[0]);
+  }
+  ~Process() {
+    end();
+  }
+  void end() {
+    if (pid > 0) {
+      kill(pid, SIGKILL);
+      waitpid(pid, nullptr, 0);
+      pid = -1;
+    }
+  }
+  pid_t pid = -1;
+  std::string address;
+};
+
+} // namespace
+
+TEST(neighbours_ring_each_other) {
+  Neighbours first;
+  Neighbours second;
+  const std::vector<std::string> addresses{first.address(), second.address()};
+  first.meet(addresses, 0);
+  second.meet(addresses, 1);
+  CHECK_THAT(first.areAll());
+  CHECK_THAT(second.areAll());
+  Doorbell sleeper(second.bell());
+  const uint32_t ticket = sleeper.prepare();
+  first.ring(1);
+  CHECK_THAT(sleeper.wait(ticket, std::chrono::hours(1)));
+  first.ring(0); // nothing
+}
+
+TEST(neighbours_learn_that_a_process_has_ended) {
+  Process other;
+  Process another;
+  Neighbours own;
+  own.meet({own.address(), other.address, another.address}, 0);
+  CHECK_THAT(own.areAll());
+  CHECK_THAT(own.takeEnded().empty());
+  other.end();
+  CHECK_THAT(own.takeEnded() == std::vector<int>{1});
+  CHECK_THAT(own.takeEnded().empty()); // once
+  own.ring(1);                         // harmless
+}
+
+TEST(neighbours_are_not_whom_an_address_does_not_lead_to) {
+  Neighbours own;
+  Neighbours stranger;
+  std::string wrongMark = stranger.address();
+  wrongMark.back() = wrongMark.back() == '0' ? '1' : '0';
+  const std::string pid = std::to_string(getpid());
+  for (const std::string& address :
+       {std::string(), std::string("nonsense"), wrongMark, pid + " 0 1 2", pid + " 9999 1 2", "999999999 3 1 2"}) {
+    own.meet({own.address(), address}, 0);
+    CHECK_THAT(!own.areAll());
+    own.ring(1); // nothing
+    CHECK_THAT(own.takeEnded().empty());
+  }
+}
