@@ -16,40 +16,8 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "builtin_operator.h"
-
-#if __has_include(<torch/csrc/distributed/autograd/utils.h>)
-#include <torch/csrc/distributed/autograd/utils.h>
-#include <torch/csrc/distributed/rpc/torchscript_functions.h>
-#else
-// torch 2.6 exports these functions, but leaves out the first header, which the second includes.
-namespace torch::distributed {
-namespace autograd {
-TORCH_API c10::intrusive_ptr<c10::ivalue::Future> sendMessageWithAutograd(
-    rpc::RpcAgent& agent,
-    const rpc::WorkerInfo& dst,
-    c10::intrusive_ptr<rpc::Message> wrappedRpcMsg,
-    bool forceGradRecording = false,
-    const float rpcTimeoutSeconds = rpc::kUnsetRpcTimeout,
-    bool forceDisableProfiling = false);
-} // namespace autograd
-namespace rpc {
-TORCH_API c10::intrusive_ptr<c10::ivalue::Future> rpcTorchscript(
-    const std::string& dstWorkerName,
-    const c10::QualifiedName& qualifiedName,
-    const c10::FunctionSchema& functionSchema,
-    std::vector<c10::IValue> stack,
-    const float rpcTimeoutSeconds = kUnsetRpcTimeout,
-    const bool isAsyncExecution = false);
-TORCH_API c10::intrusive_ptr<RRef> remoteTorchscript(
-    const std::string& dstWorkerName,
-    const c10::QualifiedName& qualifiedName,
-    const c10::FunctionSchema& functionSchema,
-    std::vector<c10::IValue>& stack,
-    const float rpcTimeoutSeconds = kUnsetRpcTimeout,
-    const bool isAsyncExecution = false);
-} // namespace rpc
-} // namespace torch::distributed
-#endif
+#include "repeatable_call.h"
+#include "torch_autograd.h"
 
 namespace py = pybind11;
 
@@ -116,12 +84,11 @@ JitFuturePtr sendBuiltin(const WorkerInfo& dst, BuiltinCall call, float rpcTimeo
   return send(dst, std::move(message), /*forceGradRecording=*/false, rpcTimeoutSeconds);
 }
 
-// What sends a pickled Python function, as often as it is called.
+// What sends a pickled Python function, once or twice.
 auto pythonUdfSender(const WorkerInfo& dst, float rpcTimeoutSeconds, bool isAsyncExecution) {
-  return [dst, rpcTimeoutSeconds, isAsyncExecution](rpc::SerializedPyObj function) {
-    auto message = rpc::PythonCall(std::move(function), isAsyncExecution).toMessage();
-    // Also if no argument is a tensor: the result may be one.
-    return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+  const auto call = std::make_shared<RepeatableCall>(dst, rpcTimeoutSeconds);
+  return [call, isAsyncExecution](rpc::SerializedPyObj function) {
+    return call->send(rpc::PythonCall(std::move(function), isAsyncExecution).toMessage());
   };
 }
 
@@ -328,10 +295,11 @@ PyRRef pyRemotePythonUdf(
     bool isAsyncExecution,
     const py::object* byValue) {
   return createRemotely(dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
-    const auto sendIt = [dst, rpcTimeoutSeconds, isAsyncExecution, rrefId, forkId](rpc::SerializedPyObj function) {
-      auto message = rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution)
-                         .toMessage();
-      return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+    const auto call = std::make_shared<RepeatableCall>(dst, rpcTimeoutSeconds);
+    const auto sendIt = [call, isAsyncExecution, rrefId, forkId](rpc::SerializedPyObj function) {
+      return call->send(
+          rpc::PythonRemoteCall(std::move(function), rrefId.toIValue(), forkId.toIValue(), isAsyncExecution)
+              .toMessage());
     };
     JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
     return withSecondAttempt(std::move(first), byValue, sendIt);

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import internal
 
-from . import _C, _unsendable
+from . import _unsendable
 
 Pickled = tuple[bytes, list[Tensor]]
 
@@ -223,9 +223,7 @@ class RpcPickler(internal._InternalRPCPickler):
             if not is_call:
                 return self._by_value(obj)
             data, tensors, rrefs = self._dump_by_value(obj, main_by_name=True)
-        # Only a call can be sent again. In a context of distributed autograd it cannot either, for the first attempt
-        # has been recorded in the graph by then: what the callee lacks is torch's error there.
-        if _MAIN not in data or not is_call or _C.in_autograd_context():
+        if _MAIN not in data or not is_call:  # only a call can be sent again
             return _complete(data, rrefs, False), tensors
         message = Resendable(_complete(data, rrefs, True))
         message.by_value = lambda: self._again(data, tensors, rrefs)

@@ -3,8 +3,6 @@
 #include <memory>
 #include <sstream>
 
-#include <torch/csrc/distributed/autograd/context/container.h>
-
 #include "builtin_operator.h"
 #include "python_functions.h"
 
@@ -134,9 +132,6 @@ void bindFunctions(py::module_& module) {
   bindBuiltin(module);
   bindPythonUdf(module);
   bindTorchscript(module);
-  module.def("in_autograd_context", [] {
-    return torch::distributed::autograd::DistAutogradContainer::getInstance().hasValidContext();
-  });
   module.def(
       "to_py_jit_future",
       [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {

@@ -192,8 +192,15 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
       function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
       return function;
     }
-    case rpc::MessageType::FORWARD_AUTOGRAD_REQ:
-      return unpickleWrapped(static_cast<autograd::RpcWithAutograd&>(command));
+    case rpc::MessageType::FORWARD_AUTOGRAD_REQ: {
+      auto& recorded = static_cast<autograd::RpcWithAutograd&>(command);
+      unpickleWrapped(recorded);
+      const auto* function = dynamic_cast<PythonFunction*>(&recorded.wrappedRpc());
+      if (function != nullptr && !function->missing.empty()) {
+        recorded.tensors().clear(); // see Note [Second attempts and distributed autograd]
+      }
+      return nullptr;
+    }
     case rpc::MessageType::RUN_WITH_PROFILING_REQ:
       return unpickleWrapped(static_cast<autograd::RpcWithProfilingReq&>(command));
     default:

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
-from cases_autograd import expect_gradients, pair
 from cases_calls import APIS, doubling_module, identity
 from cases_pickling import LARGE, TORCH_CANNOT, apply, settled, tables_left
 from cases_rref import fetch
@@ -43,6 +41,19 @@ def locked_mine():
 
 def matmul_mine(x, y):
     return torch.mm(x, y)
+
+weight_mine = torch.full((3, 3), 2.0, requires_grad=True)
+
+def weighted_mine(x):
+    return x * weight_mine
+
+def loss_mine(x):
+    return (x * weight_mine).sum()
+
+def relay_mine(x, y, names):
+    if not names:
+        return torch.mm(x, y)
+    return rpc.rpc_sync(names[0], relay_mine, args=(torch.sin(x), y, names[1:])) * 2
 
 def nothing_mine():
     pass
@@ -80,6 +91,9 @@ def shared_increment():
     global shared_count
     shared_count += 1
     return shared_count
+
+def shared_counting(x):
+    return x * shared_increment()
 
 class Shared:
     def __init__(self, value):
@@ -217,26 +231,6 @@ def async_execution(world: World, api: Any) -> None:
     third, x = world.name(world.rank + 2), torch.ones(2)
     equal(api(world.next, mine(world, "later"), args=(third, x)), x + 1)
     equal(api(world.next, mine(world, "relayed"), args=(third, x)), x + 100)
-
-
-@case(each=APIS, tensorpipe=TORCH_CANNOT)
-def gradients(world: World, api: Any) -> None:
-    """A lambda is fine in a context; what the callee's __main__ lacks is torch's error there."""
-    x, y = pair(world.rank)
-    refused = pytest.raises((AttributeError, RuntimeError), match="Default RPC pickler does not serialize")
-    with dist_autograd.context(), refused:
-        api(world.next, mine(world, "matmul"), args=(x, y))
-    with dist_autograd.context() as context_id:
-        loss = api(world.next, lambda a, b: torch.mm(a, b), args=(x, y)).sum()
-        dist_autograd.backward(context_id, [loss])
-        expect_gradients(context_id, (x, y), torch.mm(x, y).sum())
-
-
-@case(each=APIS, tensorpipe=TORCH_CANNOT)
-def gradients_after_second_attempts(world: World, api: Any) -> None:
-    """Distributed autograd goes on working after calls that were sent twice outside of a context."""
-    equal(api(world.next, mine(world, "plus"), args=(torch.ones(2, requires_grad=True),)).sum().item(), 202)
-    gradients(world, api)
 
 
 @case(tensorpipe=TORCH_CANNOT)

@@ -379,19 +379,6 @@ for message in (call(unit_fakes.here), call(plus, unit_fakes.here), call(max, un
     )
 
 
-def test_in_a_context_of_distributed_autograd_nothing_is_sent_twice(run_pickler: RunPython) -> None:
-    run_pickler(
-        """
-extension.in_autograd_context = lambda: True
-data, tensors = auto.serialize(call(plus, 1, 2))
-assert not isinstance(data, Resendable)
-del main.plus
-error = received((data, tensors))
-assert type(error) is AttributeError and "Default RPC pickler does not serialize" in str(error), error
-"""
-    )
-
-
 def test_a_callee_that_lacks_a_name_lets_go_of_the_rrefs(run_pickler: RunPython) -> None:
     run_pickler(
         """

@@ -178,7 +178,6 @@ def make_extension(directory: Path) -> ModuleType:
         "AgentOptions": AgentOptions,
         "Neighbours": Neighbours,
         "MPIAgent": Agent,
-        "in_autograd_context": lambda: False,
         "forget_autograd_worker_id": lambda worker_id: None,
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
