@@ -7,6 +7,7 @@
 #else
 #include <torch/csrc/distributed/autograd/context/context.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/autograd_metadata.h>
+#include <torch/csrc/distributed/rpc/rref_impl.h>
 // torch 2.6 exports these functions, but leaves out the first header, which the second includes.
 namespace torch::distributed {
 namespace autograd {
