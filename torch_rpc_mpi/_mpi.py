@@ -96,7 +96,7 @@ class LoadedMPI:
 
     def handle(self, comm: MPI.Comm) -> int:
         """The communicator as the integer that the shim of this ABI takes."""
-        return int(comm.toint() if self.abi == "standard" else comm.py2f())
+        return int(comm.handle if self.abi == "standard" else comm.py2f())
 
     def library(self) -> str:
         """The MPI library's name and version, without the build details that follow."""

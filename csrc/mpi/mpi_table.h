@@ -53,8 +53,8 @@ struct trm_mpi_table {
   int (*get_library_version)(char* text, size_t capacity); /* cut to capacity, always NUL-terminated */
   int (*error_string)(int code, char* text, size_t capacity);
 
-  /* Communicators. `from_int` takes what Comm.py2f() (classic ABIs: the Fortran handle) or Comm.toint() (standard
-   * ABI) gives. */
+  /* Communicators. `from_int` takes what Comm.py2f() (classic ABIs: the Fortran handle) or Comm.handle (standard
+   * ABI: the handle itself) gives. */
   int (*comm_from_int)(intptr_t value, trm_handle* comm);
   int (*comm_to_int)(trm_handle comm, intptr_t* value);
   int (*comm_rank)(trm_handle comm, int* rank);

@@ -100,17 +100,22 @@ def ask(function, *arguments) -> int:
     return answer.value
 
 
+def library_version(table: Table) -> bytes:
+    version = ctypes.create_string_buffer(8192)
+    check(table.get_library_version(version, len(version)))
+    return version.value
+
+
 def check_environment(table: Table) -> None:
     assert table.version == 1
     assert ask(table.initialized) == 1
     assert ask(table.finalized) == 0
     assert ask(table.query_thread) == 3
-    version = ctypes.create_string_buffer(8192)
-    check(table.get_library_version(version, len(version)))
-    print(version.value.decode().splitlines()[0])
+    version = library_version(table)
+    print(version.decode().splitlines()[0])
     cut = ctypes.create_string_buffer(b"#" * 8, 8)
     check(table.get_library_version(cut, 5))
-    assert cut.raw == version.value[:4] + b"\0###"
+    assert cut.raw == version[:4] + b"\0###"
     text = ctypes.create_string_buffer(512)
     check(table.error_string(1, text, len(text)))
     assert text.value
@@ -187,6 +192,8 @@ def collect(table: Table, requests: ctypes.Array) -> dict[int, Status]:
 def check_testsome(table: Table, comm: Handle) -> None:
     """More requests than one batch of the shim, null ones among them, and one receive that is too short."""
     count, short = 300, 257
+    if table.abi_name == b"standard" and b"Intel" in library_version(table):
+        short = 0  # its libmpi_abi (2021.18) ends the process on one, whatever the error handler; none is posted for 0
     sources = [ctypes.create_string_buffer(bytes([i % 251]) * i, max(i, 1)) for i in range(count)]
     targets = [ctypes.create_string_buffer(i if i != short else 3) for i in range(count)]
     receives, sends = (Handle * count)(), (Handle * count)()
@@ -215,7 +222,7 @@ def check_testsome(table: Table, comm: Handle) -> None:
             assert status.bytes == i
             assert targets[i].raw == sources[i].raw[:i]
     # Open MPI 5.0 cuts a message from the same process without an error; MPICH says MPI_ERR_TRUNCATE.
-    if done[short].error or table.abi_name != b"openmpi":
+    if short and (done[short].error or table.abi_name != b"openmpi"):
         text = ctypes.create_string_buffer(512)
         check(table.error_string(done[short].error, text, len(text)))
         assert b"trunc" in text.value.lower(), text.value
@@ -260,7 +267,7 @@ def run_mpi4py(package: Path) -> None:
     again, reason = open_table(package, abi, library)
     assert again is not None, reason
     world = MPI.COMM_WORLD
-    check_everything(table, world.toint() if standard else world.py2f())
+    check_everything(table, world.handle if standard else world.py2f())
 
 
 def run_standard(package: Path, path: str) -> None:

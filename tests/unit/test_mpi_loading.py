@@ -172,7 +172,7 @@ class TestAbi:
 
     @pytest.mark.parametrize(("abi", "handle"), [("mpich", 11), ("openmpi", 11), ("standard", 22)])
     def test_decides_the_handle(self, abi: str, handle: int) -> None:
-        comm: Any = SimpleNamespace(py2f=lambda: 11, toint=lambda: 22)
+        comm: Any = SimpleNamespace(py2f=lambda: 11, handle=22)
         runtime: Any = None
         assert _mpi.LoadedMPI(None, runtime, abi, 0).handle(comm) == handle
 

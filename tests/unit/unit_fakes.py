@@ -41,7 +41,7 @@ class Comm:
     def Get_size(self): return self.size
     def Is_inter(self): return self.inter
     def py2f(self): return 11
-    def toint(self): return 22
+    handle = 22
 
 class Intracomm(Comm): pass
 class Intercomm(Comm): pass

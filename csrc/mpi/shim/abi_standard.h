@@ -40,10 +40,10 @@ enum {
   ABI_THREAD_MULTIPLE = 4096
 };
 
-#define ABI_CONVERSIONS(CALL)               \
-  CALL(abi_comm, Comm_fromint, (int value)) \
-  CALL(int, Comm_toint, (abi_comm comm))
-#define ABI_COMM_FROM_INT(value) mpi.Comm_fromint((int)(value))
-#define ABI_COMM_TO_INT(comm) mpi.Comm_toint(comm)
+/* The handle itself, as mpi4py's Comm.handle gives it, and not what MPI_Comm_toint makes of it: Intel MPI 2021.18 does
+ * not find its way back from that to a communicator that is not predefined. */
+#define ABI_CONVERSIONS(CALL)
+#define ABI_COMM_FROM_INT(value) ((abi_comm)(value))
+#define ABI_COMM_TO_INT(comm) ((intptr_t)(comm))
 
 #endif
