@@ -56,6 +56,7 @@ class Program:
     env: Mapping[str, str]
     limit: float
     tensorpipe: str | None
+    skip: str | None
 
 
 CASES: dict[str, dict[str, Case]] = {}
@@ -112,6 +113,7 @@ def program(
     env: Mapping[str, str] | None = None,
     limit: float = 60.0,
     tensorpipe: str | None = None,
+    skip: str | None = None,
 ) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
     """Registers a function of the world as a program.
 
@@ -124,12 +126,13 @@ def program(
         env: environment variables on top of the launcher's.
         limit: seconds after which the program counts as hanging.
         tensorpipe: why TensorPipe cannot do this.
+        skip: why this environment cannot do this.
     """
 
     def register(function: Callable[[World], None]) -> Callable[[World], None]:
         name = function.__name__
         PROGRAMS.setdefault(function.__module__, {})[name] = Program(
-            name, function, size, launcher, succeeds, expect, forbid, dict(env or {}), limit, tensorpipe
+            name, function, size, launcher, succeeds, expect, forbid, dict(env or {}), limit, tensorpipe, skip
         )
         return function
 

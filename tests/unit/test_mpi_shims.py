@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = Path(sys.prefix, "include")
 LIB = Path(sys.prefix, "lib")
-COMPILER = shutil.which(os.environ.get("CC", "cc"))
+MPICC = os.environ.get("MPICC")  # of an MPI that is not in this environment: knows where its mpi.h is
+COMPILER = MPICC or shutil.which(os.environ.get("CC", "cc"))
 
 
 def _package_directory() -> Path:
@@ -26,7 +27,7 @@ def _package_directory() -> Path:
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 @pytest.mark.parametrize(("header", "options"), [("mpi.h", []), ("mpi_abi.h", ["-DTRM_CHECK_STANDARD"])])
 def test_declarations_agree_with_the_real_header(header: str, options: list[str]) -> None:
-    if not (INCLUDE / header).is_file():
+    if not (INCLUDE / header).is_file() and not (MPICC and header == "mpi.h"):
         pytest.skip(f"this environment's MPI brings no {header}")
     includes = [f"-I{ROOT / 'csrc'}", f"-I{INCLUDE}"]
     source = ROOT / "tests" / "unit" / "abi_check.c"
