@@ -1,0 +1,95 @@
+"""torch's own RPC suites, which ship in its wheel, made ready to run over any backend.
+
+torch starts the ranks of each test with `spawn`, which imports torch in every one of them and makes hours of the suites.
+Here they are forked from a server that has torch and the suites imported, and nothing of MPI.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import unittest
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+# A call's own limit, 60 s, comes first, and with it an error that says more. torch reads this when it is imported.
+TIMEOUT = int(os.environ.setdefault("DISTRIBUTED_TESTS_DEFAULT_TIMEOUT", "100"))
+
+with warnings.catch_warnings():
+    # torch.jit.script is deprecated, and hypothesis, which the suites do without, is missing.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", ImportWarning)
+    from torch.testing._internal.distributed import rpc_utils
+
+from torch.testing._internal.distributed.rpc.rpc_agent_test_fixture import RpcAgentTestFixture
+
+GENERIC = rpc_utils.GENERIC_TESTS
+TENSORPIPE = rpc_utils.TENSORPIPE_TESTS
+
+# When a hanging rank writes its stacks: before the test is given up, and one rank after the other.
+_STACKS_AT, _STACKS_APART = 0.9 * TIMEOUT, 1.0  # seconds
+_END_LIMIT = 10.0  # seconds for a process that got SIGTERM
+
+
+class Ranks(RpcAgentTestFixture):
+    """Starts the ranks of a test from the server, watches over them, and checks how each of them ended.
+
+    The base class of the backends' fixtures; torch's `MultiProcessTestCase` comes after it in the test classes.
+    """
+
+    _context: ClassVar = multiprocessing.get_context("forkserver")
+
+    def _spawn_processes(self) -> None:
+        # "__main__" is pytest. Our own modules cannot be here: older servers do not get our sys.path.
+        self._context.set_forkserver_preload(["__main__", rpc_utils.__name__])
+        # For the server, which starts with the first test. One thread per rank: more would only fight over the few
+        # cores of a test machine.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self._start_processes(self._context.Process)
+
+    @classmethod
+    def _run(cls, rank: int, *arguments: Any, **keywords: Any) -> None:
+        """What the process of a rank does."""
+        # torch asks a thread of the hanging rank for the stacks, which takes the GIL; this does not.
+        faulthandler.dump_traceback_later(_STACKS_AT + rank * _STACKS_APART)
+        super()._run(rank, *arguments, **keywords)
+
+    def _check_return_codes(self, fn: Any, elapsed_time: float) -> None:
+        super()._check_return_codes(fn, elapsed_time)
+        # torch looks at the first one only.
+        codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
+        assert not any(codes.values()), f"exit codes by rank (negative: ended by that signal): {codes}"
+
+    def tearDown(self) -> None:
+        processes = self.processes
+        super().tearDown()  # sends SIGTERM to those that are left
+        for process in processes:
+            process.join(_END_LIMIT)
+            process.kill()
+            process.join()
+            process.close()
+        Path(self.file_name).unlink(missing_ok=True)
+
+
+def generate(
+    prefix: str, fixture: type[Ranks], suites: Iterable[type], module: str
+) -> dict[str, type[unittest.TestCase]]:
+    """The suites as test classes over the fixture's backend, named `prefix` + torch's name, for globals of `module`."""
+    return rpc_utils.generate_tests(prefix, fixture, list(suites), module)
+
+
+def count(suites: Iterable[type]) -> int:
+    """How many tests there are in the suites."""
+    return sum(len(unittest.TestLoader().getTestCaseNames(suite)) for suite in suites)
+
+
+def without(suite: type, *names: str) -> type:
+    """The suite without some of its tests, which must be there."""
+    missing = [name for name in names if not callable(getattr(suite, name, None))]
+    if missing:
+        raise AttributeError(f"{suite.__name__} of this torch has no {', '.join(missing)}")
+    # A test that is not callable is none to unittest. The class keeps its name, which is part of the tests' names.
+    return type(suite.__name__, (suite,), dict.fromkeys(names))
