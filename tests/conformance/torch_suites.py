@@ -1,7 +1,7 @@
 """torch's own RPC suites, which ship in its wheel, made ready to run over any backend.
 
-torch starts the ranks of each test with `spawn`, which imports torch in every one of them and makes hours of the suites.
-Here they are forked from a server that has torch and the suites imported, and nothing of MPI.
+torch starts the ranks of each test with `spawn`, which imports torch in every one of them: the suites take hours. Here
+they are forked from a server that has torch and the suites imported, and nothing of MPI.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
+import sys
 import unittest
 import warnings
 from collections.abc import Iterable
@@ -22,16 +24,14 @@ with warnings.catch_warnings():
     # torch.jit.script is deprecated, and hypothesis, which the suites do without, is missing.
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", ImportWarning)
+    import torch
     from torch.testing._internal.distributed import rpc_utils
-
-from torch.testing._internal.distributed.rpc.rpc_agent_test_fixture import RpcAgentTestFixture
+    from torch.testing._internal.distributed.rpc.rpc_agent_test_fixture import RpcAgentTestFixture
 
 GENERIC = rpc_utils.GENERIC_TESTS
 TENSORPIPE = rpc_utils.TENSORPIPE_TESTS
 
-# When a hanging rank writes its stacks: before the test is given up, and one rank after the other.
-_STACKS_AT, _STACKS_APART = 0.9 * TIMEOUT, 1.0  # seconds
-_END_LIMIT = 10.0  # seconds for a process that got SIGTERM
+_END_LIMIT = 10.0  # seconds for a process to end after a signal
 
 
 class Ranks(RpcAgentTestFixture):
@@ -53,9 +53,21 @@ class Ranks(RpcAgentTestFixture):
     @classmethod
     def _run(cls, rank: int, *arguments: Any, **keywords: Any) -> None:
         """What the process of a rank does."""
-        # torch asks a thread of the hanging rank for the stacks, which takes the GIL; this does not.
-        faulthandler.dump_traceback_later(_STACKS_AT + rank * _STACKS_APART)
+        # A fatal signal shows Python's stacks and then, torch's handler, those of C++.
+        torch._C._set_print_stack_traces_on_fatal_signal(True)
+        faulthandler.enable()
         super()._run(rank, *arguments, **keywords)
+
+    def _get_timedout_process_traceback(self) -> None:
+        """Ends a test that hangs. Each rank writes its stacks, even if it is stuck with the GIL."""
+        hanging = {rank: process for rank, process in enumerate(self.processes) if process.exitcode is None}
+        for rank, process in hanging.items():
+            print(f"Stacks of rank {rank}:", file=sys.stderr, flush=True)
+            os.kill(process.pid, signal.SIGABRT)
+            process.join(_END_LIMIT)
+        raise TimeoutError(
+            f"ranks {list(hanging)} still ran after {TIMEOUT} s; their stacks are in the captured stderr"
+        )
 
     def _check_return_codes(self, fn: Any, elapsed_time: float) -> None:
         super()._check_return_codes(fn, elapsed_time)
