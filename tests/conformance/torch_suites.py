@@ -66,14 +66,17 @@ class Ranks(RpcAgentTestFixture):
             os.kill(process.pid, signal.SIGABRT)
             process.join(_END_LIMIT)
         raise TimeoutError(
-            f"ranks {list(hanging)} still ran after {TIMEOUT} s; their stacks are in the captured stderr"
+            f"ranks {list(hanging)} still ran after {TIMEOUT} s; their stacks are in the captured stderr. {self._ends()}"
         )
 
     def _check_return_codes(self, fn: Any, elapsed_time: float) -> None:
         super()._check_return_codes(fn, elapsed_time)
         # torch looks at the first one only.
+        assert not any(process.exitcode for process in self.processes), self._ends()
+
+    def _ends(self) -> str:
         codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
-        assert not any(codes.values()), f"exit codes by rank (negative: ended by that signal): {codes}"
+        return f"Exit codes by rank (negative: ended by that signal): {codes}"
 
     def tearDown(self) -> None:
         processes = self.processes
