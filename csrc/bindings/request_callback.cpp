@@ -106,13 +106,13 @@ py::object runToTheEndOfPython(const py::object& runFunction, const py::object& 
 JitFuturePtr futureIn(const py::object& result) {
   try {
     return result.cast<torch::jit::PythonFutureWrapper&>().fut;
-  } catch (const py::cast_error& error) {
+  } catch (const py::cast_error&) {
     const auto type = py::type::of(result);
+    // As torch words it: programs may look for that.
     throw std::runtime_error(
         c10::str(
-            error.what(), ". Functions decorated with @rpc.functions.async_execution must return a ",
-            "torch.futures.Future object, but got ", type.attr("__module__").cast<std::string>(), ".",
-            type.attr("__qualname__").cast<std::string>()));
+            "Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got ",
+            type.attr("__module__").cast<std::string>(), ".", type.attr("__qualname__").cast<std::string>()));
   }
 }
 
@@ -261,10 +261,20 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
   if (!call.missing.empty()) { // before the RRef is made: the caller sends the call again, with the same ids
     return failed(call.missing, messageType());
   }
-  const JitFuturePtr value = run(command, streams, c10::PyObjectType::get(), [this](const py::object& result) {
+  // The OwnerRRef is there before the function runs (torch makes it after). If the caller gives the call up meanwhile,
+  // it tells to delete an RRef that is known here; of one that is not, the value would stay for ever.
+  const auto value = c10::make_intrusive<rpc::JitFuture>(c10::PyObjectType::get());
+  JitFuturePtr response = assignOwnerRRef(call.result->first, call.result->second, value);
+  run(command, streams, value->elementType(), [this](const py::object& result) {
     return asFuture(torch::jit::toIValue(result, c10::PyObjectType::get()), c10::PyObjectType::get());
+  })->addCallback([value](rpc::JitFuture& done) {
+    if (done.hasError()) {
+      value->setError(done.exception_ptr());
+    } else {
+      value->markCompleted(done.value(), done.storages());
+    }
   });
-  return assignOwnerRRef(call.result->first, call.result->second, value);
+  return response;
 }
 
 JitFuturePtr PythonRequestCallback::processPythonRRefFetchCall(rpc::RpcCommandBase& command) const {

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.rpc as rpc
 from cases_calls import identity
 from cases_rref import fetch
-from harness import World, case, debug_info, equal, eventually
+from harness import World, case, debug_info, equal, eventually, signal_and_wait
 from torch.distributed.rpc import RRef
 
 held: list[RRef] = []
@@ -91,4 +92,20 @@ def remote_calls_dropped_at_once_leave_nothing(world: World) -> None:
     for i in range(100):
         rpc.remote(world.name(i), identity, args=(i,))
     world.barrier()
+    settle(world)
+
+
+@case()
+def a_remote_call_given_up_leaves_nothing(world: World) -> None:
+    """The caller lets go of its RRef while the owner still runs the function."""
+    started, go = world.event("started"), world.event("go")
+    rref = rpc.remote(world.next, signal_and_wait, args=(started, go), timeout=0.2)
+    started.wait()
+    with pytest.raises(RuntimeError, match="RPC ran for more than"):
+        rref._get_future().wait()
+    del rref
+    eventually(lambda: debug_info("num_pending_futures") == 0, "the owner has been told")
+    go.signal()
+    world.barrier()
+    eventually(lambda: debug_info("agent.server_active_calls") == 0, "the function has ended")
     settle(world)
