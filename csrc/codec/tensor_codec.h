@@ -3,11 +3,11 @@
 // Note [What of a storage travels]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // A tensor's slice is the range of its storage between its first and its last element, sent from where it lies. When
-// that range is more than twice what the tensor shows, a dense copy is sent instead, so that a view of a much larger
-// storage takes only what it shows (torch draws the same line). Tensors of one message that share a storage share one
-// slice and still share at the receiver, unless the slice would be that wasteful.
-// What is not a plain strided tensor (sparse, quantized) is described by torch's own pickler; its component storages
-// travel as slices like the others.
+// that range is large and more than twice what the tensor shows, a dense copy is sent instead, so that a view of a much
+// larger storage takes only what it shows (torch draws the same lines). Tensors of one message that share a storage
+// share one slice and still share at the receiver, unless the slice would be that wasteful. What is not a plain strided
+// tensor (sparse, quantized) is described by torch's own pickler; its component storages travel as slices like the
+// others.
 #pragma once
 
 #include <string>

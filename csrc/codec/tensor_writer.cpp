@@ -13,11 +13,17 @@ namespace torch_rpc_mpi {
 namespace {
 
 constexpr size_t kWasteFactor = 2;
+constexpr size_t kSmall = 8192;     // bytes; in torch, too, small tensors keep their strides
 constexpr size_t kLargestItem = 16; // bytes, of complex128
 
 bool isPlain(const at::Tensor& tensor) {
   return tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_quantized() && !tensor.is_mkldnn() &&
       !tensor.is_nested();
+}
+
+// Whether a range of a storage is much more than the tensors in it show. See Note [What of a storage travels].
+bool wasteful(size_t rangeBytes, size_t shownBytes) {
+  return rangeBytes >= kSmall && rangeBytes > kWasteFactor * shownBytes;
 }
 
 size_t denseBytes(const at::Tensor& tensor) {
@@ -48,7 +54,7 @@ at::Tensor sendable(const at::Tensor& tensor) {
   if (tensor._is_zerotensor()) {
     return at::zeros(tensor.sizes(), tensor.options());
   }
-  if (spanBytes(tensor) > kWasteFactor * denseBytes(tensor)) {
+  if (wasteful(spanBytes(tensor), denseBytes(tensor))) {
     const at::NoGradGuard noGrad;
     return tensor.clone(at::MemoryFormat::Contiguous);
   }
@@ -103,9 +109,6 @@ void TensorWriter::addPlain(const std::vector<at::Tensor>& tensors, std::vector<
 void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain) {
   struct Group {
     size_t first, last, shown, slice;
-    bool wasteful() const {
-      return last - first > kWasteFactor * shown;
-    }
   };
   constexpr size_t kNoSlice = std::numeric_limits<size_t>::max();
   std::unordered_map<const void*, Group> groups;
@@ -125,7 +128,7 @@ void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::v
     const at::Tensor& tensor = tensors[place.index];
     Group& group = groups.at(tensor.storage().unsafeGetStorageImpl());
     group.first -= group.first % kLargestItem; // the views may be of several dtypes: each must start at a whole item
-    const bool alone = group.wasteful();
+    const bool alone = wasteful(group.last - group.first, group.shown);
     if (alone || group.slice == kNoSlice) {
       const size_t first = alone ? place.first : group.first;
       const size_t last = alone ? place.last : group.last;

@@ -42,6 +42,7 @@ TEST(codec_keeps_shapes_strides_and_flags) {
            at::_neg_view(base), at::randn({2, 3}, at::kComplexDouble).conj().t()}) {
     const at::Tensor arrived = throughTheWire(tensor);
     CHECK_THAT(arrived.sizes() == tensor.sizes());
+    CHECK_THAT(arrived.strides() == tensor.strides());
     CHECK_THAT(arrived.is_conj() == tensor.is_conj());
     CHECK_THAT(arrived.is_neg() == tensor.is_neg());
     CHECK_THAT(at::equal(arrived.resolve_conj().resolve_neg(), tensor.resolve_conj().resolve_neg()));
