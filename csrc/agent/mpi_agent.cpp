@@ -74,7 +74,8 @@ void MpiAgent::startImpl() {
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) const {
   const auto found = idsByName_.find(workerName);
   TORCH_CHECK(
-      found != idsByName_.end(), "Unknown destination worker ", workerName, ". The workers of this group are: ", [&] {
+      found != idsByName_.end(), describe(rank_), " could not find destination ", workerName,
+      ". The workers of this group are: ", [&] {
         std::string names;
         for (const WorkerInfo& worker : workers_) {
           names += (names.empty() ? "" : ", ") + worker.name_;
@@ -86,7 +87,7 @@ const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) co
 
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(rpc::worker_id_t id) const {
   TORCH_CHECK(
-      id >= 0 && static_cast<size_t>(id) < workers_.size(), "Unknown destination worker ", id,
+      id >= 0 && static_cast<size_t>(id) < workers_.size(), describe(rank_), " could not find destination ", id,
       ". The workers of this group have the ids 0 to ", workers_.size() - 1);
   return workers_[id];
 }

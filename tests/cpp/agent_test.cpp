@@ -174,8 +174,8 @@ TEST(agent_times_out_with_torchs_text_and_drops_the_late_response) {
 TEST(agent_refuses_misuse) {
   Group group(2);
   CHECK_THROWS(group.call(0, 1, "x", {}, -2), "must not be negative");
-  CHECK_THROWS(group.agents[0]->getWorkerInfo("nobody"), "Unknown destination worker nobody");
-  CHECK_THROWS(group.agents[0]->getWorkerInfo(static_cast<rpc::worker_id_t>(7)), "Unknown destination worker 7");
+  CHECK_THROWS(group.agents[0]->getWorkerInfo("nobody"), "could not find destination nobody");
+  CHECK_THROWS(group.agents[0]->getWorkerInfo(static_cast<rpc::worker_id_t>(7)), "could not find destination 7");
   CHECK_THROWS(group.agents[0]->join(true, -1), "must not be negative");
 }
 
