@@ -66,7 +66,7 @@ class Ranks(RpcAgentTestFixture):
             os.kill(process.pid, signal.SIGABRT)
             process.join(_END_LIMIT)
         raise TimeoutError(
-            f"ranks {list(hanging)} still ran after {TIMEOUT} s; their stacks are in the captured stderr. {self._ends()}"
+            f"ranks {list(hanging)} still ran after {TIMEOUT} s (stacks: see the captured stderr). {self._ends()}"
         )
 
     def _check_return_codes(self, fn: Any, elapsed_time: float) -> None:
