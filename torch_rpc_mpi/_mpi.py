@@ -104,6 +104,7 @@ class LoadedMPI:
 
 
 _loaded: LoadedMPI | None = None
+_left_uninitialized = False  # by us, not by the user
 
 
 def load(init_timeout: float) -> LoadedMPI:
@@ -121,17 +122,21 @@ def load(init_timeout: float) -> LoadedMPI:
     if _loaded is None:
         extension = load_extension()
         _loaded = _open(extension, _initialize_mpi(extension, init_timeout))
+    elif _left_uninitialized and not _loaded.MPI.Is_initialized():
+        _loaded.runtime.initialize()  # an attempt to form a world has failed before; now one process is enough
     _check_state(_loaded)
     return _loaded
 
 
 def open_library() -> LoadedMPI:
     """MPI's library, without MPI_Init if that has not been called yet. Raises as :func:`load`."""
-    global _loaded
+    global _loaded, _left_uninitialized
     refuse_forked_child()
     if _loaded is None:
         extension = load_extension()
-        _import_mpi4py().rc.initialize = False
+        mpi4py = _import_mpi4py()
+        _left_uninitialized = mpi4py.rc.initialize
+        mpi4py.rc.initialize = False
         _loaded = _open(extension, _import_mpi())
     return _loaded
 

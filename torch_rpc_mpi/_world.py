@@ -39,7 +39,9 @@ _FOR_EVER = 10.0 * 365 * 24 * 3600  # seconds
 
 # What launchers tell MPI. In a process that one of them started only indirectly, through torchrun or multiprocessing,
 # it is about a parent: MPI would take this process for that rank, or fail.
-_ABOUT_A_PARENT = re.compile(r"(PMI|PMI2|PMIX|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD)(_|$)")
+_ABOUT_A_PARENT = re.compile(
+    r"(PMI|PMI2|PMIX|I_MPI_PMI|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD)(_|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Member:
     mpi: str  # library and version
     membership: Membership | None
     problem: str | None  # why it cannot take part
+    fresh: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # unique; rank 0's names a new world
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.pid} on {self.host})"
@@ -89,9 +92,14 @@ def wanted(rank: int, world_size: int) -> bool:
         return True
     if _mpi.is_initialized():
         return False
-    if max(world_size, rank + 1) <= 1:
-        return False
-    return _mpi.find_launcher() is None or not _launched_itself()
+    several = max(world_size, rank + 1) > 1
+    launcher = _mpi.find_launcher()
+    if launcher is None:
+        return several
+    if _is_about_a_parent():
+        return several or (rank, world_size) == (0, 1)
+    # A task of one rank: an interactive shell or a notebook under srun, a driver that starts the ranks itself.
+    return several and launcher.expected_size == 1
 
 
 def complete(rank: int, world_size: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -99,14 +107,19 @@ def complete(rank: int, world_size: int, environ: Mapping[str, str] = os.environ
     if "TORCHELASTIC_RUN_ID" not in environ:
         return rank, world_size
     return (
-        int(environ["RANK"]) if rank == -1 else rank,
-        int(environ["WORLD_SIZE"]) if world_size == -1 else world_size,
+        int(environ.get("RANK", -1)) if rank == -1 else rank,
+        int(environ.get("WORLD_SIZE", -1)) if world_size == -1 else world_size,
     )
 
 
-def _launched_itself() -> bool:
-    """Whether an MPI launcher that the environment tells of started this process, and not just one of its parents."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ and multiprocessing.parent_process() is None
+def _is_about_a_parent() -> bool:
+    """Whether what the environment tells of an MPI launcher is not about this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
+
+
+def is_formed() -> bool:
+    """Whether this process is in a world that it has formed with others."""
+    return _membership is not None
 
 
 def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: float) -> _C.Communicator:
@@ -127,7 +140,7 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
     mpi, problem = None, None
     try:
         mpi = _mpi.open_library()
-        _check_family(mpi, size)
+        _check_library(mpi, size)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     me = Member(worker, node, socket.gethostname(), os.getpid(), mpi.library() if mpi else "", _membership, problem)
@@ -135,16 +148,22 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
     _check_fit(members)
     assert mpi is not None  # _check_fit() has raised if it could not be opened
     if me.membership is None:
-        world_ranks = _form_world(mpi, session, rank, [member.node for member in members], deadline)
+        world_ranks = _form_world(mpi, session, rank, members, deadline)
     else:
         world_ranks = [member.membership.rank for member in members if member.membership]
+    _mpi.load(timeout)  # checks its state
     with _watchdog(mpi, "MPI_Comm_create_group", deadline):
         world = mpi.handle(mpi.MPI.COMM_WORLD)
         communicator: _C.Communicator = _mpi.load_extension().Communicator.group(mpi.runtime, world, world_ranks)
         return communicator
 
 
-def _check_family(mpi: _mpi.LoadedMPI, size: int) -> None:
+def _check_library(mpi: _mpi.LoadedMPI, size: int) -> None:
+    if _membership is None and mpi.runtime.initialized():
+        raise RuntimeError(
+            "another library has initialised MPI in this process before init_rpc, so the process is alone in MPI's "
+            f"world. Call init_rpc first, or start the program with `mpirun -n {size} python script.py`."
+        )
     if mpi.abi == "openmpi" or "Open MPI" in mpi.library():
         raise RuntimeError(
             f"{mpi.library()} makes ranks of processes only under its launcher. Start the program with "
@@ -169,7 +188,7 @@ def _check_in(store: Store, me: Member, rank: int, size: int, deadline: float) -
     session = PrefixStore(f"{size}/{visit}", store)
     session.set(f"member/{rank}", me.to_json())
     try:
-        _await_all(session, "member", size, deadline)
+        _await_all(session, "member", size, deadline, "call init_rpc")
     except TimeoutError:
         # Another attempt shall meet those that come late.
         session.delete_key(f"member/{rank}")
@@ -178,7 +197,8 @@ def _check_in(store: Store, me: Member, rank: int, size: int, deadline: float) -
     return session, [Member.from_json(session.get(f"member/{other}")) for other in range(size)]
 
 
-def _await_all(session: Store, stage: str, size: int, deadline: float) -> None:
+def _await_all(session: Store, stage: str, size: int, deadline: float, what: str) -> None:
+    """Waits for every rank's key of a stage, at which it has done ``what``."""
     keys = [f"{stage}/{rank}" for rank in range(size)]
     begin = time.monotonic()
     pause = _WARN_AFTER
@@ -189,15 +209,17 @@ def _await_all(session: Store, stage: str, size: int, deadline: float) -> None:
             return
         except RuntimeError:  # what stores raise when the time is over, and when they fail
             missing = [rank for rank, key in enumerate(keys) if not session.check([key])]
+        if not missing:
+            return
         waited = time.monotonic() - begin
         who = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {size}"
         if _left(deadline) < 0.01:  # stores count in milliseconds
             raise TimeoutError(
-                f"{who} did not call init_rpc within {waited:.3g} s. Check that every process is given the same "
+                f"{who} did not {what} within {waited:.3g} s. Check that every process is given the same "
                 "world_size, a rank of its own and the same init_method, see their output for an earlier error, or "
                 "raise init_timeout."
             )
-        logger.warning("still waiting after %.3g s for %s to call init_rpc", waited, who)
+        logger.warning("still waiting after %.3g s for %s to %s", waited, who, what)
         pause *= 2
 
 
@@ -225,22 +247,37 @@ def _check_fit(members: Sequence[Member]) -> None:
         )
 
 
-def _form_world(mpi: _mpi.LoadedMPI, session: Store, rank: int, nodes: Sequence[str], deadline: float) -> list[int]:
+def _form_world(
+    mpi: _mpi.LoadedMPI, session: Store, rank: int, members: Sequence[Member], deadline: float
+) -> list[int]:
     """Makes MPI's world of the session's processes. Returns the rank in it of each."""
     global _membership
+    nodes = [member.node for member in members]
     # By node, so that the map of nodes stays short.
     order = sorted(range(len(nodes)), key=lambda other: nodes.index(nodes[other]))
     world_ranks = [order.index(other) for other in range(len(nodes))]
-    if rank == 0:
-        session.set("world", uuid.uuid4().hex)
-    world = session.get("world").decode()
     for variable in [variable for variable in os.environ if _ABOUT_A_PARENT.match(variable)]:
         del os.environ[variable]
     before = _shared_memory_files()
-    server = _mpi.load_extension().PMIServer(
-        session, world_ranks[rank], len(nodes), world, node_map([nodes[other] for other in order]), _left(deadline)
-    )
-    pmi = {"PMI_FD": server.client_socket, "PMI_RANK": world_ranks[rank], "PMI_SIZE": len(nodes)}
+    try:
+        _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)
+        session.set(f"formed/{rank}", "")
+        _await_all(session, "formed", len(nodes), deadline, "return from MPI_Init")
+    finally:
+        # Nobody will finalise this MPI and so remove its files. Every rank has them mapped now: they need no names.
+        for file in _shared_memory_files() - before:
+            file.unlink(missing_ok=True)
+    _membership = Membership(members[0].fresh, world_ranks[rank])
+    return world_ranks
+
+
+def _initialize(
+    mpi: _mpi.LoadedMPI, session: Store, rank: int, world: str, nodes: Sequence[str], deadline: float
+) -> None:
+    """Runs MPI_Init as rank ``rank`` of a world of as many ranks as ``nodes`` lists."""
+    size = len(nodes)
+    server = _mpi.load_extension().PMIServer(session, rank, size, world, node_map(nodes), _left(deadline))
+    pmi = {"PMI_FD": server.client_socket, "PMI_RANK": rank, "PMI_SIZE": size}
     os.environ.update({variable: str(value) for variable, value in pmi.items()})
     try:
         with _watchdog(mpi, "MPI_Init", deadline):
@@ -249,16 +286,16 @@ def _form_world(mpi: _mpi.LoadedMPI, session: Store, rank: int, nodes: Sequence[
         server.stop()
         for variable in pmi:
             del os.environ[variable]
-    _membership = Membership(world, world_ranks[rank])
+    formed = mpi.MPI.COMM_WORLD
+    if (formed.Get_rank(), formed.Get_size()) != (rank, size):
+        raise RuntimeError(
+            f"{mpi.library()} did not form a world of {size} ranks, but one of {formed.Get_size()}: it does not take "
+            "PMI-1 from the socket that PMI_FD names, as MPICH does. Start the program with the launcher of this MPI: "
+            f"`mpirun -n {size} python script.py`."
+        )
     # As mpi4py does when it initialises MPI itself.
     for communicator in (mpi.MPI.COMM_WORLD, mpi.MPI.COMM_SELF):
         communicator.Set_errhandler(mpi.MPI.ERRORS_RETURN)
-    # Nobody will finalise this MPI and so remove its files. Once every rank has them mapped, they need no names.
-    session.set(f"formed/{rank}", "")
-    _await_all(session, "formed", len(nodes), deadline)
-    for file in _shared_memory_files() - before:
-        file.unlink(missing_ok=True)
-    return world_ranks
 
 
 def node_map(nodes: Sequence[str]) -> str:
@@ -279,7 +316,8 @@ def node_map(nodes: Sequence[str]) -> str:
 def _shared_memory_files() -> set[Path]:
     with open("/proc/self/maps") as maps:
         paths = (line.split(maxsplit=5)[-1].strip() for line in maps)
-        return {Path(path) for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
+        files = {Path(path) for path in paths if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
+    return {file for file in files if "mpi" in file.name.lower()}  # other libraries keep theirs
 
 
 def _left(deadline: float) -> float:

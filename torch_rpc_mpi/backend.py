@@ -87,15 +87,26 @@ def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
             'init_method="mpi://" serves torch.distributed.rpc.init_rpc(backend="MPI") only. Give '
             "init_process_group a store that the ranks share (env://, tcp://host:port or file:///path)."
         )
-    if _world.wanted(rank, world_size):
-        yield from _rendezvous_by_environment(rank, world_size)
+    if world_size > 1 and _world.wanted(rank, world_size):
+        yield _store_of_environment(rank, world_size), rank, world_size
     else:
         yield HashStore(), rank, world_size
 
 
-def _rendezvous_by_environment(rank: int, world_size: int) -> Iterator[tuple[Store, int, int]]:
+_store: Store | None = None
+
+
+def _store_of_environment(rank: int, world_size: int) -> Store:
+    """The store of ``env://``, the same one for all sessions of a world.
+
+    A new one for each would live in the process that is rank 0 then, and an early rank could take an old one for it.
+    """
+    global _store
+    if _store is not None and _world.is_formed():
+        return _store
     try:
-        yield from torchs_rendezvous("env://", rank, world_size)
+        _store, _, _ = next(torchs_rendezvous("env://", rank, world_size))
+        return _store
     except ValueError as error:
         raise RuntimeError(
             f"init_rpc was asked for {world_size} ranks, but no MPI launcher started this process, and the ranks have "
@@ -129,7 +140,8 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
 
 def _complete_place(options: MPIRpcBackendOptions, rank: int, world_size: int) -> tuple[int, int]:
     """Rank and world size, checked against what MPI or torchrun says."""
-    rank, world_size = _world.complete(rank, world_size)
+    if options.comm is None:
+        rank, world_size = _world.complete(rank, world_size)
     if _without_launcher(options, rank, world_size):
         if not 0 <= rank < world_size:
             raise ValueError(
@@ -173,8 +185,14 @@ def init_backend(
         communicator = extension.Communicator.duplicate(
             mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
         )
-    neighbours = extension.Neighbours()
-    members = _on_all_ranks(communicator, options.init_timeout, lambda: _describe(call, neighbours.address))
+    made: list[_C.Neighbours] = []
+
+    def describe() -> _agreement.Member:
+        made.append(extension.Neighbours())
+        return _describe(call, made[0].address)
+
+    members = _on_all_ranks(communicator, options.init_timeout, describe)
+    neighbours = made.pop()
     try:
         _agreement.check(members)
     except Exception:
@@ -186,7 +204,7 @@ def init_backend(
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
 
-    def make_agent() -> None:
+    def make_agent() -> bool:
         names, hosts = [member.name for member in members], [member.host for member in members]
         whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
         agents.append(
@@ -201,10 +219,12 @@ def init_backend(
                 internal.serialize if pickler is None else pickler.serialize,
             )
         )
+        return neighbours.reaches_all
 
     # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
-    _on_all_ranks(communicator, options.init_timeout, make_agent)
+    if all(_on_all_ranks(communicator, options.init_timeout, make_agent)):
+        neighbours.ring_each_other()
     agent = agents.pop()
     _session.begin(agent, pickler)
     try:
@@ -271,8 +291,8 @@ def _check_launch(
     if launcher is None:
         raise RuntimeError(
             "this process was started without an MPI launcher, so it is alone in MPI's world. Start the program with "
-            "one: `mpirun -n 4 python script.py`. Without one, pass rank and world_size to init_rpc, which then brings the "
-            "ranks together through init_method. If a single process is meant, pass rank=0, world_size=1."
+            "one: `mpirun -n 4 python script.py`. Without one, pass rank and world_size to init_rpc, which then brings "
+            "the ranks together through init_method. If a single process is meant, pass rank=0, world_size=1."
         )
 
 

@@ -106,8 +106,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "max_sleep", "float", 0.001, "seconds",
-        "The longest sleep of an idle engine, and so the latency that a first message from another host may see. Ranks "
-        "of the same host wake each other.",
+        "The longest sleep of an engine that has nothing to do, and so the latency that a first message from another "
+        "host may see. Where all ranks are on one host, they wake each other, and sleep longer.",
         check_float, minimum=1e-6, maximum=1, from_environment=True,
     ),
     Option(

@@ -147,10 +147,12 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   if (now >= calls_.nextDeadline()) {
     expire(now);
   }
-  watchNeighbours(token, now);
   advanceDrain(token);
+  if (!moved && now >= nextWatch_) {
+    watchNeighbours(token, now);
+  }
   // While it serves, a peer may wait for credit that only a later turn reports.
-  rests_ = transport_->allRing() && calls_.size() == 0 && serving_.load() == 0 && exchange_.quiet(token);
+  rests_ = transport_->allRing() && idle(token);
   auto finished = exchange_.takeFinished(token);
   auto failed = exchange_.takeFailed(token);
   if (!finished.empty() || !failed.empty()) {
@@ -164,11 +166,9 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
 }
 
 void MpiAgent::watchNeighbours(ProgressToken& token, Clock::time_point now) {
-  if (now < nextWatch_) {
-    return;
-  }
   nextWatch_ = now + options_.watchInterval;
-  // What they sent before they ended, a goodbye perhaps, has had the time since the last look to arrive.
+  // What they sent before they ended, a goodbye perhaps, has had the time since the last look to arrive, and everything
+  // that has arrived was read.
   for (const int peer : ended_) {
     onPeerGone(
         token, peer,

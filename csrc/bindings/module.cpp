@@ -159,7 +159,7 @@ void bindMpi(py::module_& module) {
   py::class_<PmiServer>(module, "PMIServer")
       .def(
           py::init([](c10d::Store& store, int rank, int size, std::string world, std::string mapping, double timeout) {
-            const auto limit = std::chrono::milliseconds(timeout > 0 ? std::llround(timeout * 1000) : INT32_MAX);
+            const auto limit = std::chrono::milliseconds(std::llround(timeout * 1000));
             // By reference and not by its holder, which torch may choose differently in each release.
             return std::make_unique<PmiServer>(
                 c10::intrusive_ptr<c10d::Store>::unsafe_reclaim_from_nonowning(&store),
@@ -177,7 +177,9 @@ void bindAgent(py::module_& module) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<Neighbours, std::shared_ptr<Neighbours>>(module, "Neighbours")
       .def(py::init<>())
-      .def_property_readonly("address", &Neighbours::address);
+      .def_property_readonly("address", &Neighbours::address)
+      .def_property_readonly("reaches_all", &Neighbours::reachesAll)
+      .def("ring_each_other", &Neighbours::ringEachOther);
   py::class_<PyAgentOptions>(module, "AgentOptions")
       .def(py::init<>())
       .def_readwrite("num_worker_threads", &PyAgentOptions::numWorkerThreads)

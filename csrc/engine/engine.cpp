@@ -178,7 +178,8 @@ void Engine::lead() {
       sched_yield();
       spinning = now - lastActivity < options_.spinTime;
     } else {
-      nextSleep = std::min(nextSleep * 2, driver_.rests() ? options_.maxRest : options_.maxSleep);
+      nextSleep =
+          std::min(nextSleep * 2, driver_.rests() ? std::max(options_.maxRest, options_.maxSleep) : options_.maxSleep);
     }
   }
 }
@@ -193,8 +194,10 @@ bool Engine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) 
   asleep_ = true;
   bool active = true;
   try {
-    // What was sent before the sender could know that this one sleeps.
-    active = turnOnce(tasks) || !tasks.empty();
+    // What was sent before the sender could know that this one sleeps. If another thread has the token, it may have
+    // looked too early.
+    TokenHold hold(tokens_);
+    active = !hold || driver_.turn(*hold, tasks) || !tasks.empty();
   } catch (...) {
     doorbell_.cancel();
     asleep_ = false;

@@ -26,7 +26,7 @@ class MpiTransport final : public Transport {
     return neighbours_->bell();
   }
   bool allRing() const override {
-    return neighbours_->areAll();
+    return neighbours_->allRing();
   }
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
   void receiveFrame(ProgressToken& token, void* data, size_t capacity, Operation* op) override;

@@ -100,10 +100,10 @@ BellWord& Neighbours::bell() {
 void Neighbours::meet(const std::vector<std::string>& addresses, int self) {
   bells_.assign(addresses.size(), nullptr);
   processes_.assign(addresses.size(), -1);
-  all_ = file_ >= 0;
+  reachesAll_ = file_ >= 0;
   for (size_t rank = 0; rank < addresses.size(); ++rank) {
     if (static_cast<int>(rank) != self) {
-      all_ = reach(static_cast<int>(rank), addresses[rank]) && all_;
+      reachesAll_ = reach(static_cast<int>(rank), addresses[rank]) && reachesAll_;
     }
   }
 }

@@ -14,8 +14,8 @@ namespace torch_rpc_mpi {
 // nothing is left behind by a crash, and a process of another host or container, where the ids mean something else, is
 // merely no neighbour.
 //
-// meet() is called once, before threads share the object. After that: ring() and bell() by any thread, takeEnded() by
-// one at a time.
+// meet() and ringEachOther() are called once, before threads share the object. After that: ring() and bell() by any
+// thread, takeEnded() by one at a time.
 class Neighbours {
  public:
   Neighbours();
@@ -35,9 +35,16 @@ class Neighbours {
       Doorbell::ring(*bells_[rank]);
     }
   }
-  // Whether every other rank is a neighbour, and so rings here too.
-  bool areAll() const {
-    return all_;
+  // Whether every other rank is a neighbour.
+  bool reachesAll() const {
+    return reachesAll_;
+  }
+  // To be called where all ranks reach all: then whoever sends here also rings.
+  void ringEachOther() {
+    allRing_ = true;
+  }
+  bool allRing() const {
+    return allRing_;
   }
   // The neighbours whose processes have ended since the last call.
   std::vector<int> takeEnded();
@@ -49,7 +56,8 @@ class Neighbours {
   int file_ = -1;
   Page* own_ = nullptr;
   int watch_ = -1; // epoll of the neighbours' process descriptors
-  bool all_ = false;
+  bool reachesAll_ = false;
+  bool allRing_ = false;
   std::vector<BellWord*> bells_; // by rank; null for this one and for those that cannot be reached
   std::vector<Page*> pages_;     // mapped, to be unmapped
   std::vector<int> processes_;   // descriptors, by rank; -1 for none

@@ -254,6 +254,7 @@ TEST(agent_counts_what_it_does) {
 TEST(agent_rests_until_a_peer_rings) {
   AgentOptions options;
   options.spinTime = std::chrono::nanoseconds(0);
+  options.maxSleep = std::chrono::hours(1);
   options.maxRest = std::chrono::hours(1);
   Group group(2, options, [](FakeNetwork& network) { network.rings = true; });
   for (int i = 0; i < 5; ++i) {

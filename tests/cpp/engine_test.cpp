@@ -71,7 +71,7 @@ struct Driver : EngineDriver {
   std::atomic<bool> inside{false};
   std::atomic<int> turns{0};
   std::atomic<bool> broken{false};
-  bool resting = false;
+  std::atomic<bool> resting{false};
   std::string brokenReason;
   std::binary_semaphore brokenSignal{0};
 };
@@ -265,6 +265,25 @@ TEST(engine_wakes_from_sleep) {
     running.request([done] { done->release(); });
     done->acquire();
   }
+}
+
+TEST(engine_rests_while_the_driver_does_until_it_is_woken) {
+  Driver driver;
+  driver.resting = true;
+  BellWord bell;
+  EngineOptions options;
+  options.spinTime = std::chrono::nanoseconds(0);
+  options.maxSleep = std::chrono::microseconds(100);
+  options.maxRest = std::chrono::hours(1);
+  auto engine = std::make_shared<Engine>(options, driver, bell);
+  engine->start();
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  CHECK_THAT(driver.turns < 50); // each sleep is twice as long as the one before; 1000 of the shorter limit fit in
+  std::binary_semaphore done{0};
+  driver.put(Task::Kind::kRequest, [&] { done.release(); });
+  engine->wake();
+  done.acquire();
+  CHECK_THAT(engine->stop(std::chrono::seconds(10)));
 }
 
 TEST(engine_stop_drops_what_is_queued_and_reports_what_runs) {

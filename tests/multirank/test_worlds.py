@@ -61,7 +61,7 @@ def test_processes_with_an_address(run: Callable[..., None]) -> None:
 
 @mpich
 def test_processes_with_torchs_variables(run: Callable[..., None]) -> None:
-    run(by_hand("once", 2), 2, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    run(by_hand("again", 3), 3, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 @mpich
@@ -80,17 +80,25 @@ def test_torchrun(run: Callable[..., None]) -> None:
 
 
 @mpich
+def test_torchrun_with_several_sessions(run: Callable[..., None]) -> None:
+    run([torchrun("twice", 3)], 3)
+
+
+@mpich
+def test_torchrun_starts_its_workers_again(run: Callable[..., None]) -> None:
+    run([torchrun("fails_first", 2, "--max-restarts", "1")], 2)
+
+
+@mpich
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("starter", ["torchrun", "multiprocessing"])
-def test_within_a_task_of_a_launcher(run: Callable[..., None], tmp_path: Path, starter: str) -> None:
+def test_within_a_task_of_a_launcher(tmp_path: Path, starter: str, size: int) -> None:
     """The task's own variables would make MPI take the processes for the task."""
-    inner = (
-        torchrun("once", 2)
-        if starter == "torchrun"
-        else [PROGRAM, "--spawn", "spawn", "--size", "2", *by_file(tmp_path), "once"]
-    )
+    children = [PROGRAM, "--spawn", "spawn", "--size", str(size), *by_file(tmp_path), "once"]
+    inner = torchrun("once", size) if starter == "torchrun" else children
     status, output = launcher.run_commands([[*launcher.mpirun(), "-n", "1", sys.executable, *inner]], {}, 240)
     assert status == 0, output
-    assert all(f"rank {rank}: ok" in output for rank in range(2)), output
+    assert all(f"rank {rank}: ok" in output for rank in range(size)), output
 
 
 @mpich

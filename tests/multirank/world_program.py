@@ -85,6 +85,19 @@ def once(process: Process) -> None:
     assert [line for line in shared if not line.endswith("(deleted)")] == []
 
 
+def twice(process: Process) -> None:
+    process.session()
+    process.session()
+
+
+def fails_first(process: Process) -> None:
+    """The workers of torchrun's first attempt fail with MPI's world up, and those of its second form another."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        process.begin()
+        sys.exit(3)
+    process.session()
+
+
 def again(process: Process) -> None:
     """Sessions of all, of some, and of all in another order."""
     rank, size = process.rank, process.size

@@ -122,6 +122,7 @@ class Communicator:
 
 class Neighbours:
     address = "here"
+    reaches_all = False
 
 
 class AgentOptions:
