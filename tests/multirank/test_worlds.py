@@ -121,8 +121,9 @@ def test_scenario(run: Callable[..., None], tmp_path: Path, scenario: str, size:
 
 
 @mpich
-def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path) -> None:
-    run(by_hand("dies", 3, *by_file(tmp_path)), 3, killed=True)
+@pytest.mark.parametrize("scenario", ["dies", "dies_in_transfer"])
+def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scenario: str) -> None:
+    run(by_hand(scenario, 3, *by_file(tmp_path)), 3, killed=True)
 
 
 @mpich

@@ -8,6 +8,7 @@ Prints "rank R: ok" when the scenario went as it should.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -173,6 +174,31 @@ def dies(process: Process) -> None:
         call_until_it_fails("worker1")
     other = f"worker{2 - process.rank}"
     assert rpc.rpc_sync(other, double, args=(torch.ones(1_000_000),))[0].sum() == 2_000_000
+    touch(f"{process.rank} is done")
+    wait_for(f"{2 - process.rank} is done")
+    rpc.shutdown(graceful=False)
+
+
+def dies_in_transfer(process: Process) -> None:
+    """Rank 1 is killed while large tensors go to and from it; the others go on."""
+    process.begin()
+    large = torch.ones(32 << 20)  # 128 MiB
+    if process.rank == 1:
+        pending = [rpc.rpc_async(f"worker{to}", double, args=(large,)) for to in (0, 2) for _ in range(3)]
+        wait_for("0 sends")
+        wait_for("2 sends")
+        print("rank 1: ok\n", end="", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        assert pending
+    pending = [rpc.rpc_async("worker1", double, args=(large,)) for _ in range(3)]
+    touch(f"{process.rank} sends")
+    for future in pending:  # some may have been answered before
+        with contextlib.suppress(RuntimeError):
+            future.wait()
+    with pytest.raises(RuntimeError, match=r"'worker1' \(rank 1 on host .* has ended without leaving"):
+        call_until_it_fails("worker1")
+    for _ in range(3):
+        assert rpc.rpc_sync(f"worker{2 - process.rank}", double, args=(large,))[0].sum() == 2 * large.numel()
     touch(f"{process.rank} is done")
     wait_for(f"{2 - process.rank} is done")
     rpc.shutdown(graceful=False)
