@@ -7,6 +7,7 @@ in which that can fail (nothing installed, wrong ABI, too low a thread level, no
 from __future__ import annotations
 
 import importlib
+import multiprocessing.util
 import os
 import socket
 import sys
@@ -215,9 +216,19 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         init_timeout,
     )
     try:
-        return _import_mpi()
+        module = _import_mpi()
     finally:
         watchdog.cancel()
+    if multiprocessing.parent_process() is not None:
+        # Children of multiprocessing's fork and forkserver methods end without the exit function in which mpi4py
+        # finalises MPI, which leaves files in /dev/shm. After _session's, which has a higher priority.
+        multiprocessing.util.Finalize(None, _finalize_mpi, (module,), exitpriority=50)
+    return module
+
+
+def _finalize_mpi(module: ModuleType) -> None:
+    if not module.Is_finalized():
+        module.Finalize()
 
 
 def _import_mpi() -> ModuleType:

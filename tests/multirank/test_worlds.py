@@ -132,6 +132,13 @@ def test_a_child_that_leaves(run: Callable[..., None], tmp_path: Path, method: s
     run([[PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves"]], 3)
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_a_child_alone_leaves_no_files(run: Callable[..., None], tmp_path: Path, method: str) -> None:
+    run([[PROGRAM, "--spawn", method, "--size", "1", *by_file(tmp_path), "alone"]], 1)
+    files = [file for file in Path(tmp_path, "files").read_text().split() if Path(file).exists()]
+    assert files == []
+
+
 @pytest.mark.skipif(FAMILY == "MPICH", reason="MPICH needs no launcher")
 def test_open_mpi_says_that_it_needs_its_launcher(run: Callable[..., None], tmp_path: Path) -> None:
     run(by_hand("no_open_mpi", 2, *by_file(tmp_path)), 2)

@@ -86,6 +86,14 @@ def once(process: Process) -> None:
     assert [line for line in shared if not line.endswith("(deleted)")] == []
 
 
+def alone(process: Process) -> None:
+    """A group of one; says which files it has in shared memory."""
+    process.session()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    files = {line.split()[-1] for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    Path(os.environ["RPC_TEST_SCRATCH"], "files").write_text("\n".join(files))
+
+
 def twice(process: Process) -> None:
     process.session()
     process.session()
