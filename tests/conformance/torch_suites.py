@@ -34,6 +34,14 @@ TENSORPIPE = rpc_utils.TENSORPIPE_TESTS
 
 _END_LIMIT = 10.0  # seconds for a process to end after a signal
 
+_ENVIRONMENT = {
+    # More threads per rank would only fight over the few cores of a test machine.
+    "OMP_NUM_THREADS": "1",
+    # A rank that returns from init_process_group may otherwise call one that is still in it, and does so in
+    # DdpUnderDistAutogradTest, which then fails with any backend ("Default process group has not been initialized").
+    "TORCH_DIST_INIT_BARRIER": "1",
+}
+
 
 class Ranks(RpcAgentTestFixture):
     """Starts the ranks of a test from the server, watches over them, and checks how each of them ended.
@@ -46,9 +54,7 @@ class Ranks(RpcAgentTestFixture):
     def _spawn_processes(self) -> None:
         # "__main__" is pytest. Our own modules cannot be here: older servers do not get our sys.path.
         self._context.set_forkserver_preload(["__main__", rpc_utils.__name__])
-        # For the server, which starts with the first test. One thread per rank: more would only fight over the few
-        # cores of a test machine.
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ.update(_ENVIRONMENT)  # for the server, which starts with the first test
         self._start_processes(self._context.Process)
 
     @classmethod
