@@ -162,7 +162,9 @@ void Engine::lead() {
     }
     if (!tasks.empty()) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      enqueue(tasks);
+      if (!stopping_) { // else nobody would run them, or drop them; they are destroyed here, outside the lock
+        enqueue(tasks);
+      }
       return;
     }
     if (lanes_.runnable() || broken_ || guestLeads()) {

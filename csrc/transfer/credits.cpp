@@ -37,8 +37,11 @@ void Credits::released(int rank, uint64_t bytes) {
   Peer& peer = *peers_[rank];
   const uint64_t allRequests = peer.releasedRequests.fetch_add(1) + 1;
   const uint64_t allBytes = peer.releasedBytes.fetch_add(bytes) + bytes;
-  const bool much =
-      allRequests - peer.toldRequests >= windowRequests_ / 2 || allBytes - peer.toldBytes >= windowBytes_ / 2;
+  // Signed: another thread may have released more meanwhile, and the peer been told of it.
+  const auto untoldRequests = static_cast<int64_t>(allRequests - peer.toldRequests);
+  const auto untoldBytes = static_cast<int64_t>(allBytes - peer.toldBytes);
+  const bool much = untoldRequests >= static_cast<int64_t>(windowRequests_ / 2) ||
+      untoldBytes >= static_cast<int64_t>(windowBytes_ / 2);
   if (much && !peer.due.exchange(true)) {
     const std::lock_guard<std::mutex> lock(dueMutex_);
     duePeers_.push_back(rank);

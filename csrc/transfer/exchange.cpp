@@ -246,10 +246,10 @@ void Exchange::reportCredits(ProgressToken& token, const std::vector<int>& ranks
 // ---- receiving ----
 
 bool Exchange::poll(ProgressToken& token) {
-  if (closed_) {
-    return false;
-  }
   const std::vector<int> due = credits_.takeDue();
+  if (closed_) {
+    return false; // but nothing stays due, for which a sender would turn for ever
+  }
   reportCredits(token, due);
   const bool moved = transport_.poll(token) > 0 || !due.empty();
   if (!fatal_.empty()) {

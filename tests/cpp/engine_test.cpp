@@ -311,6 +311,55 @@ TEST(engine_stop_drops_what_is_queued_and_reports_what_runs) {
   CHECK_THAT(!second);
 }
 
+// The answer to a call is such a task: if it is lost, who waits for the call waits for ever.
+TEST(engine_stop_drops_what_a_turn_yields_meanwhile) {
+  struct Fate {
+    std::atomic<bool> ran{false}, gone{false};
+  };
+  struct Probe final : Task {
+    explicit Probe(std::shared_ptr<Fate> what) : fate(std::move(what)) {}
+    ~Probe() override {
+      fate->gone = true;
+    }
+    Kind kind() const override {
+      return Kind::kRequest;
+    }
+    void run() noexcept override {
+      fate->ran = true;
+    }
+    const std::shared_ptr<Fate> fate;
+  };
+  struct LateDriver final : Driver {
+    bool turn(ProgressToken& token, std::vector<TaskPtr>& tasks) override {
+      if (!armed.exchange(false)) {
+        return Driver::turn(token, tasks);
+      }
+      inTurn.release();
+      for (bool stopping = false; !stopping;) { // an engine that stops destroys what it is given, at once
+        const auto fate = std::make_shared<Fate>();
+        engine->post(std::make_unique<Probe>(fate));
+        stopping = fate->gone && !fate->ran;
+      }
+      tasks.push_back(std::make_unique<Probe>(late));
+      return true;
+    }
+    std::atomic<bool> armed{false};
+    std::binary_semaphore inTurn{0};
+    Engine* engine = nullptr;
+    const std::shared_ptr<Fate> late = std::make_shared<Fate>();
+  };
+  LateDriver driver;
+  BellWord bell;
+  auto engine = std::make_shared<Engine>(EngineOptions(), driver, bell);
+  driver.engine = engine.get();
+  driver.armed = true;
+  engine->start();
+  driver.inTurn.acquire();
+  CHECK_THAT(engine->stop(std::chrono::seconds(10)));
+  CHECK_THAT(driver.late->gone);
+  CHECK_THAT(!driver.late->ran);
+}
+
 TEST(engine_a_broken_driver_is_reported_and_tasks_still_run) {
   Running running(2);
   running.driver.broken = true;

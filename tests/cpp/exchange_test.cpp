@@ -365,6 +365,23 @@ TEST(exchange_refuses_messages_after_it_closed) {
   CHECK_EQUAL(TextMessage::lastFailure, "RPC was shut down");
 }
 
+TEST(exchange_has_nothing_due_after_it_closed) {
+  auto options = Pair::smallOptions();
+  options.windowRequests = 4;
+  Pair pair(options);
+  for (int i = 0; i < 4; ++i) {
+    pair.a.post(request(std::to_string(i)));
+  }
+  pair.settle();
+  pair.b.exchange.close(*pair.b.hold, false);
+  for (const uint64_t charged : pair.b.charged) {
+    pair.b.exchange.released(0, charged);
+  }
+  CHECK_THAT(pair.b.exchange.hasDue());
+  CHECK_THAT(!pair.b.poll());
+  CHECK_THAT(!pair.b.exchange.hasDue());
+}
+
 TEST(frame_pool_reuses_buffers) {
   auto pool = std::make_shared<FramePool>(4096);
   char* first = nullptr;
