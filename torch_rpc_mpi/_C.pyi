@@ -67,6 +67,7 @@ class AgentOptions:
     bulk_chunk: int
     spin_time: float
     max_sleep: float
+    any_source: bool
     def __init__(self) -> None: ...
 
 class MPIAgent(RpcAgent):

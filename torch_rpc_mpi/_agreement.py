@@ -20,6 +20,7 @@ class Member:
 
     name: str
     host: str
+    node: str  # ranks of one node reach each other through its memory
     pid: int
     address: str  # for its neighbours, see csrc/transport/neighbours.h
     agreed: dict[str, Hashable]  # values that must be the same everywhere; see disagreement()

@@ -214,7 +214,7 @@ def init_backend(
                 hosts,
                 neighbours,
                 [member.address for member in members],
-                _agent_options(extension, options),
+                _agent_options(extension, options, len({member.node for member in members})),
                 _session.make_run_function(whereabouts),
                 internal.serialize if pickler is None else pickler.serialize,
             )
@@ -319,6 +319,7 @@ def _describe(call: InitCall, address: str) -> _agreement.Member:
     return _agreement.Member(
         name=call.name,
         host=socket.gethostname(),
+        node=options.node or socket.gethostname(),
         pid=os.getpid(),
         address=address,
         agreed={
@@ -351,8 +352,9 @@ def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[
     return [result for result, _ in outcomes]
 
 
-def _agent_options(extension: Any, options: MPIRpcBackendOptions) -> _C.AgentOptions:
+def _agent_options(extension: Any, options: MPIRpcBackendOptions, nodes: int) -> _C.AgentOptions:
     agent_options: _C.AgentOptions = extension.AgentOptions()
     for name in _AGENT_OPTIONS:
         setattr(agent_options, name, getattr(options, name))
+    agent_options.any_source = _mpi.open_library().takes_any_source(nodes)
     return agent_options

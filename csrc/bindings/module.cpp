@@ -55,6 +55,7 @@ struct PyAgentOptions {
   size_t bulkChunk = ExchangeOptions().bulkChunk;
   double spinTime = 0.001;
   double maxSleep = 0.001;
+  bool anySource = true;
 
   AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
@@ -106,8 +107,8 @@ std::shared_ptr<MpiAgent> makeAgent(
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
-          std::make_unique<MpiTransport>(communicator, neighbours), std::move(members), std::move(callback),
-          options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
+          std::make_unique<MpiTransport>(communicator, neighbours, options.anySource), std::move(members),
+          std::move(callback), options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
       torch::impl::destroy_without_gil<MpiAgent>);
   requests.setAgent(*agent);
   return agent;
@@ -187,7 +188,8 @@ void bindAgent(py::module_& module) {
       .def_readwrite("eager_limit", &PyAgentOptions::eagerLimit)
       .def_readwrite("bulk_chunk", &PyAgentOptions::bulkChunk)
       .def_readwrite("spin_time", &PyAgentOptions::spinTime)
-      .def_readwrite("max_sleep", &PyAgentOptions::maxSleep);
+      .def_readwrite("max_sleep", &PyAgentOptions::maxSleep)
+      .def_readwrite("any_source", &PyAgentOptions::anySource);
 
   // torch's own module holds the base class; it must be known before ours.
   py::module_::import("torch._C._distributed_rpc");

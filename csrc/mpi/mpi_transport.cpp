@@ -11,10 +11,15 @@ constexpr size_t kFrameBatch = 16;
 
 } // namespace
 
-MpiTransport::MpiTransport(std::shared_ptr<Communicator> communicator, std::shared_ptr<Neighbours> neighbours)
+MpiTransport::MpiTransport(
+    std::shared_ptr<Communicator> communicator,
+    std::shared_ptr<Neighbours> neighbours,
+    bool anySource)
     : communicator_(std::move(communicator)),
       neighbours_(std::move(neighbours)),
-      mpi_(*communicator_->mpi()) {}
+      mpi_(*communicator_->mpi()),
+      anySource_(anySource),
+      frames_(anySource ? 1 : communicator_->size()) {}
 
 OperationStatus MpiTransport::translate(const trm_status& status) const {
   OperationStatus result;
@@ -59,12 +64,25 @@ void MpiTransport::send(
   track(request, op);
 }
 
-void MpiTransport::receiveFrame(ProgressToken&, void* data, size_t capacity, Operation* op) {
+std::vector<int> MpiTransport::frameSources() const {
+  if (anySource_) {
+    return {kAnySource};
+  }
+  std::vector<int> peers;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer != rank()) {
+      peers.push_back(peer);
+    }
+  }
+  return peers;
+}
+
+void MpiTransport::receiveFrame(ProgressToken&, int source, void* data, size_t capacity, Operation* op) {
   trm_handle request = mpi_->request_null;
   mpi_.check(
-      mpi_->irecv(data, capacity, TRM_ANY_SOURCE, static_cast<int>(Channel::kFrame), communicator_->handle(), &request),
+      mpi_->irecv(data, capacity, source, static_cast<int>(Channel::kFrame), communicator_->handle(), &request),
       "MPI_Irecv");
-  frames_.push_back({request, op});
+  frames_[anySource_ ? 0 : source].push_back({request, op});
 }
 
 void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) {
@@ -86,15 +104,23 @@ size_t MpiTransport::poll(ProgressToken& token) {
 
 size_t MpiTransport::pollFrames(ProgressToken& token) {
   size_t completed = 0;
-  while (completed < kFrameBatch && !frames_.empty()) {
+  for (auto& frames : frames_) {
+    completed += pollFrames(token, frames);
+  }
+  return completed;
+}
+
+size_t MpiTransport::pollFrames(ProgressToken& token, std::deque<FrameReceive>& frames) {
+  size_t completed = 0;
+  while (completed < kFrameBatch && !frames.empty()) {
     int done = 0;
     trm_status status{};
-    const int code = mpi_->test(&frames_.front().request, &done, &status);
+    const int code = mpi_->test(&frames.front().request, &done, &status);
     if (code == 0 && done == 0) {
       break;
     }
-    Operation* op = frames_.front().op;
-    frames_.pop_front();
+    Operation* op = frames.front().op;
+    frames.pop_front();
     if (code != 0) {
       status.error = code;
     }
@@ -141,13 +167,15 @@ size_t MpiTransport::pollOthers(ProgressToken& token) {
 }
 
 void MpiTransport::cancelFrames() noexcept {
-  for (FrameReceive& frame : frames_) {
-    if (mpi_->cancel(&frame.request) == 0) {
-      trm_status status{};
-      mpi_->wait(&frame.request, &status);
+  for (auto& frames : frames_) {
+    for (FrameReceive& frame : frames) {
+      if (mpi_->cancel(&frame.request) == 0) {
+        trm_status status{};
+        mpi_->wait(&frame.request, &status);
+      }
     }
+    frames.clear();
   }
-  frames_.clear();
 }
 
 void MpiTransport::close(ProgressToken&, bool agreed) noexcept {

@@ -10,11 +10,12 @@
 
 namespace torch_rpc_mpi {
 
-// All members are guarded by the progress token; communicator_ and neighbours_ are immutable.
+// All members are guarded by the progress token; communicator_, neighbours_ and anySource_ are immutable.
 class MpiTransport final : public Transport {
  public:
-  // neighbours: who has met the communicator's members.
-  MpiTransport(std::shared_ptr<Communicator> communicator, std::shared_ptr<Neighbours> neighbours);
+  // neighbours: who has met the communicator's members. anySource: whether this MPI can be trusted with receives from
+  // any source.
+  MpiTransport(std::shared_ptr<Communicator> communicator, std::shared_ptr<Neighbours> neighbours, bool anySource);
 
   int rank() const override {
     return communicator_->rank();
@@ -29,7 +30,8 @@ class MpiTransport final : public Transport {
     return neighbours_->allRing();
   }
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
-  void receiveFrame(ProgressToken& token, void* data, size_t capacity, Operation* op) override;
+  std::vector<int> frameSources() const override;
+  void receiveFrame(ProgressToken& token, int source, void* data, size_t capacity, Operation* op) override;
   void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) override;
   size_t poll(ProgressToken& token) override;
   std::vector<int> takeEnded(ProgressToken&) override {
@@ -44,6 +46,7 @@ class MpiTransport final : public Transport {
   };
 
   size_t pollFrames(ProgressToken& token);
+  size_t pollFrames(ProgressToken& token, std::deque<FrameReceive>& frames);
   size_t pollOthers(ProgressToken& token);
   void track(trm_handle request, Operation* op);
   OperationStatus translate(const trm_status& status) const;
@@ -52,8 +55,10 @@ class MpiTransport final : public Transport {
   const std::shared_ptr<Communicator> communicator_;
   const std::shared_ptr<Neighbours> neighbours_;
   const MpiLibrary& mpi_;
-  // MPI matches receives in the order they were posted: only the head can be the next to complete.
-  std::deque<FrameReceive> frames_;
+  const bool anySource_;
+  // By source, or one for any. MPI matches receives in the order they were posted: only the head can be the next to
+  // complete.
+  std::vector<std::deque<FrameReceive>> frames_;
   // Sends that did not complete at once and bulk receives: parallel arrays, as MPI_Testsome wants them.
   std::vector<trm_handle> requests_;
   std::vector<Operation*> operations_;

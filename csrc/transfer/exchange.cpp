@@ -7,9 +7,11 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-constexpr int kFrameReceives = 32; // posted at once: a burst this long needs no unexpected-message copy inside MPI
-constexpr size_t kChunksOut = 4;   // per peer; enough to keep a link busy while the next is posted
-constexpr size_t kDescriptorSpace = 1024; // a frame holds the eager limit and the description of some tensors
+// Posted at once: a burst this long needs no unexpected-message copy inside MPI.
+constexpr size_t kFrameReceives = 32;
+constexpr size_t kFrameReceivesOfSource = 2; // at least
+constexpr size_t kChunksOut = 4;             // per peer; enough to keep a link busy while the next is posted
+constexpr size_t kDescriptorSpace = 1024;    // a frame holds the eager limit and the description of some tensors
 
 // A frame that is nothing but its header.
 class CreditMessage final : public OutboundMessage {
@@ -30,7 +32,7 @@ class CreditMessage final : public OutboundMessage {
 } // namespace
 
 struct Exchange::FrameReceive final : Operation {
-  explicit FrameReceive(Exchange& owner) : exchange(owner) {}
+  FrameReceive(Exchange& owner, int from) : exchange(owner), source(from) {}
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
     FrameBuffer arrived = std::move(buffer);
     try {
@@ -41,6 +43,7 @@ struct Exchange::FrameReceive final : Operation {
     }
   }
   Exchange& exchange;
+  const int source;
   FrameBuffer buffer;
 };
 
@@ -88,15 +91,18 @@ Exchange::Exchange(Transport& transport, ExchangeListener& listener, ExchangeOpt
 Exchange::~Exchange() = default;
 
 void Exchange::start(ProgressToken& token) {
-  for (int i = 0; i < kFrameReceives; ++i) {
-    receives_.push_back(std::make_unique<FrameReceive>(*this));
-    postFrameReceive(token, receives_.back().get());
+  const std::vector<int> sources = transport_.frameSources();
+  for (const int source : sources) {
+    for (size_t i = 0; i < std::max(kFrameReceives / sources.size(), kFrameReceivesOfSource); ++i) {
+      receives_.push_back(std::make_unique<FrameReceive>(*this, source));
+      postFrameReceive(token, receives_.back().get());
+    }
   }
 }
 
 void Exchange::postFrameReceive(ProgressToken& token, FrameReceive* slot) {
   slot->buffer = frames_->get();
-  transport_.receiveFrame(token, slot->buffer.data(), slot->buffer.capacity(), slot);
+  transport_.receiveFrame(token, slot->source, slot->buffer.data(), slot->buffer.capacity(), slot);
 }
 
 // ---- sending ----

@@ -49,8 +49,10 @@ class Transport {
   virtual bool allRing() const = 0;
 
   virtual void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) = 0;
-  // Receives on kFrame take any source and complete in the order in which they were posted.
-  virtual void receiveFrame(ProgressToken& token, void* data, size_t capacity, Operation* op) = 0;
+  // The sources that receives on kFrame are posted for: kAnySource alone, or each peer.
+  virtual std::vector<int> frameSources() const = 0;
+  // Those of one source complete in the order in which they were posted.
+  virtual void receiveFrame(ProgressToken& token, int source, void* data, size_t capacity, Operation* op) = 0;
   virtual void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) = 0;
   // Completes what has finished, a bounded batch at a time; returns how many operations that were.
   virtual size_t poll(ProgressToken& token) = 0;

@@ -95,8 +95,11 @@ class FakeTransport final : public Transport {
       sends_.push_back({taken, op});
     }
   }
-  void receiveFrame(ProgressToken&, void* data, size_t capacity, Operation* op) override {
-    frames_.push_back({kAnySource, static_cast<char*>(data), capacity, op});
+  std::vector<int> frameSources() const override {
+    return {kAnySource};
+  }
+  void receiveFrame(ProgressToken&, int source, void* data, size_t capacity, Operation* op) override {
+    frames_.push_back({source, static_cast<char*>(data), capacity, op});
   }
   void receiveBulk(ProgressToken&, int peer, void* data, size_t bytes, Operation* op) override {
     bulk_.push_back({peer, static_cast<char*>(data), bytes, op});

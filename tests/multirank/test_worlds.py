@@ -108,8 +108,7 @@ def test_several_nodes(run: Callable[..., None], tmp_path: Path, nodes: str) -> 
     commands = by_hand("again", 4, *by_file(tmp_path))
     for rank, command in enumerate(commands):
         command[1:1] = ["--node", f"node{rank % 2 if nodes == 'odd' else rank}"]
-    # MPICH 5.0 loses messages in its other netmod, UCX, when receives from any source wait: with mpi4py alone as well.
-    run(commands, 4, MPIR_CVAR_CH4_NETMOD="ofi")
+    run(commands, 4)
 
 
 @mpich

@@ -144,7 +144,7 @@ class TestAloneInTheWorld:
 
 
 def member(name: str, host: str = "north", **agreed: Any) -> Member:
-    return Member(name, host, pid=1, address="", agreed=agreed)
+    return Member(name, host, host, pid=1, address="", agreed=agreed)
 
 
 class TestAgreement:
@@ -172,17 +172,17 @@ class TestAgreement:
     def test_refuses_device_maps_to_nobody_as_torch_does(self) -> None:
         maps = {"nobody": {torch.device("cpu"): torch.device("cpu")}}
         with pytest.raises(ValueError, match="Node a has invalid target node names in its device maps"):
-            _agreement.check([Member("a", "north", 1, "", {}, device_maps=maps)])
+            _agreement.check([Member("a", "north", "north", 1, "", {}, device_maps=maps)])
 
     def test_refuses_accelerators_that_it_cannot_serve(self) -> None:
         maps = {"b": {torch.device("cuda:0"): torch.device("cuda:0")}}
-        members = [Member("a", "north", 1, "", {}, 1, maps), Member("b", "north", 1, "", {}, 1)]
+        members = [Member("a", "north", "north", 1, "", {}, 1, maps), Member("b", "north", "north", 1, "", {}, 1)]
         with pytest.raises(RuntimeError, match=r"'a' \(rank 0 on north\) asks for cuda:0.*CPU tensors only"):
             _agreement.check(members)
 
     def test_takes_cpu_maps(self) -> None:
         maps = {"b": {torch.device("cpu"): torch.device("cpu")}}
-        _agreement.check([Member("a", "north", 1, "", {}, device_maps=maps), member("b")])
+        _agreement.check([Member("a", "north", "north", 1, "", {}, device_maps=maps), member("b")])
 
     @pytest.mark.parametrize(("ranks", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([4, 0, 2, 1], "0-2, 4")])
     def test_rank_lists(self, ranks: list[int], text: str) -> None:

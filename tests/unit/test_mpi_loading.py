@@ -170,6 +170,19 @@ class TestAbi:
         with pytest.raises(RuntimeError, match=r"Odd MPI.*handles of 2 bytes"):
             _mpi.detect_abi(mpi)
 
+    @pytest.mark.parametrize(
+        ("version", "nodes", "trusted"),
+        [
+            ("MPICH Version: 5.0.2\nMPICH Device: ch4:ucx ofi", 2, False),
+            ("MPICH Version: 5.0.2\nMPICH Device: ch4:ucx ofi", 1, True),
+            ("MPICH Version: 4.0.2\nMPICH Device: ch4:ofi", 2, True),
+            ("Open MPI v5.0.11", 2, True),
+        ],
+    )
+    def test_decides_about_receives_from_any_source(self, version: str, nodes: int, trusted: bool) -> None:
+        runtime: Any = SimpleNamespace(library_version=lambda: version)
+        assert _mpi.LoadedMPI(None, runtime, "mpich", 1).takes_any_source(nodes) is trusted
+
     @pytest.mark.parametrize(("abi", "handle"), [("mpich", 11), ("openmpi", 11), ("standard", 22)])
     def test_decides_the_handle(self, abi: str, handle: int) -> None:
         comm: Any = SimpleNamespace(py2f=lambda: 11, handle=22)
