@@ -9,13 +9,22 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include "engine/recent_work.h"
+
 namespace torch_rpc_mpi {
 
 namespace {
 
+constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
+
+// See Note [Sharing cores]. Not for processes that a user's function starts.
+void letOthersFinish() {
+  const sched_param none{};
+  (void)sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none); // refused: as good as without
+}
 
 // What this engine thread runs.
 thread_local struct {
@@ -48,6 +57,7 @@ bool Engine::spawn() {
   try {
     std::thread([self = shared_from_this()] {
       pthread_setname_np(pthread_self(), "rpc_mpi");
+      letOthersFinish();
       currentEngine = self.get();
       self->options_.threadHook([&] { self->threadMain(); });
       const std::lock_guard<std::mutex> lock(self->mutex_);
@@ -70,6 +80,7 @@ void Engine::threadMain() {
     task.reset();
     lock.lock();
     lanes_.ended(currentTask.kind, currentTask.waiting);
+    ++workDone_;
   }
 }
 
@@ -149,6 +160,7 @@ void Engine::lead() {
   auto lastActivity = Clock::now();
   std::chrono::nanoseconds nextSleep = kFirstSleep;
   bool spinning = true;
+  RecentWork othersWork(workDone_, lastActivity);
   while (!stopping_) {
     bool active = false;
     try {
@@ -175,8 +187,10 @@ void Engine::lead() {
       lastActivity = now;
       nextSleep = kFirstSleep;
       spinning = true;
+    } else if (options_.coresToSpare == 1 && othersWork.isMuch(now)) {
+      std::this_thread::sleep_for(kNap); // and not at the doorbell: see Note [Sharing cores]
+      lastActivity = now;
     } else if (spinning) {
-      // More ranks than cores must work: whoever has something to do goes first.
       sched_yield();
       spinning = now - lastActivity < options_.spinTime;
     } else {
@@ -276,6 +290,7 @@ void Engine::submitted(bool expectsReply) {
     }
   }
   post(tasks);
+  ++workDone_;
   if (expectsReply && !guestAnnounced()) {
     if (guestUntil_.exchange(0) != 0) { // nobody waits for this answer as the last guest did
       const std::lock_guard<std::mutex> lock(mutex_);

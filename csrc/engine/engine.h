@@ -20,6 +20,17 @@
 // engine's threads. There is one guest at a time. While there is one, and for a tick after it has left if nobody else
 // waits for an answer, since it will probably call again, the engine's threads do not lead but stand by.
 //
+// Note [Sharing cores]
+// ~~~~~~~~~~~~~~~~~~~~
+// More ranks than cores must work, and so must more busy threads than cores. sched_yield() does not see to that: the
+// kernel may go on with the thread that yields, and a leader that a peer's message wakes may take the core from the
+// very thread that was about to send more, spin there until it sleeps again, be woken by the next message, and so on,
+// with one message in each spin time. Two things prevent it.
+// - Engine threads have the policy SCHED_BATCH: they take an idle core when they are woken, but none from a thread that
+//   runs.
+// - Where cores are scarce, a leader that sees other threads of its process get much done, calls being made or tasks
+//   being run, sleeps for a moment between its looks, and finds more at each. Nobody rings for it meanwhile.
+//
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
 
@@ -78,9 +89,9 @@ struct EngineCounts {
 
 // Held by shared_ptr: its threads keep it alive. Members:
 //   mutex_ guards lanes_, threads_, parked_, ticking_;
-//   leading_, stopping_, broken_ are written under mutex_ and read by anyone; asleep_ is the leader's;
-//   guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_, driver_ and
-//   doorbell_ are immutable after construction.
+//   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ is
+//   the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_,
+//   driver_ and doorbell_ are immutable after construction.
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
   Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);
@@ -143,6 +154,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
+  std::atomic<uint64_t> workDone_{0}; // tasks run, messages submitted
   std::atomic<bool> stopping_{false};
   std::atomic<bool> broken_{false};
   std::atomic<bool> leading_{false};

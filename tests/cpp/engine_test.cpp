@@ -1,10 +1,14 @@
 #include "engine/engine.h"
 
+#include <future>
 #include <latch>
 #include <semaphore>
 #include <thread>
 
+#include <sched.h>
+
 #include "check.h"
+#include "engine/recent_work.h"
 
 using namespace torch_rpc_mpi;
 
@@ -368,6 +372,31 @@ TEST(engine_a_broken_driver_is_reported_and_tasks_still_run) {
   std::binary_semaphore done{0};
   running.engine->post(std::make_unique<FunctionTask>(Task::Kind::kCompletion, [&] { done.release(); }));
   done.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(recent_work_is_much_when_there_was_a_piece_every_few_microseconds) {
+  std::atomic<uint64_t> count{5};
+  auto now = Clock::now();
+  RecentWork work(count, now);
+  CHECK_THAT(!work.isMuch(now));
+  count += 100; // long ago or just now: that shows when the window ends
+  CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(50)));
+  CHECK_THAT(work.isMuch(now += std::chrono::microseconds(50)));
+  count += 2;
+  CHECK_THAT(work.isMuch(now += std::chrono::microseconds(99)));
+  CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(1)));
+  count += 3;
+  CHECK_THAT(work.isMuch(now += std::chrono::microseconds(100)));
+  count += 3;
+  CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(200)));
+}
+
+TEST(engine_threads_take_no_core_from_one_that_runs) {
+  Running running(1);
+  std::promise<int> policy;
+  running.request([&] { policy.set_value(sched_getscheduler(0) & ~SCHED_RESET_ON_FORK); });
+  CHECK_EQUAL(policy.get_future().get(), SCHED_BATCH);
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
