@@ -16,6 +16,7 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "builtin_operator.h"
+#include "plain_results.h"
 #include "repeatable_call.h"
 #include "torch_autograd.h"
 
@@ -30,9 +31,9 @@ namespace rpc = torch::distributed::rpc;
 using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
 using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 
-// The object in a response: a tensor as it is, since who asks a future for it gets the Python tensor then; anything
-// else as a Python object, made once, that takes the GIL to be let go of. So the commonest result of an operator needs
-// no GIL.
+// The object in a response: None and a tensor as they are, since who asks a future for it gets the Python object then;
+// anything else as a Python object, made once, that takes the GIL to be let go of. So the commonest results need no
+// GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
@@ -48,6 +49,9 @@ c10::IValue toPyIValue(const rpc::Message& response) {
     }
     case rpc::MessageType::PYTHON_RET: {
       const auto& value = static_cast<rpc::PythonResp&>(*command).serializedPyObj();
+      if (auto plain = plainResult(value)) {
+        return std::move(*plain);
+      }
       auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
       const py::gil_scoped_acquire gil;
       const py::object object = handler.deserialize(value);

@@ -160,4 +160,7 @@ def to_py_jit_future(message_future: Future[Any], has_value: bool) -> Future[Any
 # For the tests: the overload that a call means, found as the entry points find it, or by trying all as torch does.
 def match_builtin(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], among_all: bool) -> str: ...
 
+# For the tests: whether a result as it was pickled is one that the caller needs no Python to read.
+def is_plain_result(pickled: bytes, tensors: Sequence[Tensor]) -> bool: ...
+
 __torch_version__: str

@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "builtin_operator.h"
+#include "plain_results.h"
 #include "python_functions.h"
 
 namespace py = pybind11;
@@ -138,6 +139,12 @@ void bindFunctions(py::module_& module) {
         return wrap(toPyJitFuture(messageFuture.fut, hasValue));
       },
       py::arg("message_future"), py::arg("has_value"), NoGil());
+  module.def(
+      "is_plain_result",
+      [](std::string pickled, Tensors tensors) {
+        return plainResult({std::move(pickled), std::move(tensors)}).has_value();
+      },
+      py::arg("pickled"), py::arg("tensors"), NoGil());
 }
 
 } // namespace torch_rpc_mpi

@@ -15,6 +15,7 @@
 
 #include "agent/mpi_agent.h"
 #include "bindings/interpreter.h"
+#include "plain_results.h"
 #include "python_functions.h"
 
 namespace py = pybind11;
@@ -150,6 +151,9 @@ struct PythonRequestCallback::PythonSide {
     return runToTheEndOfPython(runFunction, function);
   }
   rpc::SerializedPyObj serialize(const py::object& result) const {
+    if (result.is_none()) {
+      return {std::string(pickledNone()), {}};
+    }
     auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
     return {std::move(data), std::move(tensors)};
   }

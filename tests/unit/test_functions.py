@@ -146,6 +146,23 @@ else:
     assert "fine" in run(run_python, program)
 
 
+@pytest.mark.parametrize("by_value", [False, True])
+def test_plain_results_are_known_by_heart(run_python: RunPython, by_value: bool) -> None:
+    program = f"""
+from torch_rpc_mpi import _C, _pickler
+pickle = _pickler.RpcPickler({by_value}).serialize
+x = torch.ones(2)
+for value in (None, x, x.sum()):
+    assert _C.is_plain_result(*pickle(value)), value
+for value in (0, False, [], (x,), [x, x], torch.nn.Parameter(x), {{"x": x}}, "", b"N."):
+    assert not _C.is_plain_result(*pickle(value)), value
+pickled, _ = pickle(x)
+assert not _C.is_plain_result(pickled, [])
+assert not any(_C.is_plain_result(pickled[:length], [x]) for length in range(len(pickled)))
+"""
+    assert "fine" in run(run_python, program)
+
+
 # Every operator with these arguments: the overload must be the one found by trying all of them.
 OVERLOADS = """
 import itertools
