@@ -1,5 +1,6 @@
 # make demo [ARGS=...]   install into .venv and run the demo under mpirun
-# make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests on MPICH and on Open MPI
+# make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests on MPICH and on Open MPI,
+#                        torch's own RPC suites on MPICH
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
@@ -35,6 +36,7 @@ test:
 	ci/lint.sh
 	ci/cpp_tests.sh
 	ci/python_tests.sh
+	ci/conformance.sh
 	ci/openmpi.sh
 
 release:

@@ -126,37 +126,19 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   return PyRRef(std::move(ownerRRef));
 }
 
-// The response, or if there is byValue and the callee lacks a name of __main__, the response to the call that
-// `sendAgain` sends with what byValue() pickled.
+// The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends, pickled by
+// value.
 template <typename SendAgain>
-JitFuturePtr withSecondAttempt(JitFuturePtr first, const py::object* byValue, SendAgain sendAgain) {
-  if (byValue == nullptr) {
+JitFuturePtr withSecondAttempt(JitFuturePtr first, ByValue byValue, SendAgain sendAgain) {
+  if (!byValue.possible()) {
     return first;
   }
-  const std::shared_ptr<py::object> holder = [&] {
-    const py::gil_scoped_acquire gil;
-    return std::shared_ptr<py::object>(new py::object(*byValue), [](py::object* object) {
-      const py::gil_scoped_acquire gil;
-      delete object;
-    });
-  }();
   return first->thenAsync(
-      at::wrapPropagateTLSState([holder, sendAgain = std::move(sendAgain)](JitFuture& response) {
+      at::wrapPropagateTLSState([byValue = std::move(byValue), sendAgain = std::move(sendAgain)](JitFuture& response) {
         if (!response.hasError() || response.tryRetrieveErrorMessage().find(kMissingInMain) == std::string::npos) {
           return JitFuturePtr::reclaim_copy(&response);
         }
-        std::optional<rpc::SerializedPyObj> pickled;
-        {
-          const py::gil_scoped_acquire gil;
-          try {
-            const py::object again = (*holder)();
-            const auto pair = again.cast<std::pair<std::string, std::vector<at::Tensor>>>();
-            pickled.emplace(std::string(pair.first), std::vector<at::Tensor>(pair.second));
-          } catch (const py::error_already_set& error) {
-            throw std::runtime_error(error.what());
-          }
-        }
-        return sendAgain(std::move(*pickled));
+        return sendAgain(byValue.pickle());
       }),
       first->elementType());
 }
@@ -258,10 +240,10 @@ JitFuturePtr pyRpcPythonUdf(
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const py::object* byValue) {
+    ByValue byValue) {
   const auto sendIt = pythonUdfSender(dst, rpcTimeoutSeconds, isAsyncExecution);
   JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
-  return toPyJitFuture(withSecondAttempt(std::move(first), byValue, sendIt));
+  return toPyJitFuture(withSecondAttempt(std::move(first), std::move(byValue), sendIt));
 }
 
 // Not through sendTorchscript(): the future has the type that the function returns, so that scripts can wait for it.
@@ -297,7 +279,7 @@ PyRRef pyRemotePythonUdf(
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const py::object* byValue) {
+    ByValue byValue) {
   return createRemotely(dst, c10::PyObjectType::get(), [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
     const auto call = std::make_shared<RepeatableCall>(dst, rpcTimeoutSeconds);
     const auto sendIt = [call, isAsyncExecution, rrefId, forkId](rpc::SerializedPyObj function) {
@@ -306,7 +288,7 @@ PyRRef pyRemotePythonUdf(
               .toMessage());
     };
     JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
-    return withSecondAttempt(std::move(first), byValue, sendIt);
+    return withSecondAttempt(std::move(first), std::move(byValue), sendIt);
   });
 }
 

@@ -10,13 +10,15 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "by_value.h"
+
 namespace torch_rpc_mpi {
 
 using torch::distributed::rpc::JitFuture;
 using torch::distributed::rpc::PyRRef;
 using torch::distributed::rpc::WorkerInfo;
 
-// How the callee's error begins when it lacks a name of __main__ (torch_rpc_mpi._pickler.MissingInMain).
+// How the callee's error begins when it lacks a name of __main__ (torch_rpc_mpi._pickler.missing_in_main).
 inline constexpr const char* kMissingInMain = "torch_rpc_mpi callee lacks a name of __main__: ";
 
 // The future of a response as a future of the Python object in it, made on the thread that completes the former.
@@ -35,16 +37,16 @@ c10::intrusive_ptr<JitFuture> pyRpcBuiltin(
     const pybind11::kwargs& kwargs,
     float rpcTimeoutSeconds);
 
-// Takes pickledPythonUDF and the contents of tensors. A call that names something of __main__ comes with byValue: when
-// the callee says that its __main__ lacks a name, before anything has run, byValue() is called (with the GIL) for the
-// same call pickled by value, as a tuple (bytes, list of tensors), and that is sent, once.
+// Takes pickledPythonUDF and the contents of tensors. byValue is for a call that names something of __main__: when the
+// callee says that its __main__ lacks a name, before anything has run, the call is pickled by value and sent again,
+// once.
 c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
     const WorkerInfo& dst,
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const pybind11::object* byValue = nullptr);
+    ByValue byValue = {});
 
 c10::intrusive_ptr<JitFuture> pyRpcTorchscript(
     const std::string& dstWorkerName,
@@ -68,7 +70,7 @@ PyRRef pyRemotePythonUdf(
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution,
-    const pybind11::object* byValue = nullptr);
+    ByValue byValue = {});
 
 PyRRef pyRemoteTorchscript(
     const std::string& dstWorkerName,

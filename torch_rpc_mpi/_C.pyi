@@ -1,7 +1,7 @@
 """Type stubs of the extension module; see csrc/bindings/."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch._C import Future
@@ -108,7 +108,7 @@ def py_rpc_python_udf(
     tensors: Sequence[Tensor],
     rpc_timeout_seconds: float,
     is_async_execution: bool,
-    by_value: Callable[[], tuple[bytes, list[Tensor]]] | None,
+    by_value: Callable[[], tuple[bytes, list[Tensor]]] | Literal[True] | None,
 ) -> Future[Any]: ...
 def py_rpc_torchscript(
     dst_worker_name: str,
@@ -127,7 +127,7 @@ def py_remote_python_udf(
     tensors: Sequence[Tensor],
     rpc_timeout_seconds: float,
     is_async_execution: bool,
-    by_value: Callable[[], tuple[bytes, list[Tensor]]] | None,
+    by_value: Callable[[], tuple[bytes, list[Tensor]]] | Literal[True] | None,
 ) -> PyRRef[Any]: ...
 def py_remote_torchscript(
     dst_worker_name: str,

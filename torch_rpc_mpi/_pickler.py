@@ -23,14 +23,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import cloudpickle
 import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch._C._distributed_rpc import PyRRef
-from torch.distributed.rpc import internal
+from torch.distributed.rpc import api, internal
 
 from . import _unsendable
 
@@ -38,6 +38,8 @@ Pickled = tuple[bytes, list[Tensor]]
 
 _MAIN = b"__main__"
 _MISSING = object()
+_RESENDABLE = b" may be sent again"  # after the end of a pickle without RRefs, where nobody reads it but the callee
+_KEPT_IN_COPY = 1 << 16  # bytes of a pickle that a second attempt may need
 
 
 class _Tables(threading.local):
@@ -54,17 +56,20 @@ _receiving = _Tables()
 class MissingInMain(Exception):
     """The callee's ``__main__`` lacks a name that the caller's has. It leads to a second attempt, by value.
 
-    What a call unpickles to at such a callee: returned, not raised, for torch tidies up only after what it expects.
+    What a call with RRefs unpickles to at such a callee: returned, not raised, for torch tidies up only after what it
+    expects.
     """
 
 
 class Resendable(bytes):
     """A pickled call that names something of ``__main__``.
 
-    ``by_value()`` pickles the same call again, as it was when it was pickled first.
+    Attributes:
+        by_value: what pickles the same call again, as it was when it was pickled first: a function; or True, if
+            :func:`again` does, given this pickle and its tensors. See csrc/by_value.h.
     """
 
-    by_value: Callable[[], Pickled]
+    by_value: Callable[[], Pickled] | Literal[True] = True
 
 
 # What messages refer to by name: module-level functions, which every pickler sends by reference.
@@ -90,18 +95,25 @@ def _fail(kind: type[Exception], text: str) -> None:
 
 
 def _load(data: bytes, forks: list[Any], names_main: bool) -> Any:
-    if names_main and forks and (missing := _missing_name(data)):
-        with _tables(_receiving, rrefs=forks):  # taken up and let go of: the second attempt has forks of its own
-            for index in range(len(forks)):
-                _receive_rref(index)
-        return MissingInMain(missing)
     with _tables(_receiving, rrefs=forks):
-        try:
-            return pickle.loads(data)
-        except AttributeError:
-            if names_main and (missing := _missing_name(data)):
-                return MissingInMain(missing)
-            raise
+        if names_main and (missing := _missing_name(data)):
+            for index in range(len(forks)):
+                _receive_rref(index)  # taken up and let go of: the second attempt has forks of its own
+            return MissingInMain(missing)
+        return pickle.loads(data)
+
+
+def missing_in_main(result: BaseException, data: bytes) -> str | None:
+    """What to tell the caller for a second attempt, if that helps: called where ``data`` unpickled to an exception."""
+    if isinstance(result, MissingInMain):
+        return str(result)
+    return _missing_name(data) if data.endswith(_RESENDABLE) else None
+
+
+def again(data: bytes, tensors: list[Tensor]) -> Pickled:
+    """Pickles a call by value that was pickled as ``data``, with these tensors and no RRefs."""
+    current = api._default_pickler
+    return (current if isinstance(current, RpcPickler) else RpcPickler()).again(data, tensors, [])
 
 
 def _missing_name(data: bytes) -> str | None:
@@ -226,7 +238,8 @@ class RpcPickler(internal._InternalRPCPickler):
         if _MAIN not in data or not is_call:  # only a call can be sent again
             return _complete(data, rrefs, False), tensors
         message = Resendable(_complete(data, rrefs, True))
-        message.by_value = lambda: self._again(data, tensors, rrefs)
+        if rrefs or len(data) > _KEPT_IN_COPY:
+            message.by_value = lambda: self.again(data, tensors, rrefs)
         return message, tensors
 
     def _reducers(self, obj: Any) -> dict[type, Callable[[Any], Any]]:
@@ -265,7 +278,8 @@ class RpcPickler(internal._InternalRPCPickler):
             _ByValue(buffer, self._reducers(obj), main_by_name).dump(obj)
         return buffer.getvalue(), tensors, rrefs
 
-    def _again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any]) -> Pickled:
+    def again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any]) -> Pickled:
+        """Pickles a call by value that was pickled as ``data``, with these tensors and RRefs."""
         try:
             torchs = internal._thread_local_tensor_tables
             with _tables(_receiving, rrefs=rrefs), _tables(torchs, recv_tables=tensors):
@@ -278,8 +292,8 @@ class RpcPickler(internal._InternalRPCPickler):
 
 def _complete(data: bytes, rrefs: list[Any], names_main: bool) -> bytes:
     """The message: `data`, around it what `_load` needs, if it needs anything. Forks the RRefs."""
-    if not rrefs and not names_main:
-        return data
+    if not rrefs:
+        return data + _RESENDABLE if names_main else data
     return pickle.dumps(_Loader(data, [rref._serialize() for rref in rrefs], names_main))
 
 

@@ -69,16 +69,12 @@ void bindBuiltin(py::module_& module) {
       py::arg("op_name"), py::arg("args"), py::arg("kwargs"), py::arg("among_all"));
 }
 
-const py::object* orNull(const py::object& object) {
-  return object.is_none() ? nullptr : &object;
-}
-
 void bindPythonUdf(py::module_& module) {
   module.def(
       "py_rpc_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync,
          const py::object& byValue) {
-        return wrap(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync, orNull(byValue)));
+        return wrap(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync, ByValue(byValue, pickled, tensors)));
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
       py::arg("is_async_execution"), py::arg("by_value"), NoGil());
@@ -93,7 +89,7 @@ void bindPythonUdf(py::module_& module) {
       "py_remote_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync,
          const py::object& byValue) {
-        return pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync, orNull(byValue));
+        return pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync, ByValue(byValue, pickled, tensors));
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
       py::arg("is_async_execution"), py::arg("by_value"), NoGil());

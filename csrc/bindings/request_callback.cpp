@@ -54,10 +54,13 @@ class PythonFunction final : public rpc::RpcCommandBase {
     const TimedGil gil(agent);
     try {
       function = handler.deserialize(pickled);
-      if (PyExceptionInstance_Check(function.ptr()) &&
-          py::type::of(function).attr("__name__").cast<std::string>() == "MissingInMain") {
-        missing = kMissingInMain + py::str(function).cast<std::string>();
-        function = py::object();
+      if (PyExceptionInstance_Check(function.ptr())) { // it could not be unpickled
+        const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
+        const py::object text = name(function, py::bytes(pickled.payload_));
+        if (!text.is_none()) {
+          missing = kMissingInMain + text.cast<std::string>();
+          function = py::object();
+        }
       }
     } catch (const py::error_already_set& error) {
       throw std::runtime_error(error.what()); // the Python exception must go with the GIL held
@@ -77,7 +80,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
   }
 
   py::object function;
-  std::string missing; // instead of the function: see torch_rpc_mpi._pickler.MissingInMain
+  std::string missing; // instead of the function: see torch_rpc_mpi._pickler.missing_in_main
   const bool isAsync;
   std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
 };

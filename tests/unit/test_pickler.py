@@ -25,7 +25,13 @@ def call(function, *args, **kwargs):
     return internal.PythonUDF(function, args, kwargs)
 
 def received(message):
-    return internal.deserialize(*message)
+    result = internal.deserialize(*message)
+    if isinstance(result, Exception) and (text := _pickler.missing_in_main(result, message[0])):
+        return MissingInMain(text)  # as csrc/bindings/request_callback.cpp finds it
+    return result
+
+def by_value(data, tensors):
+    return _pickler.again(data, tensors) if data.by_value is True else data.by_value()
 
 def run(message):
     udf = received(message)
@@ -324,10 +330,11 @@ for name, message, check in (
     ("plus", call(plus, 1, 2), lambda udf: udf.func(*udf.args) == 3),
     ("Point", call(Point, torch.ones(2)), lambda udf: torch.equal(udf.func(*udf.args).x, torch.ones(2))),
     ("Point", call(max, Point([1])), lambda udf: udf.args[0].x == [1]),
+    ("Point", call(max, "x" * 70_000, Point([1])), lambda udf: udf.args[1].x == [1]),
     ("Point", call(max, Point.Inner()), lambda udf: type(udf.args[0]).__name__ == "Inner"),
 ):
     data, tensors = auto.serialize(message)
-    again, tensors_again = data.by_value()
+    again, tensors_again = by_value(data, tensors)
     kept = getattr(main, name)
     delattr(main, name)
     error = received((data, tensors))
@@ -347,7 +354,7 @@ def test_the_second_attempt_sends_what_the_first_did(run_pickler: RunPython) -> 
 values = [1, 2]
 data, tensors = auto.serialize(call(plus, values, torch.ones(1)))
 values.append(3)
-udf = received(data.by_value())
+udf = received(by_value(data, tensors))
 assert udf.args[0] == [1, 2]
 """
     )
@@ -393,7 +400,7 @@ del main.plus
 assert type(received((data, tensors))) is MissingInMain
 assert len(taken) == 1  # once: the call was not unpickled
 main.plus = kept
-again = data.by_value()
+again = by_value(data, tensors)
 assert received(again).args[0].to_here() == 5
 assert len(taken) == 2 and taken[0] != taken[1]
 assert rpc._rref_context_get_debug_info()["num_forks"] == "0"
