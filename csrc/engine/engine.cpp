@@ -92,12 +92,14 @@ void Engine::enqueue(std::vector<TaskPtr>& tasks) {
 }
 
 TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
+  bool mayLead = true;
   while (!stopping_) {
     if (TaskPtr task = take()) {
       return task;
     }
-    if (!leading_ && !broken_ && !guestLeads()) {
+    if (mayLead && !leading_ && !broken_ && !guestLeads()) {
       leading_ = true;
+      ++leads_;
       if (!ticking_ && lanes_.backlog()) {
         parkedCv_.notify_one();
       }
@@ -106,7 +108,7 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
       lock.lock();
       leading_ = false;
     } else {
-      standBy(lock);
+      mayLead = standBy(lock);
     }
   }
   return nullptr;
@@ -128,20 +130,22 @@ TaskPtr Engine::take() {
   return task;
 }
 
-void Engine::standBy(std::unique_lock<std::mutex>& lock) {
+bool Engine::standBy(std::unique_lock<std::mutex>& lock) {
   // Ticking is for the time when traffic flows (asleep_ says that it does not) or when tasks wait for others to end.
   if (!ticking_ && !broken_ && (!asleep_ || lanes_.backlog())) {
     ticking_ = true;
+    const uint64_t leads = leads_;
     const bool timedOut = standbyCv_.wait_for(lock, kTick) == std::cv_status::timeout;
     ticking_ = false;
     if (timedOut) {
       lanes_.look();
     }
-    return;
+    return !timedOut || leads == leads_;
   }
   ++parked_;
   parkedCv_.wait(lock);
   --parked_;
+  return true;
 }
 
 void Engine::taskMayWait() {

@@ -88,7 +88,7 @@ struct EngineCounts {
 };
 
 // Held by shared_ptr: its threads keep it alive. Members:
-//   mutex_ guards lanes_, threads_, parked_, ticking_;
+//   mutex_ guards lanes_, threads_, parked_, ticking_, leads_;
 //   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ is
 //   the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_,
 //   driver_ and doorbell_ are immutable after construction.
@@ -130,7 +130,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
   TaskPtr take(); // with mutex_ held
-  void standBy(std::unique_lock<std::mutex>& lock);
+  bool standBy(std::unique_lock<std::mutex>& lock); // whether to lead if nobody does
   void lead();
   void wakeIdleThread();                     // with mutex_ held
   void enqueue(std::vector<TaskPtr>& tasks); // with mutex_ held
@@ -154,6 +154,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
+  uint64_t leads_ = 0; // how often somebody began to lead
   std::atomic<uint64_t> workDone_{0}; // tasks run, messages submitted
   std::atomic<bool> stopping_{false};
   std::atomic<bool> broken_{false};
