@@ -129,7 +129,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool spawn(); // with mutex_ held; false if there are no more threads
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
-  TaskPtr take(); // with mutex_ held
+  TaskPtr take();                                   // with mutex_ held
   bool standBy(std::unique_lock<std::mutex>& lock); // whether to lead if nobody does
   void lead();
   void wakeIdleThread();                     // with mutex_ held
@@ -154,7 +154,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
-  uint64_t leads_ = 0; // how often somebody began to lead
+  uint64_t leads_ = 0;                // how often somebody began to lead
   std::atomic<uint64_t> workDone_{0}; // tasks run, messages submitted
   std::atomic<bool> stopping_{false};
   std::atomic<bool> broken_{false};
