@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing.util
 import os
+import re
 import socket
 import sys
 import warnings
@@ -109,7 +110,7 @@ class LoadedMPI:
         MPICH 5.0.2 over UCX loses messages from other nodes that such receives wait for; those that name their source
         get them.
         """
-        return nodes == 1 or "ch4:ucx" not in self.runtime.library_version()
+        return nodes == 1 or not re.search(r"ch4:.*\bucx\b", self.runtime.library_version())
 
 
 _loaded: LoadedMPI | None = None

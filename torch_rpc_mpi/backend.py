@@ -177,8 +177,9 @@ def init_backend(
     options = call.rpc_backend_options
     extension = _mpi.load_extension()
     communicator: _C.Communicator
+    node = socket.gethostname()
     if _without_launcher(options, call.rank, call.world_size):
-        node = options.node or socket.gethostname()
+        node = options.node or node
         communicator = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
     else:
         mpi = _mpi.load(options.init_timeout)
@@ -189,7 +190,7 @@ def init_backend(
 
     def describe() -> _agreement.Member:
         made.append(extension.Neighbours())
-        return _describe(call, made[0].address)
+        return _describe(call, node, made[0].address)
 
     members = _on_all_ranks(communicator, options.init_timeout, describe)
     neighbours = made.pop()
@@ -313,13 +314,13 @@ def _check_place(rank: int, world_size: int, actual_rank: int, actual_size: int,
         )
 
 
-def _describe(call: InitCall, address: str) -> _agreement.Member:
+def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
     options = call.rpc_backend_options
     uses_devices = bool(options.device_maps or options.devices)
     return _agreement.Member(
         name=call.name,
         host=socket.gethostname(),
-        node=options.node or socket.gethostname(),
+        node=node,
         pid=os.getpid(),
         address=address,
         agreed={

@@ -20,10 +20,12 @@ constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
 
-// See Note [Sharing cores]. Not for processes that a user's function starts.
+// See Note [Sharing cores]. Not for processes that a user's function starts, nor where the user has chosen a policy.
 void letOthersFinish() {
   const sched_param none{};
-  (void)sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none); // refused: as good as without
+  if (sched_getscheduler(0) == SCHED_OTHER) {
+    (void)sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none); // refused: it works without
+  }
 }
 
 // What this engine thread runs.
@@ -134,13 +136,14 @@ bool Engine::standBy(std::unique_lock<std::mutex>& lock) {
   // Ticking is for the time when traffic flows (asleep_ says that it does not) or when tasks wait for others to end.
   if (!ticking_ && !broken_ && (!asleep_ || lanes_.backlog())) {
     ticking_ = true;
+    called_ = false;
     const uint64_t leads = leads_;
     const bool timedOut = standbyCv_.wait_for(lock, kTick) == std::cv_status::timeout;
     ticking_ = false;
     if (timedOut) {
       lanes_.look();
     }
-    return !timedOut || leads == leads_;
+    return called_ || leads == leads_ || options_.coresToSpare > 1;
   }
   ++parked_;
   parkedCv_.wait(lock);
@@ -272,6 +275,7 @@ void Engine::post(std::vector<TaskPtr>& tasks) {
 
 void Engine::wakeIdleThread() {
   if (ticking_) {
+    called_ = true; // a wait that has timed out meanwhile would not tell
     standbyCv_.notify_one();
   } else {
     parkedCv_.notify_one();

@@ -4,8 +4,9 @@
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // The leader polls. When a turn yields tasks it gives up leadership and runs them itself, so that a request runs on the
 // thread that received it, without a hand-over. Nobody is woken for that on the hot path: one idle thread, the standby,
-// looks every kTick whether leadership or queued tasks have been lying about since its last look, and takes them. A
-// short request therefore costs no context switch, and a long one delays progress by at most one tick. While the
+// looks every kTick whether there are tasks for it, and whether nobody leads and, where cores are scarce, nobody has
+// begun to since its last look, and steps in. A short request therefore costs no context switch, and a long one delays
+// progress by at most two ticks. While the
 // process is idle the standby does not tick; the leader wakes it when it leaves sleep to run a task.
 //
 // A thread takes a task only if two others remain that run none, starting new ones if it must. So progress,
@@ -88,7 +89,7 @@ struct EngineCounts {
 };
 
 // Held by shared_ptr: its threads keep it alive. Members:
-//   mutex_ guards lanes_, threads_, parked_, ticking_, leads_;
+//   mutex_ guards lanes_, threads_, parked_, ticking_, called_, leads_;
 //   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ is
 //   the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_,
 //   driver_ and doorbell_ are immutable after construction.
@@ -97,7 +98,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);
 
   void start();
-  // Stops after the tasks that are running; queued ones are dropped, in the caller. Returns false when some were still
+  // Stops after the tasks that are running; queued ones are dropped, in the caller, and those that a turn still yields,
+  // in the thread that leads. Returns false when some were still
   // running after `limit`; their threads go on, and everything they use must stay.
   bool stop(std::chrono::milliseconds limit);
 
@@ -154,6 +156,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;
+  bool called_ = false;               // the ticking one, since it began to wait
   uint64_t leads_ = 0;                // how often somebody began to lead
   std::atomic<uint64_t> workDone_{0}; // tasks run, messages submitted
   std::atomic<bool> stopping_{false};

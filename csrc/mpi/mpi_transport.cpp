@@ -103,14 +103,10 @@ size_t MpiTransport::poll(ProgressToken& token) {
 }
 
 size_t MpiTransport::pollFrames(ProgressToken& token) {
-  size_t completed = 0;
-  for (auto& frames : frames_) {
-    completed += pollFrames(token, frames);
+  if (!anySource_) {
+    return pollFramesOfEach(token);
   }
-  return completed;
-}
-
-size_t MpiTransport::pollFrames(ProgressToken& token, std::deque<FrameReceive>& frames) {
+  std::deque<FrameReceive>& frames = frames_.front();
   size_t completed = 0;
   while (completed < kFrameBatch && !frames.empty()) {
     int done = 0;
@@ -128,6 +124,31 @@ size_t MpiTransport::pollFrames(ProgressToken& token, std::deque<FrameReceive>& 
     ++completed;
   }
   return completed;
+}
+
+// At most one of each source. All are tested in one call, because each has MPI look at everything.
+size_t MpiTransport::pollFramesOfEach(ProgressToken& token) {
+  const size_t count = frames_.size();
+  heads_.clear();
+  for (const auto& frames : frames_) {
+    heads_.push_back(frames.empty() ? mpi_->request_null : frames.front().request);
+  }
+  indices_.resize(count);
+  statuses_.resize(count);
+  int completed = 0;
+  mpi_.check(
+      mpi_->testsome(static_cast<int>(count), heads_.data(), &completed, indices_.data(), statuses_.data()),
+      "MPI_Testsome");
+  std::vector<std::pair<Operation*, OperationStatus>> finished; // their callbacks may use the arrays
+  for (int i = 0; i < completed; ++i) {
+    std::deque<FrameReceive>& frames = frames_[indices_[i]];
+    finished.emplace_back(frames.front().op, translate(statuses_[i]));
+    frames.pop_front();
+  }
+  for (auto& [op, status] : finished) {
+    op->complete(token, status);
+  }
+  return finished.size();
 }
 
 size_t MpiTransport::pollOthers(ProgressToken& token) {

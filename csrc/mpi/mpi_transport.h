@@ -46,7 +46,7 @@ class MpiTransport final : public Transport {
   };
 
   size_t pollFrames(ProgressToken& token);
-  size_t pollFrames(ProgressToken& token, std::deque<FrameReceive>& frames);
+  size_t pollFramesOfEach(ProgressToken& token);
   size_t pollOthers(ProgressToken& token);
   void track(trm_handle request, Operation* op);
   OperationStatus translate(const trm_status& status) const;
@@ -62,6 +62,7 @@ class MpiTransport final : public Transport {
   // Sends that did not complete at once and bulk receives: parallel arrays, as MPI_Testsome wants them.
   std::vector<trm_handle> requests_;
   std::vector<Operation*> operations_;
+  std::vector<trm_handle> heads_; // of frames_, as MPI_Testsome wants them
   std::vector<int> indices_;
   std::vector<trm_status> statuses_;
   bool closed_ = false;

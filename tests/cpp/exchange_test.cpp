@@ -60,10 +60,15 @@ class TextTarget final : public BulkTarget {
 
 // One rank: an exchange over the fake, and what it heard.
 struct Rank : ExchangeListener {
-  Rank(const std::shared_ptr<FakeNetwork>& network, int rank, ExchangeOptions options)
+  Rank(
+      const std::shared_ptr<FakeNetwork>& network,
+      int rank,
+      ExchangeOptions options,
+      std::vector<int> sources = {kAnySource})
       : transport(network, rank),
         exchange(transport, *this, options),
         hold(tokens) {
+    transport.sources = std::move(sources);
     exchange.start(*hold);
   }
   ~Rank() override {
@@ -363,6 +368,22 @@ TEST(exchange_refuses_messages_after_it_closed) {
   CHECK_THAT(!pair.a.poll());
   CHECK_EQUAL(pair.a.failures, 1);
   CHECK_EQUAL(TextMessage::lastFailure, "RPC was shut down");
+}
+
+TEST(exchange_receives_from_each_peer_where_any_source_will_not_do) {
+  const auto network = std::make_shared<FakeNetwork>(3);
+  Rank receiver(network, 0, Pair::smallOptions(), {1, 2});
+  Rank one(network, 1, Pair::smallOptions());
+  Rank two(network, 2, Pair::smallOptions());
+  std::vector<std::string> expected;
+  for (int i = 0; i < 100; ++i) { // more than are posted, in bursts of one source
+    Rank& sender = i / 25 % 2 == 0 ? one : two;
+    sender.post(std::make_unique<TextMessage>(0, FrameKind::kResponse, std::to_string(i)));
+    expected.push_back(std::to_string(i));
+  }
+  while (receiver.poll() | one.poll() | two.poll()) {
+  }
+  CHECK_THAT(receiver.bodies == expected);
 }
 
 TEST(exchange_has_nothing_due_after_it_closed) {

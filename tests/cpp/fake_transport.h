@@ -5,6 +5,7 @@
 // the address sanitizer), truncation as an error.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <memory>
@@ -96,7 +97,7 @@ class FakeTransport final : public Transport {
     }
   }
   std::vector<int> frameSources() const override {
-    return {kAnySource};
+    return sources;
   }
   void receiveFrame(ProgressToken&, int source, void* data, size_t capacity, Operation* op) override {
     frames_.push_back({source, static_cast<char*>(data), capacity, op});
@@ -110,9 +111,16 @@ class FakeTransport final : public Transport {
     {
       const std::lock_guard<std::mutex> lock(network_->mutex_);
       auto& arrived = network_->frames_[rank_];
-      while (!frames_.empty() && !arrived.empty()) {
-        done.emplace_back(frames_.front().op, deliver(frames_.front(), arrived));
-        frames_.pop_front();
+      const auto fits = [&](const Receive& receive) {
+        return receive.peer == kAnySource || receive.peer == arrived.front().source;
+      };
+      while (!arrived.empty()) {
+        const auto receive = std::find_if(frames_.begin(), frames_.end(), fits);
+        if (receive == frames_.end()) {
+          break;
+        }
+        done.emplace_back(receive->op, deliver(*receive, arrived));
+        frames_.erase(receive);
       }
       for (auto receive = bulk_.begin(); receive != bulk_.end();) {
         auto& queue = network_->bulk_[{receive->peer, rank_}];
@@ -144,6 +152,7 @@ class FakeTransport final : public Transport {
   }
 
   int sends = 0;
+  std::vector<int> sources{kAnySource}; // before the exchange starts
   bool closed = false;
   bool closedByAgreement = false;
 

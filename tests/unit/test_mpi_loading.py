@@ -175,6 +175,7 @@ class TestAbi:
         [
             ("MPICH Version: 5.0.2\nMPICH Device: ch4:ucx ofi", 2, False),
             ("MPICH Version: 5.0.2\nMPICH Device: ch4:ucx ofi", 1, True),
+            ("MPICH Version: 5.0.2\nMPICH Device: ch4:ofi ucx", 2, False),
             ("MPICH Version: 4.0.2\nMPICH Device: ch4:ofi", 2, True),
             ("Open MPI v5.0.11", 2, True),
         ],

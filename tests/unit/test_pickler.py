@@ -360,6 +360,16 @@ assert udf.args[0] == [1, 2]
     )
 
 
+def test_a_second_attempt_while_another_pickler_is_in_use(run_pickler: RunPython) -> None:
+    run_pickler(
+        """
+data, tensors = auto.serialize(call(plus, 1, 2))
+with api._use_rpc_pickler(internal._InternalRPCPickler()):
+    assert run(_pickler.again(data, tensors)) == 3
+"""
+    )
+
+
 def test_a_missing_name_leaves_no_table_behind(run_pickler: RunPython) -> None:
     run_pickler(
         """
