@@ -25,7 +25,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from . import _mpi
 
@@ -80,6 +80,7 @@ class Member:
 
 
 _membership: Membership | None = None
+_kept_file: FileStore | None = None
 
 
 def wanted(rank: int, world_size: int) -> bool:
@@ -145,6 +146,7 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
         problem = f"{type(error).__name__}: {error}"
     me = Member(worker, node, socket.gethostname(), os.getpid(), mpi.library() if mpi else "", _membership, problem)
     session, members = _check_in(_shared_by_sessions(store), me, rank, size, deadline)
+    _keep_file(store)
     _check_fit(members)
     assert mpi is not None  # _check_fit() has raised if it could not be opened
     if me.membership is None:
@@ -178,6 +180,18 @@ def _shared_by_sessions(store: Store) -> Store:
     torch counts the sessions of a process, but processes that have left out a session count differently.
     """
     return PrefixStore("torch_rpc_mpi", store.underlying_store if isinstance(store, PrefixStore) else store)
+
+
+def _keep_file(store: Store) -> None:
+    """Keeps the file of a FileStore until this process has met the others of the next session.
+
+    The last process to drop its FileStore removes the file, even if another has opened it meanwhile for the next
+    session: what that has written is lost. When all have met, all have opened it.
+    """
+    global _kept_file
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    _kept_file = store if isinstance(store, FileStore) else None
 
 
 def _check_in(store: Store, me: Member, rank: int, size: int, deadline: float) -> tuple[Store, list[Member]]:

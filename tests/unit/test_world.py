@@ -7,10 +7,11 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore, PrefixStore
+from torch.distributed import FileStore, HashStore, PrefixStore
 
 from torch_rpc_mpi import _mpi, _world
 from torch_rpc_mpi._world import Member, Membership
@@ -178,3 +179,20 @@ class TestFit:
     def test_refuses_strangers(self, other: Membership | None) -> None:
         with pytest.raises(RuntimeError, match=r"not belong to the same MPI world.*a \(pid 1 on north\) is in world"):
             _world._check_fit([member("a", membership=Membership("world", 0)), member("b", membership=other)])
+
+
+def test_the_file_of_a_session_is_there_until_the_next_has_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_world, "_kept_file", None)
+    file = tmp_path / "store"
+
+    def session(number: int) -> None:
+        store = PrefixStore(f"rpc_prefix_{number}", FileStore(str(file), 1))
+        store.set("key", "value")
+        _world._keep_file(store)
+
+    session(1)
+    assert file.exists()
+    session(2)
+    assert file.exists()
+    _world._keep_file(HashStore())
+    assert not file.exists()
