@@ -128,17 +128,11 @@ size_t MpiTransport::pollFrames(ProgressToken& token) {
 
 // At most one of each source. All are tested in one call, because each has MPI look at everything.
 size_t MpiTransport::pollFramesOfEach(ProgressToken& token) {
-  const size_t count = frames_.size();
   heads_.clear();
   for (const auto& frames : frames_) {
     heads_.push_back(frames.empty() ? mpi_->request_null : frames.front().request);
   }
-  indices_.resize(count);
-  statuses_.resize(count);
-  int completed = 0;
-  mpi_.check(
-      mpi_->testsome(static_cast<int>(count), heads_.data(), &completed, indices_.data(), statuses_.data()),
-      "MPI_Testsome");
+  const int completed = testSome(heads_);
   std::vector<std::pair<Operation*, OperationStatus>> finished; // their callbacks may use the arrays
   for (int i = 0; i < completed; ++i) {
     std::deque<FrameReceive>& frames = frames_[indices_[i]];
@@ -151,17 +145,22 @@ size_t MpiTransport::pollFramesOfEach(ProgressToken& token) {
   return finished.size();
 }
 
+int MpiTransport::testSome(std::vector<trm_handle>& requests) {
+  indices_.resize(requests.size());
+  statuses_.resize(requests.size());
+  int completed = 0;
+  mpi_.check(
+      mpi_->testsome(static_cast<int>(requests.size()), requests.data(), &completed, indices_.data(), statuses_.data()),
+      "MPI_Testsome");
+  return completed;
+}
+
 size_t MpiTransport::pollOthers(ProgressToken& token) {
   const size_t count = requests_.size();
   if (count == 0) {
     return 0;
   }
-  indices_.resize(count);
-  statuses_.resize(count);
-  int completed = 0;
-  mpi_.check(
-      mpi_->testsome(static_cast<int>(count), requests_.data(), &completed, indices_.data(), statuses_.data()),
-      "MPI_Testsome");
+  const int completed = testSome(requests_);
   if (completed <= 0) {
     return 0;
   }

@@ -48,6 +48,8 @@ class MpiTransport final : public Transport {
   size_t pollFrames(ProgressToken& token);
   size_t pollFramesOfEach(ProgressToken& token);
   size_t pollOthers(ProgressToken& token);
+  // How many have completed, none or fewer than none if none was active; which and how is in indices_ and statuses_.
+  int testSome(std::vector<trm_handle>& requests);
   void track(trm_handle request, Operation* op);
   OperationStatus translate(const trm_status& status) const;
   void cancelFrames() noexcept;
