@@ -15,6 +15,7 @@ import sys
 import unittest
 import warnings
 from collections.abc import Iterable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +56,7 @@ class Ranks(RpcAgentTestFixture):
         # "__main__" is pytest. Our own modules cannot be here: older servers do not get our sys.path.
         self._context.set_forkserver_preload(["__main__", rpc_utils.__name__])
         os.environ.update(_ENVIRONMENT)  # for the server, which starts with the first test
+        _start_server()
         self._start_processes(self._context.Process)
 
     @classmethod
@@ -96,6 +98,21 @@ class Ranks(RpcAgentTestFixture):
             process.join()
             process.close()
         Path(self.file_name).unlink(missing_ok=True)
+
+
+def _start_server() -> None:
+    """Starts the server if it does not run yet, away from the sources.
+
+    Older servers look for what they preload in their working directory first, not in our sys.path. In the project's
+    own that is the source tree's torch_rpc_mpi (torch imports it as a backend), which lacks the extension if a wheel
+    is installed.
+    """
+    here = Path.cwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
 
 
 def _keep_process_groups() -> None:
