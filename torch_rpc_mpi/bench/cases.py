@@ -1,17 +1,33 @@
-"""What is measured. A case runs on rank 0 of a backend's two ranks and returns seconds, one value a sample."""
+"""What is measured.
+
+A case runs in every rank of a backend at once; those that are its callers return samples, the others serve meanwhile.
+"""
 
 from __future__ import annotations
 
+import gc
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 
-PEER = "worker1"
-KIB, MIB = 1 << 10, 1 << 20
+SERVER, PEER = "worker0", "worker1"
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Place(Protocol):
+    """Where a case runs: one rank of one backend."""
+
+    rank: int
+    size: int
+
+    def restart(self) -> None:
+        """``shutdown`` and ``init_rpc``."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +37,42 @@ class Case:
     Attributes:
         name: as ``--cases`` knows it.
         title: as the table shows it.
-        run: takes the number of samples and returns them, in seconds.
-        samples: how many a round takes.
-        message: bytes that go each way, for the counterpart in MPI itself; None where that has none.
+        run: takes the place and a number of samples, and returns them, in ``unit``.
+        samples: how many a round takes at each caller.
+        callers: which ranks call at once: rank 0, all but rank 0, or all.
         calls: calls in one sample; a rate is shown if there are several.
+        unit: "s" (seconds), or "core" (the share of a core that the process takes).
+        message: bytes there and back, for the counterpart in MPI itself; None where that has none.
+        least_ranks: the smallest world in which it says something.
+        everywhere: is measured in worlds of every size, not only in the smallest.
+        quick: is part of ``--quick``.
+        most_rounds: for cases that take long.
+        warm: is run before it is measured.
+        memory: bytes that the host must have free for it.
+        restarts: begins a new session.
     """
 
     name: str
     title: str
-    run: Callable[[int], list[float]]
+    run: Callable[[Place, int], list[float]]
     samples: int
-    message: int | None = None
+    callers: Literal["first", "others", "all"] = "first"
     calls: int = 1
+    unit: Literal["s", "core"] = "s"
+    message: tuple[int, int] | None = None
+    least_ranks: int = 2
+    everywhere: bool = False
+    quick: bool = False
+    most_rounds: int | None = None
+    warm: bool = True
+    memory: int = 0
+    restarts: bool = False
+
+    def calls_from(self, rank: int) -> bool:
+        return self.callers == "all" or (rank == 0) == (self.callers == "first")
+
+
+# What is called.
 
 
 def empty() -> None:
@@ -43,12 +83,32 @@ def echo(x: Any) -> Any:
     return x
 
 
-@torch.jit.script
-def script_add(x: torch.Tensor, y: int) -> torch.Tensor:
-    return x + y
+def take(x: Any) -> None:
+    """The way there alone."""
+
+
+with warnings.catch_warnings():
+    # torch.jit.script is deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @torch.jit.script
+    def script_add(x: torch.Tensor, y: int) -> torch.Tensor:
+        return x + y
+
+
+def _forward(layer: rpc.RRef[torch.nn.Module], x: torch.Tensor) -> Any:
+    return layer.local_value()(x)
+
+
+def _parameters_of(layer: rpc.RRef[torch.nn.Module]) -> list[Any]:
+    return [rpc.RRef(parameter) for parameter in layer.local_value().parameters()]
+
+
+# Ways to measure.
 
 
 def timed(call: Callable[[], Any], samples: int) -> list[float]:
+    """Seconds of each call, one after the other."""
     times = []
     for _ in range(samples):
         start = time.perf_counter()
@@ -57,60 +117,202 @@ def timed(call: Callable[[], Any], samples: int) -> list[float]:
     return times
 
 
-_PAIR = (torch.ones(2), torch.ones(2))
+def _each(call: Callable[[], Any]) -> Callable[[Place, int], list[float]]:
+    return lambda place, samples: timed(call, samples)
 
 
-def _all_at_once(issue: Callable[[], Any], count: int) -> Callable[[int], list[float]]:
-    return lambda samples: timed(lambda: torch.futures.wait_all([issue() for _ in range(count)]), samples)
+def _at_once(issue: Callable[[], Any], count: int) -> Callable[[Place, int], list[float]]:
+    return _each(lambda: torch.futures.wait_all([issue() for _ in range(count)]))
 
 
-def _echo_of(size: int) -> Callable[[int], list[float]]:
-    def run(samples: int) -> list[float]:
-        x = torch.ones(size // 4)
-        return timed(lambda: rpc.rpc_sync(PEER, echo, args=(x,)), samples)
+def _with_tensor(function: Callable[..., Any], make: Callable[[], Any]) -> Callable[[Place, int], list[float]]:
+    def run(place: Place, samples: int) -> list[float]:
+        x = make()
+        return timed(lambda: rpc.rpc_sync(PEER, function, args=(x,)), samples)
 
     return run
 
 
-def _cases() -> list[Case]:
-    cases = [
-        Case(
-            "builtin",
-            "rpc_sync, builtin",
-            lambda n: timed(lambda: rpc.rpc_sync(PEER, torch.add, args=_PAIR), n),
-            300,
-            64,
-        ),
-        Case("udf", "rpc_sync, empty function", lambda n: timed(lambda: rpc.rpc_sync(PEER, empty), n), 300, 64),
-        Case(
-            "script",
-            "rpc_sync, TorchScript",
-            lambda n: timed(lambda: rpc.rpc_sync(PEER, script_add, args=(_PAIR[0], 1)), n),
-            300,
-            64,
-        ),
-        Case(
-            "remote",
-            "remote and to_here",
-            lambda n: timed(lambda: rpc.remote(PEER, torch.add, args=_PAIR).to_here(), n),
-            200,
-        ),
-        Case(
-            "self",
-            "rpc_sync to oneself",
-            lambda n: timed(lambda: rpc.rpc_sync("worker0", torch.add, args=_PAIR), n),
-            300,
-        ),
+def _neighbours(function: Callable[..., Any], *args: Any) -> Callable[[Place, int], list[float]]:
+    def run(place: Place, samples: int) -> list[float]:
+        neighbour = f"worker{(place.rank + 1) % place.size}"
+        return timed(lambda: rpc.rpc_sync(neighbour, function, args=args), samples)
+
+    return run
+
+
+def call_all(place: Place) -> None:
+    """Calls every rank, this one as well."""
+    torch.futures.wait_all([rpc.rpc_async(f"worker{rank}", empty) for rank in range(place.size)])
+
+
+def _all_to_all(place: Place, samples: int) -> list[float]:
+    return timed(lambda: call_all(place), samples)
+
+
+def _all_to_all_of(size: int) -> Callable[[Place, int], list[float]]:
+    def run(place: Place, samples: int) -> list[float]:
+        x = torch.ones(size // 4)
+        others = [f"worker{rank}" for rank in range(place.size) if rank != place.rank]
+        return timed(lambda: torch.futures.wait_all([rpc.rpc_async(to, echo, args=(x,)) for to in others]), samples)
+
+    return run
+
+
+def _training_step(place: Place, samples: int) -> list[float]:
+    """A layer at the peer: forward, loss, backward, and a step of the optimizer there."""
+    from torch.distributed.optim import DistributedOptimizer  # takes a while
+
+    layer = rpc.remote(PEER, torch.nn.Linear, args=(64, 64))
+    optimizer = DistributedOptimizer(torch.optim.SGD, rpc.rpc_sync(PEER, _parameters_of, args=(layer,)), lr=0.01)  # type: ignore[no-untyped-call]
+    x = torch.ones(16, 64)
+
+    def step() -> None:
+        with dist_autograd.context() as context:
+            loss = rpc.rpc_sync(PEER, _forward, args=(layer, x)).sum()
+            dist_autograd.backward(context, [loss])  # type: ignore[attr-defined]
+            optimizer.step(context)  # type: ignore[no-untyped-call]
+
+    return timed(step, samples)
+
+
+def _idle(place: Place, samples: int) -> list[float]:
+    shares = []
+    for _ in range(samples):
+        before, start = time.process_time(), time.perf_counter()
+        time.sleep(1.0)
+        shares.append((time.process_time() - before) / (time.perf_counter() - start))
+    return shares
+
+
+def _after_idling(pause: float) -> Callable[[Place, int], list[float]]:
+    def run(place: Place, samples: int) -> list[float]:
+        times = []
+        for _ in range(samples):
+            time.sleep(pause)
+            times += timed(lambda: rpc.rpc_sync(PEER, empty), 1)
+        return times
+
+    return run
+
+
+def _session(place: Place, samples: int) -> list[float]:
+    def again() -> None:
+        place.restart()
+        call_all(place)
+
+    gc.collect()  # RRefs do not outlive a session
+    return timed(again, samples)
+
+
+_PAIR = (torch.ones(2), torch.ones(2))
+
+
+def _small() -> list[Case]:
+    add, nothing = (lambda: rpc.rpc_sync(PEER, torch.add, args=_PAIR)), (lambda: rpc.rpc_sync(PEER, empty))
+    script = _each(lambda: rpc.rpc_sync(PEER, script_add, args=(_PAIR[0], 1)))
+    remote = _each(lambda: rpc.remote(PEER, torch.add, args=_PAIR).to_here())
+    to_self = _each(lambda: rpc.rpc_sync(SERVER, torch.add, args=_PAIR))
+    both = (64, 64)
+    return [
+        Case("builtin", "rpc_sync, builtin", _each(add), 300, message=both, everywhere=True, quick=True),
+        Case("udf", "rpc_sync, empty function", _each(nothing), 300, message=both, everywhere=True, quick=True),
+        Case("script", "rpc_sync, TorchScript", script, 300, message=both),
+        Case("remote", "remote and to_here", remote, 200, quick=True),
+        Case("self", "rpc_sync to oneself", to_self, 300),
+        Case("after_idle", "first call after 10 s", _after_idling(10.0), 1, most_rounds=3, warm=False),
+        Case("after_pause", "first call after 0.1 s", _after_idling(0.1), 4, quick=True),
+        Case("training", "training step", _training_step, 20),
     ]
-    for count in (100, 1000):
-        builtin = _all_at_once(lambda: rpc.rpc_async(PEER, torch.add, args=_PAIR), count)
-        udf = _all_at_once(lambda: rpc.rpc_async(PEER, empty), count)
-        cases.append(Case(f"async_builtin_{count}", f"{count} builtin calls at once", builtin, 8, None, count))
-        cases.append(Case(f"async_udf_{count}", f"{count} function calls at once", udf, 8, None, count))
-    for size, samples in ((KIB, 200), (64 * KIB, 100), (MIB, 40), (16 * MIB, 8), (64 * MIB, 4)):
-        text = f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
-        cases.append(Case(f"echo_{text.replace(' ', '')}", f"echo {text}", _echo_of(size), samples, size))
+
+
+def _many() -> list[Case]:
+    cases = []
+    for count, samples in ((1, 300), (64, 12), (100, 8), (1024, 2)):
+        builtin = _at_once(lambda: rpc.rpc_async(PEER, torch.add, args=_PAIR), count)
+        udf = _at_once(lambda: rpc.rpc_async(PEER, empty), count)
+        text, quick = f"{count} at once" if count > 1 else "rpc_async and wait", count == 100
+        cases.append(Case(f"async_builtin_{count}", f"builtin, {text}", builtin, samples, calls=count, quick=quick))
+        cases.append(Case(f"async_udf_{count}", f"empty function, {text}", udf, samples, calls=count, quick=quick))
     return cases
 
 
-CASES = {case.name: case for case in _cases()}
+def text_of(size: int) -> str:
+    """Bytes for people: 64 KiB."""
+    for unit, text in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.4g} {text}"
+    return f"{size} B"
+
+
+def _tensors() -> list[Case]:
+    cases = []
+    for size, samples in ((KIB, 200), (64 * KIB, 100), (MIB, 40), (16 * MIB, 8), (64 * MIB, 3), (GIB, 1)):
+        text, name = text_of(size), text_of(size).replace(" ", "")
+        quick = size in (MIB, 64 * MIB)
+        most_rounds, memory = (4, 14 * size) if size == GIB else (None, 0)
+
+        def ones(size: int = size) -> torch.Tensor:
+            return torch.ones(size // 4)
+
+        both_ways, one_way = _with_tensor(echo, ones), _with_tensor(take, ones)
+        cases += [
+            Case(
+                f"echo_{name}",
+                f"{text}, there and back",
+                both_ways,
+                samples,
+                message=(size, size),
+                quick=quick,
+                most_rounds=most_rounds,
+                memory=memory,
+            ),
+            Case(
+                f"take_{name}",
+                f"{text}, one way",
+                one_way,
+                samples,
+                message=(size, 64),
+                most_rounds=most_rounds,
+                memory=memory,
+            ),
+        ]
+    small = _with_tensor(take, lambda: [torch.ones(2) for _ in range(1000)])
+    transposed = _with_tensor(take, lambda: torch.ones(2048, 2048).t())
+    columns = _with_tensor(take, lambda: torch.ones(2048, 4096)[:, ::2])
+    there = (16 * MIB, 64)
+    return [
+        *cases,
+        Case("small_tensors", "1000 tensors of 8 B, one way", small, 8),
+        Case("transposed", "16 MiB, transposed, one way", transposed, 8, message=there),
+        Case("columns", "16 MiB, each second column, one way", columns, 8, message=there),
+    ]
+
+
+def _ranks() -> list[Case]:
+    neighbours, many = _neighbours(torch.add, *_PAIR), _at_once(lambda: rpc.rpc_async(SERVER, empty), 64)
+    tensors = _all_to_all_of(64 * KIB)
+    return [
+        Case("neighbours", "every rank calls its neighbour", neighbours, 100, "all", everywhere=True, least_ranks=3),
+        Case(
+            "many_to_one", "every rank calls rank 0", many, 4, "others", 64, everywhere=True, least_ranks=3, quick=True
+        ),
+        Case("all_to_all", "every rank calls every rank", _all_to_all, 10, "all", everywhere=True, quick=True),
+        Case("all_to_all_64KiB", "64 KiB to every rank and back", tensors, 10, "all", everywhere=True),
+        Case("idle", "idle, share of a core", _idle, 1, "all", unit="core", most_rounds=5, quick=True),
+        Case(
+            "session",
+            "shutdown, init_rpc, call all",
+            _session,
+            1,
+            "all",
+            everywhere=True,
+            quick=True,
+            most_rounds=5,
+            warm=False,
+            restarts=True,
+        ),
+    ]
+
+
+CASES = {case.name: case for case in [*_small(), *_many(), *_tensors(), *_ranks()]}

@@ -1,108 +1,243 @@
-"""One rank of one backend under measurement. Rank 0 takes its orders from the controller, rank 1 serves."""
+"""The ranks under measurement: ``python -m torch_rpc_mpi.bench.worker``, started by mpirun.
+
+Each rank of the MPI world is one process that has RPC over MPI and raw MPI, and has a child for each TensorPipe that is
+compared. They all do what the controller tells them through a c10d store. One of a rank's processes runs at a time:
+the rank stops its children (an idle TensorPipe polls without end), and a child whose turn it is stops the rank.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import json
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Client, Connection
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.rpc as rpc
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from .cases import CASES, timed
+from .. import _mpi
+from .cases import CASES, Case, call_all
+from .raw import Raw
+
+TENSORPIPES = ("tensorpipe", "tensorpipe-uv")
+STUCK_AFTER = 240.0  # seconds
+_FOR_EVER = timedelta(days=30)  # an order may be long in coming
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """One rank of one backend."""
+
+    def __init__(self, backend: str, rank: int, size: int) -> None:
+        self.backend, self.rank, self.size = backend, rank, size
+        self.rendezvous = ""  # the next session's init_method, where the backend needs one
+        self._idle_memory = 0
+
+    def open(self) -> None:
+        """A session of RPC."""
+        if self.backend == "mpi":
+            rpc.init_rpc(f"worker{self.rank}", backend="MPI")  # type: ignore[no-untyped-call]
+            return
+        plain = self.backend == "tensorpipe-uv"
+        options = rpc.TensorPipeRpcBackendOptions(
+            init_method=self.rendezvous,
+            _transports=["uv"] if plain else None,
+            _channels=["basic"] if plain else None,
+        )
+        rpc.init_rpc(f"worker{self.rank}", rank=self.rank, world_size=self.size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
+
+    def restart(self) -> None:
+        rpc.shutdown()
+        self.open()
+
+    # What the controller asks for. Arguments and results go as JSON.
+
+    def start(self, rendezvous: str) -> dict[str, Any]:
+        """The first session, and the first call to everyone. Seconds."""
+        torch.set_num_threads(1)
+        self.rendezvous = rendezvous
+        start = time.perf_counter()
+        self.open()
+        opened = time.perf_counter()
+        call_all(self)
+        called = time.perf_counter()
+        self._idle_memory = _memory("VmRSS")
+        return {"init": opened - start, "calls": called - opened}
+
+    def run(self, case: str, rendezvous: str) -> dict[str, Any]:
+        """One turn: samples if this rank calls in it, and the bytes that it has beyond those of the start."""
+        self.rendezvous = rendezvous
+        _forget_peak()
+        samples = _measure(CASES[case], self) if CASES[case].calls_from(self.rank) else []
+        return {"rank": self.rank, "samples": samples, "grown": max(_memory("VmHWM") - self._idle_memory, 0)}
+
+    def end(self) -> dict[str, Any]:
+        """The last shutdown. Seconds."""
+        start = time.perf_counter()
+        rpc.shutdown()
+        return {"shutdown": time.perf_counter() - start}
+
+
+class MpiWorker(Worker):
+    """A rank of the MPI world: raw MPI as well, and the children."""
+
+    def __init__(self, rank: int, size: int, children: dict[str, subprocess.Popen[bytes]]) -> None:
+        super().__init__("mpi", rank, size)
+        self._children = children
+        self._raw: Raw | None = None
+
+    def open(self) -> None:
+        super().open()
+        self.rank = rpc.get_worker_info().id
+
+    def start(self, rendezvous: str) -> dict[str, Any]:
+        return {**super().start(rendezvous), "library": _mpi.open_library().library()}
+
+    def run_raw(self, case: str) -> dict[str, Any]:
+        if self._raw is None:
+            self._raw = Raw()
+        return {"rank": self.rank, "samples": self._raw.run(CASES[case]), "grown": 0}
+
+    def go_on(self, backend: str) -> dict[str, Any]:
+        """Lets a child run. It stops this process as long as it measures."""
+        self._children[backend].send_signal(signal.SIGCONT)
+        return {}
+
+    def stop(self, backend: str) -> dict[str, Any]:
+        self._children[backend].send_signal(signal.SIGSTOP)
+        return {}
+
+    def drop(self, backend: str) -> dict[str, Any]:
+        """Ends a child that failed."""
+        self._children[backend].kill()
+        return {}
+
+
+class Child(Worker):
+    """A rank of a TensorPipe world, beside the MPI rank that started it."""
+
+    def run(self, case: str, rendezvous: str) -> dict[str, Any]:
+        with _parent_stopped():
+            return super().run(case, rendezvous)
+
+
+@contextmanager
+def _parent_stopped() -> Iterator[None]:
+    parent = os.getppid()
+    # If this turn never ends, the parent must be there to end this process.
+    timer = threading.Timer(STUCK_AFTER, os.kill, (parent, signal.SIGCONT))
+    timer.start()
+    os.kill(parent, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with suppress(ProcessLookupError):
+            os.kill(parent, signal.SIGCONT)
+
+
+def _measure(case: Case, place: Worker) -> list[float]:
+    if case.warm:
+        case.run(place, max(case.samples // 10, 1))  # back from standing still
+    return case.run(place, case.samples)
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(what: str) -> int:
+    """Bytes, as /proc/self/status has them; 0 where there is no such file."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(what):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def obey(store: Any, audience: str, member: int, worker: Worker) -> None:
+    """Does one order after the other, the last of which is "end"."""
+    for number in count():
+        order = json.loads(store.get(f"{audience}/{number}"))
+        do = order.pop("do")
+        try:
+            reply = getattr(worker, do)(**order)
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"rank {worker.rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+        store.set(f"{audience}/{number}/{member}", json.dumps(reply))
+        if do == "end":
+            return
+
+
+def serve(address: str, rank: int | None, size: int, backends: list[str]) -> None:
+    """What a rank of the MPI world does.
+
+    Args:
+        address: ``host:port`` of the controller's store.
+        rank: in the MPI world; None = not known before MPI is initialised.
+    """
+    store = connect(address)
+    member = store.add("members", 1) - 1 if rank is None else rank
+    children = {}
+    for backend in TENSORPIPES:
+        if backend in backends:
+            place = [f"--{name}={value}" for name, value in (("backend", backend), ("rank", member), ("size", size))]
+            children[backend] = subprocess.Popen([sys.executable, "-m", f"{__package__}.worker", address, *place])
+    try:
+        obey(store, "mpi", member, MpiWorker(member, size, children))
+    finally:
+        for child in children.values():
+            child.send_signal(signal.SIGCONT)
+            child.kill()
+            child.wait()
+
+
+def connect(address: str) -> Any:
+    """The controller's store."""
+    # torch's own, at every init_rpc of TensorPipe and for every optimizer.
+    warnings.filterwarnings("ignore", "You are using a Backend .* as a ProcessGroup")
+    warnings.filterwarnings("ignore", "`TorchScript` support for functional optimizers is deprecated")
+    host, _, port = address.rpartition(":")
+    store = TCPStore(host, int(port), is_master=False, timeout=_FOR_EVER)
+    store.add("connected", 1)
+    return PrefixStore("bench", store)
+
+
+def _serve_as_child(address: str, backend: str, rank: int, size: int) -> None:
+    # A parent that is killed cannot end a child, least of all one that is stopped.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the controller serves the stores
+    obey(connect(address), backend, rank, Child(backend, rank, size))
 
 
 def main() -> None:
-    backend, rank, address = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    if backend == "raw":
-        _raw(address)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("--backends", type=lambda text: text.split(","))
+    parser.add_argument("--backend", choices=TENSORPIPES)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--size", type=int, required=True)
+    arguments = parser.parse_args()
+    if arguments.backend:
+        _serve_as_child(arguments.address, arguments.backend, arguments.rank, arguments.size)
     else:
-        _rpc(backend, rank, address)
-
-
-def _connect(address: str, backend: str, rank: int) -> Connection:
-    controller = Client(address, authkey=os.environ["TORCH_RPC_MPI_BENCH_KEY"].encode())
-    controller.send((backend, rank, os.getpid()))
-    return controller
-
-
-def _rpc(backend: str, rank: int, address: str) -> None:
-    torch.set_num_threads(1)
-    if backend == "mpi":
-        from mpi4py import MPI
-
-        rank = MPI.COMM_WORLD.rank
-        rpc.init_rpc(f"worker{rank}", backend="MPI")  # type: ignore[no-untyped-call]
-    else:
-        transports = ["uv"] if backend == "tensorpipe-uv" else None
-        options = rpc.TensorPipeRpcBackendOptions(
-            init_method=f"file://{address}.{backend}.store",
-            _transports=transports,
-            _channels=["basic"] if transports else None,
-        )
-        rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2, rpc_backend_options=options)  # type: ignore[no-untyped-call]
-    with _connect(address, backend, rank) as controller:
-        if rank == 0:
-            _obey(controller, _measure)
-        rpc.shutdown()
-
-
-def _measure(case: str, samples: int) -> list[float]:
-    CASES[case].run(max(samples // 10, 1))  # back from standing still
-    return CASES[case].run(samples)
-
-
-def _obey(controller: Connection, measure: Callable[[str, int], list[float]]) -> None:
-    while (order := controller.recv()) is not None:
-        controller.send(measure(*order))
-
-
-def _raw(address: str) -> None:
-    """Ping-pong of as many bytes between buffers that were used before, the best that a transport over MPI can do."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    here = bytearray(max(case.message or 0 for case in CASES.values()))
-
-    def serve() -> None:
-        while (order := _next_order(comm)) is not None:
-            size, samples = order
-            view = memoryview(here)[:size]
-            for _ in range(samples):
-                comm.Recv(view, 0)
-                comm.Send(view, 0)
-
-    def measure(case: str, samples: int) -> list[float]:
-        size = CASES[case].message
-        if size is None:
-            return []
-        comm.send((size, samples + samples // 10 + 1), 1, tag=1)
-        view = memoryview(here)[:size]
-
-        def there_and_back() -> None:
-            comm.Send(view, 1)
-            comm.Recv(view, 1)
-
-        for _ in range(samples // 10 + 1):
-            there_and_back()
-        return timed(there_and_back, samples)
-
-    with _connect(address, "raw", comm.rank) as controller:
-        if comm.rank == 0:
-            _obey(controller, measure)
-            comm.send(None, 1, tag=1)
-        else:
-            serve()
-
-
-def _next_order(comm: Any) -> Any:
-    """Waits without spinning: the other backends are being measured meanwhile."""
-    while not comm.iprobe(0, tag=1):
-        time.sleep(0.001)
-    return comm.recv(source=0, tag=1)
+        serve(arguments.address, arguments.rank, arguments.size, arguments.backends)
 
 
 if __name__ == "__main__":

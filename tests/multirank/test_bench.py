@@ -1,0 +1,85 @@
+"""The benchmark, small: that it measures what it says, in worlds of its own and in one that it is given."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import launcher
+import pytest
+
+BENCH = [sys.executable, "-m", "torch_rpc_mpi.bench"]
+LIMIT = 250.0  # seconds
+
+
+def run(command: list[str], output: Path) -> tuple[str, dict[str, Any]]:
+    # From a directory without the sources: what is installed is tested.
+    done = subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=output.parent,
+        env=launcher.environment({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout, json.loads((output / "bench.json").read_text())
+
+
+def test_worlds_of_its_own(tmp_path: Path) -> None:
+    cases = "builtin,async_udf_64,echo_1MiB,training,many_to_one,idle,session"
+    text, found = run([*BENCH, f"--cases={cases}", "--ranks=2,3", "--rounds=3"], tmp_path / "out")
+    results = {(result["case"], result["ranks"]): result["backends"] for result in found["results"]}
+    everywhere = {("builtin", 2), ("builtin", 3), ("session", 2), ("session", 3), ("many_to_one", 3)}
+    assert set(results) == everywhere | {(name, 2) for name in ("async_udf_64", "echo_1MiB", "training", "idle")}
+    assert found["failures"] == {}
+    for (name, ranks), backends in results.items():
+        raw = {"raw"} if name in ("builtin", "echo_1MiB") else set()
+        assert set(backends) == {"mpi", "tensorpipe"} | raw, name
+        for backend, measured in backends.items():
+            assert len(measured["medians"]) == 3
+            assert measured["percentiles"] == sorted(measured["percentiles"])
+            assert all(0 < median < 60 for median in measured["medians"]), (name, ranks, backend)
+            assert set(measured["grown_bytes"]) == {str(rank) for rank in range(ranks)}
+    assert results["idle", 2]["mpi"]["percentiles"][0] < 1
+    assert all(start["shutdown"] > 0 for starts in found["starts"].values() for start in starts.values())
+    assert re.search(r"rpc_sync, builtin .* µs", text)
+    assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
+        f"{name}.svg" for name in ("latency", "bandwidth", "rate", "start")
+    }
+
+
+def test_given_world(tmp_path: Path) -> None:
+    command = [*launcher.mpirun(), "-n", "3", *BENCH, "--cases=udf,echo_1KiB,all_to_all", "--rounds=2"]
+    _, found = run(command, tmp_path / "out")
+    assert {(result["case"], result["ranks"]) for result in found["results"]} == {
+        ("udf", 3),
+        ("echo_1KiB", 3),
+        ("all_to_all", 3),
+    }
+    assert found["failures"] == {}
+    assert found["versions"]["mpi"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--cases=builtins", "builtins is none of builtin, "),
+        ("--ranks=1", "a world has at least 2 ranks"),
+        ("--rounds=0", "--rounds: at least 1"),
+    ],
+)
+def test_arguments(arguments: str, message: str) -> None:
+    done = subprocess.run([*BENCH, arguments], capture_output=True, text=True, timeout=LIMIT, cwd="/")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_ranks_are_those_of_a_given_world() -> None:
+    command = [*launcher.mpirun(), "-n", "2", *BENCH, "--ranks=4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=launcher.environment({}))
+    assert done.returncode != 0
+    assert "--ranks: mpirun started 2" in done.stderr

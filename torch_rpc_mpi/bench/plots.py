@@ -1,0 +1,137 @@
+"""The plots, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from .cases import GIB, text_of
+from .report import seconds_text
+from .results import PERCENTS, Report, Result
+
+_TITLES = {"mpi": "RPC over MPI", "tensorpipe": "TensorPipe", "tensorpipe-uv": "TensorPipe (uv)", "raw": "MPI itself"}
+_COLORS = {"mpi": "#1f6fb4", "tensorpipe": "#d9652b", "tensorpipe-uv": "#b88a1b", "raw": "#707070"}
+
+
+def save(report: Report, directory: Path) -> list[Path]:
+    """Writes those plots for which something was measured; returns the files."""
+    files = []
+    for draw in (latency, bandwidth, rate, start):
+        figure = draw(report)
+        if figure is None:
+            continue
+        for suffix in ("png", "svg"):
+            path = directory / f"{draw.__name__}.{suffix}"
+            figure.savefig(path, dpi=150, bbox_inches="tight")
+            files.append(path)
+        pyplot.close(figure)
+    return files
+
+
+def latency(report: Report) -> Any:
+    """How many calls ended within which time."""
+    found = [result for name in ("builtin", "udf", "remote", "self") if (result := report.of(name))]
+
+    def draw(axes: Any, result: Result, backend: str) -> None:
+        values = [result.percentile(backend, percent) for percent in PERCENTS]
+        axes.semilogx(values, PERCENTS, color=_COLORS[backend], label=_TITLES[backend])
+
+    panels = [(result.case.title, result, draw) for result in found]
+    figure = _panels(report, panels, "seconds", "calls that took no longer")
+    for axes in figure.axes if figure else ():
+        axes.yaxis.set_major_formatter(PercentFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_text(value)))
+        axes.tick_params("x", labelrotation=30)
+    return figure
+
+
+def bandwidth(report: Report) -> Any:
+    """Bytes that went, there and back if they did, by the time that they took."""
+
+    def draw(axes: Any, prefix: str, backend: str) -> None:
+        points = []
+        for result in report.results:
+            median = result.median(backend)
+            if result.case.name.startswith(prefix) and result.case.message and median:
+                there, back = result.case.message
+                points.append((there, (there + (back if prefix == "echo_" else 0)) / median / GIB))
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+
+    names = {"echo_": "a tensor, there and back", "take_": "a tensor, one way"}
+    has = [prefix for prefix in names if any(result.case.name.startswith(prefix) for result in report.results)]
+    figure = _panels(report, [(names[prefix], prefix, draw) for prefix in has], "size", "GiB/s")
+    for axes in figure.axes if figure else ():
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text_of(int(value))))
+        axes.tick_params("x", labelrotation=30)
+    return figure
+
+
+def rate(report: Report) -> Any:
+    """Calls a second by how many are out at once."""
+
+    def draw(axes: Any, prefix: str, backend: str) -> None:
+        points = []
+        for result in report.results:
+            median = result.median(backend)
+            if result.case.name.startswith(prefix) and median:
+                points.append((result.case.calls, result.case.calls / median))
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+
+    names = {"async_builtin_": "a builtin", "async_udf_": "an empty function"}
+    has = [prefix for prefix in names if any(result.case.name.startswith(prefix) for result in report.results)]
+    return _panels(report, [(names[prefix], prefix, draw) for prefix in has], "calls at once", "calls a second")
+
+
+def start(report: Report) -> Any:
+    """Seconds of a session by the number of ranks."""
+
+    def first(axes: Any, _: None, backend: str) -> None:
+        points = []
+        for size, starts in sorted(report.starts.items()):
+            if found := starts.get(backend):
+                points.append((size, found.init + found.calls + (found.shutdown or 0)))
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+
+    def again(axes: Any, _: None, backend: str) -> None:
+        sessions = [result for result in report.results if result.case.name == "session"]
+        points = [(result.size, median) for result in sessions if (median := result.median(backend))]
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+
+    if len(report.starts) < 2:
+        return None
+    panels: list[Any] = [("first session of a process", None, first), ("a later one", None, again)]
+    figure = _panels(report, panels, "ranks", "init_rpc, a call to each, shutdown: seconds")
+    for axes in figure.axes:
+        axes.set_xticks(sorted(report.starts), [str(size) for size in sorted(report.starts)], minor=False)
+        axes.minorticks_off()
+    return figure
+
+
+def _panels(report: Report, panels: list[tuple[str, Any, Callable[..., None]]], across: str, up: str) -> Any:
+    """One panel beside the other, with a line for each backend that has points; None without panels."""
+    if not panels:
+        return None
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, what, draw) in zip(grid[0], panels, strict=True):
+        for backend in report.backends:
+            if not isinstance(what, Result) or what.samples.get(backend):
+                draw(axes, what, backend)
+        axes.set_title(title)
+        axes.set_xlabel(across)
+        axes.grid(True, which="major", alpha=0.3)
+    grid[0][0].set_ylabel(up)
+    grid[0][0].legend()
+    return figure

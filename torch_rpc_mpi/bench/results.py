@@ -1,0 +1,123 @@
+"""What was measured, and what it says."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .cases import Case
+from .world import Start, Turn
+
+PERCENTS = range(101)
+
+
+@dataclass
+class Result:
+    """One case in worlds of one size; everything by backend."""
+
+    case: Case
+    size: int
+    medians: dict[str, list[float]] = field(default_factory=dict)  # one a round
+    samples: dict[str, list[float]] = field(default_factory=dict)  # of all rounds
+    grown: dict[str, dict[int, int]] = field(default_factory=dict)  # bytes by rank, the most of all rounds
+
+    def add(self, backend: str, turn: Turn) -> None:
+        self.medians.setdefault(backend, []).append(statistics.median(turn.samples))
+        self.samples.setdefault(backend, []).extend(turn.samples)
+        most = self.grown.setdefault(backend, {})
+        for rank, grown in turn.grown.items():
+            most[rank] = max(most.get(rank, 0), grown)
+
+    def calls(self) -> int:
+        """All calls that the callers make in the time of one sample."""
+        callers = {"first": 1, "others": self.size - 1, "all": self.size}[self.case.callers]
+        return self.case.calls * callers
+
+    def median(self, backend: str) -> float | None:
+        return statistics.median(self.medians[backend]) if self.medians.get(backend) else None
+
+    def percentile(self, backend: str, percent: float) -> float:
+        return percentile(sorted(self.samples[backend]), percent)
+
+    def comparison(self, backend: str) -> Comparison | None:
+        """How many times faster MPI was than ``backend``."""
+        ours, theirs = self.medians.get("mpi", []), self.medians.get(backend, [])
+        ratios = sorted(there / here for here, there in zip(ours, theirs, strict=False) if here > 0)
+        if not ratios:
+            return None
+        return Comparison(statistics.median(ratios), percentile(ratios, 10), percentile(ratios, 90), len(ratios))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ratios of the rounds' medians: their median, and the 10th and 90th percentile."""
+
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the difference is larger than the noise. One or two rounds say nothing of the noise."""
+        return self.rounds >= 3 and not self.low <= 1 <= self.high
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Of values in ascending order, between neighbours in proportion."""
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+@dataclass
+class Report:
+    """All of a run. ``starts`` and ``failures`` are by size of the world and backend."""
+
+    backends: list[str]
+    results: list[Result] = field(default_factory=list)
+    starts: dict[int, dict[str, Start]] = field(default_factory=dict)
+    failures: dict[int, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, name: str, size: int | None = None) -> Result | None:
+        """A case's result, in the smallest world if ``size`` is None."""
+        found = [result for result in self.results if result.case.name == name and size in (None, result.size)]
+        return min(found, key=lambda result: result.size, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "results": [_as_json(result) for result in self.results],
+            "starts": {
+                str(size): {backend: vars(start) for backend, start in starts.items()}
+                for size, starts in self.starts.items()
+            },
+            "failures": {str(size): failures for size, failures in self.failures.items() if failures},
+            "notes": self.notes,
+        }
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    case = result.case
+    backends = {}
+    for backend, samples in result.samples.items():
+        ordered = sorted(samples)
+        comparison = None if backend == "mpi" else result.comparison(backend)
+        backends[backend] = {
+            "medians": result.medians[backend],
+            "percentiles": [percentile(ordered, percent) for percent in PERCENTS],
+            "grown_bytes": {str(rank): grown for rank, grown in result.grown[backend].items()},
+            "mpi_is_faster": comparison and {**vars(comparison), "conclusive": comparison.conclusive},
+        }
+    return {
+        "case": case.name,
+        "title": case.title,
+        "ranks": result.size,
+        "unit": case.unit,
+        "calls": result.calls(),
+        "message_bytes": case.message,
+        "backends": backends,
+    }
