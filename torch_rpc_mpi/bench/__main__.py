@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from rich.progress import Progress
 
 from .. import __version__, _mpi
 from . import __doc__ as description
@@ -26,6 +24,13 @@ from .cases import CASES, Case, text_of
 from .results import Report, Result
 from .worker import serve
 from .world import BACKENDS, Failed, World, given, started
+
+try:
+    import matplotlib  # noqa: F401 (imported by those who draw; here, so that it is not missed after the measurement)
+    import psutil
+    from rich.progress import Progress
+except ImportError as error:
+    raise SystemExit(f"{error}: install the extra [bench], pip install 'torch_rpc_mpi[bench]'") from None
 
 # Set by rank 0 of somebody else's mpirun for the controller that it starts: the number of ranks, the host that they
 # know this one by, and the file descriptor for the port of the controller's store.
