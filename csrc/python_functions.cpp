@@ -126,6 +126,10 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   return PyRRef(std::move(ownerRRef));
 }
 
+bool lacksNameOfMain(const JitFuture& response) {
+  return response.hasError() && response.tryRetrieveErrorMessage().find(kMissingInMain) != std::string::npos;
+}
+
 // The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends, pickled by
 // value.
 template <typename SendAgain>
@@ -135,12 +139,25 @@ JitFuturePtr withSecondAttempt(JitFuturePtr first, ByValue byValue, SendAgain se
   }
   return first->thenAsync(
       at::wrapPropagateTLSState([byValue = std::move(byValue), sendAgain = std::move(sendAgain)](JitFuture& response) {
-        if (!response.hasError() || response.tryRetrieveErrorMessage().find(kMissingInMain) == std::string::npos) {
-          return JitFuturePtr::reclaim_copy(&response);
-        }
-        return sendAgain(byValue.pickle());
+        return lacksNameOfMain(response) ? sendAgain(byValue.pickle()) : JitFuturePtr::reclaim_copy(&response);
       }),
       first->elementType());
+}
+
+void complete(JitFuture& pyFuture, const JitFuture& response) {
+  // setErrorIfNeeded(), because Python code may have completed the future that it was given.
+  if (response.hasError()) {
+    pyFuture.setErrorIfNeeded(response.exception_ptr());
+    return;
+  }
+  try {
+    const auto message = response.constValue().toCustomClass<rpc::Message>();
+    pyFuture.markCompleted(toPyIValue(*message), response.storages());
+  } catch (const py::error_already_set& error) {
+    pyFuture.setErrorIfNeeded(withoutPython(error));
+  } catch (...) {
+    pyFuture.setErrorIfNeeded(std::current_exception());
+  }
 }
 
 struct ScriptFunctionCall {
@@ -172,21 +189,8 @@ JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue) 
   }
   // createInstance() keeps the devices.
   auto pyFuture = messageJitFuture->createInstance(c10::PyObjectType::get());
-  messageJitFuture->addCallback(at::wrapPropagateTLSState([pyFuture](JitFuture& future) {
-    // setErrorIfNeeded(), because Python code may have completed the future that it was given.
-    if (future.hasError()) {
-      pyFuture->setErrorIfNeeded(future.exception_ptr());
-      return;
-    }
-    try {
-      const auto message = future.value().toCustomClass<rpc::Message>();
-      pyFuture->markCompleted(toPyIValue(*message), future.storages());
-    } catch (const py::error_already_set& error) {
-      pyFuture->setErrorIfNeeded(withoutPython(error));
-    } catch (...) {
-      pyFuture->setErrorIfNeeded(std::current_exception());
-    }
-  }));
+  messageJitFuture->addCallback(
+      at::wrapPropagateTLSState([pyFuture](JitFuture& response) { complete(*pyFuture, response); }));
   return pyFuture;
 }
 
@@ -242,8 +246,27 @@ JitFuturePtr pyRpcPythonUdf(
     bool isAsyncExecution,
     ByValue byValue) {
   const auto sendIt = pythonUdfSender(dst, rpcTimeoutSeconds, isAsyncExecution);
-  JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
-  return toPyJitFuture(withSecondAttempt(std::move(first), std::move(byValue), sendIt));
+  const JitFuturePtr first = sendIt({std::move(pickledPythonUDF), std::move(tensors)});
+  if (!byValue.possible()) {
+    return toPyJitFuture(first);
+  }
+  // withSecondAttempt() and toPyJitFuture() in one callback: a thread's state and a future less for each call that
+  // waits.
+  auto pyFuture = first->createInstance(c10::PyObjectType::get());
+  first->addCallback(at::wrapPropagateTLSState([pyFuture, byValue = std::move(byValue), sendIt](JitFuture& response) {
+    if (!lacksNameOfMain(response)) {
+      complete(*pyFuture, response);
+      return;
+    }
+    try {
+      sendIt(byValue.pickle())->addCallback(at::wrapPropagateTLSState([pyFuture](JitFuture& again) {
+        complete(*pyFuture, again);
+      }));
+    } catch (...) {
+      pyFuture->setErrorIfNeeded(std::current_exception());
+    }
+  }));
+  return pyFuture;
 }
 
 // Not through sendTorchscript(): the future has the type that the function returns, so that scripts can wait for it.

@@ -19,6 +19,8 @@ class Raw:
             return []
         there, back = (memoryview(bytearray(size)) for size in case.message)
         comm, warm_up = self._comm, case.samples // 10 + 1
+        if comm.rank == 1 and case.message[0] == case.message[1]:
+            back = there  # an echo sends what it has received
 
         def ask() -> None:
             comm.Send(there, 1)
