@@ -132,6 +132,7 @@ def test_a_child_that_leaves(run: Callable[..., None], tmp_path: Path, method: s
     run([[PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves"]], 3)
 
 
+@pytest.mark.skipif(FAMILY != "MPICH", reason="Open MPI leaves a file of every process that has no launcher")
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_a_child_alone_leaves_no_files(run: Callable[..., None], tmp_path: Path, method: str) -> None:
     run([[PROGRAM, "--spawn", method, "--size", "1", *by_file(tmp_path), "alone"]], 1)
