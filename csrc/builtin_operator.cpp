@@ -196,10 +196,15 @@ struct Arguments {
   std::vector<std::pair<std::string, Shape>> named;
 };
 
+struct Candidate {
+  std::shared_ptr<torch::jit::Operator> op;
+  std::shared_ptr<const BuiltinName> name;
+};
+
 struct Choice {
   c10::Symbol symbol;
   Operators all; // as registered when the choice was made
-  Operators possible;
+  std::vector<Candidate> possible;
 };
 
 // Bounds what a program with ever new keyword names, say, could make us keep.
@@ -223,7 +228,7 @@ std::shared_ptr<const Choice> choose(const std::string& opName, const py::args& 
     for (const bool c10 : {true, false}) { // in the order in which matchAmongAll() takes them
       for (const auto& op : choice->all) {
         if (op->isC10Op() == c10 && !arguments.cannotMatch(op->schema())) {
-          choice->possible.push_back(op);
+          choice->possible.push_back({op, std::make_shared<BuiltinName>(*op)});
         }
       }
     }
@@ -255,12 +260,15 @@ BuiltinCall matchAmongAll(
       symbol.is_aten(), "Failed to match operator name ", opName, " and arguments (args: ", args, ", kwargs: ", kwargs,
       ") to a builtin operator");
   const Operators operators = torch::jit::getAllOperatorsFor(symbol);
+  const auto match = [&](bool c10) -> BuiltinCall {
+    auto [op, stack] = torch::jit::getOpWithStack(select(operators, c10), args, kwargs);
+    auto name = std::make_shared<BuiltinName>(*op);
+    return {std::move(op), std::move(stack), std::move(name)};
+  };
   try {
-    auto [op, stack] = torch::jit::getOpWithStack(select(operators, true), args, kwargs);
-    return {std::move(op), std::move(stack)};
+    return match(true);
   } catch (const std::runtime_error&) {
-    auto [op, stack] = torch::jit::getOpWithStack(select(operators, false), args, kwargs);
-    return {std::move(op), std::move(stack)};
+    return match(false);
   }
 }
 
@@ -268,9 +276,9 @@ BuiltinCall matchAmongAll(
 
 BuiltinCall matchBuiltin(const std::string& opName, const py::args& args, const py::kwargs& kwargs) {
   const auto choice = choose(opName, args, kwargs);
-  for (const auto& op : choice->possible) {
+  for (const auto& [op, name] : choice->possible) {
     try {
-      return {op, torch::jit::createStackForSchema(op->schema(), args, kwargs, std::nullopt)};
+      return {op, torch::jit::createStackForSchema(op->schema(), args, kwargs, std::nullopt), name};
     } catch (const torch::jit::schema_match_error&) {
     } catch (const std::runtime_error&) {
       break;

@@ -8,11 +8,14 @@
 #include <torch/csrc/jit/runtime/operator.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "script_messages.h"
+
 namespace torch_rpc_mpi {
 
 struct BuiltinCall {
   std::shared_ptr<torch::jit::Operator> op;
   torch::jit::Stack stack;
+  std::shared_ptr<const BuiltinName> name;
 };
 
 // Note [Matching builtin operators]

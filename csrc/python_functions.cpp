@@ -84,7 +84,7 @@ JitFuturePtr send(const WorkerInfo& dst, MessagePtr message, bool forceGradRecor
 }
 
 JitFuturePtr sendBuiltin(const WorkerInfo& dst, BuiltinCall call, float rpcTimeoutSeconds) {
-  auto message = rpc::ScriptCall(std::move(call.op), std::move(call.stack)).toMessage();
+  auto message = scriptCall(*call.name, std::move(call.stack));
   return send(dst, std::move(message), /*forceGradRecording=*/false, rpcTimeoutSeconds);
 }
 
@@ -291,7 +291,7 @@ PyRRef pyRemoteBuiltin(
   const py::gil_scoped_release noGil;
   const c10::TypePtr type = call.op->schema().returns().at(0).type();
   return createRemotely(dst, type, [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
-    auto message = rpc::ScriptRemoteCall(std::move(call.op), std::move(call.stack), rrefId, forkId).toMessage();
+    auto message = scriptRemoteCall(*call.name, std::move(call.stack), rrefId, forkId);
     return send(dst, std::move(message), /*forceGradRecording=*/false, rpcTimeoutSeconds);
   });
 }

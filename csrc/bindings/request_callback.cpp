@@ -6,10 +6,12 @@
 #include <c10/core/StreamGuard.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_profiling_req.h>
+#include <torch/csrc/distributed/rpc/profiler/server_process_global_profiler.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
 #include <torch/csrc/distributed/rpc/python_resp.h>
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
+#include <torch/csrc/distributed/rpc/rref_context.h>
 #include <torch/csrc/distributed/rpc/rref_proto.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
@@ -17,6 +19,7 @@
 #include "bindings/interpreter.h"
 #include "plain_results.h"
 #include "python_functions.h"
+#include "script_messages.h"
 
 namespace py = pybind11;
 
@@ -212,6 +215,32 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
       return unpickleWrapped(static_cast<autograd::RpcWithProfilingReq&>(command));
     default:
       return nullptr;
+  }
+}
+
+JitFuturePtr PythonRequestCallback::processMessage(rpc::Message& request, std::vector<c10::Stream> streams) const {
+  const rpc::MessageType type = request.type();
+  const bool isScript = type == rpc::MessageType::SCRIPT_CALL || type == rpc::MessageType::SCRIPT_REMOTE_CALL;
+  // A profiler of the whole process records what runs in torch's own.
+  if (!isScript || rpc::profiler::processglobal::StateStackEntry::current()) {
+    return RequestCallbackImpl::processMessage(request, std::move(streams));
+  }
+  auto& context = rpc::RRefContext::getInstance();
+  try {
+    context.recordThreadLocalPendingRRefs();
+    const std::shared_ptr<rpc::RpcCommandBase> call = readScriptCall(request);
+    const JitFuturePtr argumentsReady = context.waitForThreadLocalPendingRRefs(); // never fails
+    if (argumentsReady->completed()) {
+      return processRpcWithErrors(*call, type, streams);
+    }
+    return argumentsReady->thenAsync(
+        [this, call, type, streams = std::move(streams)](rpc::JitFuture& /*arguments*/) {
+          return processRpcWithErrors(*call, type, streams);
+        },
+        messageType());
+  } catch (const std::exception& error) {
+    context.clearRecordedPendingRRefsOnError();
+    return asFuture(handleError(error, type, request.id()));
   }
 }
 

@@ -14,7 +14,7 @@ class MpiAgent;
 // As torch's, a Python function is unpickled, run, and its result pickled. Three things differ: from the call to the
 // pickled result the GIL is held once, not taken again for each step; results are pickled as the session says; and a
 // function that is still running when the interpreter ends stops where it is (see Note [Functions that outlive
-// Python]).
+// Python]). Of calls of builtin operators only the reading differs (see Note [Schemas in messages]).
 //
 // Any number of threads may use it: python_ never changes, agent_ is set before the first request.
 class PythonRequestCallback final : public torch::distributed::rpc::RequestCallbackImpl {
@@ -30,6 +30,9 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
   void setAgent(MpiAgent& agent) {
     agent_ = &agent;
   }
+
+  JitFuturePtr processMessage(torch::distributed::rpc::Message& request, std::vector<c10::Stream> streams)
+      const override;
 
   std::unique_ptr<torch::distributed::rpc::RpcCommandBase> deserializePythonRpcCommand(
       std::unique_ptr<torch::distributed::rpc::RpcCommandBase> command,
