@@ -236,3 +236,41 @@ def unknown_worker(world: World) -> None:
                 call()
             texts.append(str(caught.value).splitlines()[0])
     assert len(set(texts)) == 1, texts
+
+
+@case(sizes=(2,))
+def operators_that_come_and_go(world: World) -> None:
+    """A callee remembers how messages name an operator for as long as it has it."""
+    x = torch.ones(2)
+
+    def library() -> torch.library.Library:
+        library = torch.library.Library("aten", "FRAGMENT")
+        library.define("rpc_test_twice(Tensor x) -> Tensor")
+        library.impl("rpc_test_twice", lambda x: 2 * x, "CPU")
+        return library
+
+    def call() -> Any:
+        return functions.py_rpc_builtin(rpc.get_worker_info(world.next), "aten::rpc_test_twice", (x,)).wait()
+
+    if world.rank == 1:
+        world.wait("lacked")
+        mine = library()
+        world.signal("there")
+        world.wait("called")
+        mine._destroy()
+        world.signal("gone")
+        world.wait("lacked again")
+        return
+    mine = library()
+    missing = "Cannot find matching operator for schema aten::rpc_test_twice"
+    with pytest.raises(RuntimeError, match=missing):
+        call()
+    world.signal("lacked")
+    world.wait("there")
+    equal([call().tolist() for _ in range(2)], [[2.0, 2.0]] * 2)
+    world.signal("called")
+    world.wait("gone")
+    with pytest.raises(RuntimeError, match=missing):
+        call()
+    world.signal("lacked again")
+    mine._destroy()
