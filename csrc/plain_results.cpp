@@ -27,6 +27,11 @@ const std::string& pickledNone() {
   return pickle;
 }
 
+const std::string& pickledTensor() {
+  static const std::string pickle = std::string(kProtocol4) + std::string(kFrame) + std::string(kTensor);
+  return pickle;
+}
+
 std::optional<c10::IValue> plainResult(const torch::distributed::rpc::SerializedPyObj& result) {
   std::string_view pickle = result.payload_;
   if (!startsWith(pickle, kProtocol4) && !startsWith(pickle, kProtocol5)) {

@@ -12,6 +12,9 @@ namespace torch_rpc_mpi {
 // The pickle of None.
 const std::string& pickledNone();
 
+// The pickle of a tensor that is the only one of its message, as torch_rpc_mpi._pickler sends it.
+const std::string& pickledTensor();
+
 // The value, if it is None or a tensor as torch_rpc_mpi._pickler sends it.
 std::optional<c10::IValue> plainResult(const torch::distributed::rpc::SerializedPyObj& result);
 

@@ -18,6 +18,7 @@ EngineOptions engineOptions(const AgentOptions& options) {
   result.maxSleep = options.maxSleep;
   result.maxRest = options.maxRest;
   result.coresToSpare = options.coresToSpare;
+  result.crowded = options.crowded;
   result.threadHook = options.threadHook;
   return result;
 }

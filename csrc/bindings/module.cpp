@@ -60,6 +60,7 @@ struct PyAgentOptions {
   AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
     options.coresToSpare = std::clamp(availableCores() / std::max(ranksOnHost, 1) / 2, 1, 4);
+    options.crowded = ranksOnHost > availableCores();
     options.ranksOnHost = std::max(ranksOnHost, 1);
     options.numWorkerThreads = numWorkerThreads;
     options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, 1e9) * 1000)); // 30 years
@@ -92,7 +93,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     const std::vector<std::string>& addresses,
     const PyAgentOptions& options,
     py::object runFunction,
-    py::object serialize) {
+    py::object serialize,
+    bool plainTensors) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == addresses.size() &&
           names.size() == static_cast<size_t>(communicator->size()),
@@ -103,7 +105,7 @@ std::shared_ptr<MpiAgent> makeAgent(
     members.push_back({names[rank], hosts[rank]});
   }
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
-  auto callback = std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize));
+  auto callback = std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize), plainTensors);
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
@@ -196,7 +198,8 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
-          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"))
+          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"),
+          py::arg("plain_tensors"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <c10/core/StreamGuard.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_profiling_req.h>
 #include <torch/csrc/distributed/rpc/profiler/server_process_global_profiler.h>
@@ -137,9 +138,10 @@ c10::TypePtr messageType() {
 
 // The session's two Python functions. Who calls run(), or serialize() with a Python object, holds the GIL.
 struct PythonRequestCallback::PythonSide {
-  PythonSide(py::object runFunction, py::object serialize)
+  PythonSide(py::object runFunction, py::object serialize, bool plainTensors)
       : runFunction(std::move(runFunction)),
-        serializeFunction(std::move(serialize)) {}
+        serializeFunction(std::move(serialize)),
+        plainTensors(plainTensors) {}
   ~PythonSide() {
     if (interpreterRuns()) {
       const py::gil_scoped_acquire gil;
@@ -160,6 +162,9 @@ struct PythonRequestCallback::PythonSide {
     if (result.is_none()) {
       return {std::string(pickledNone()), {}};
     }
+    if (plainTensors && THPVariable_CheckExact(result.ptr())) {
+      return {std::string(pickledTensor()), {THPVariable_Unpack(result.ptr())}};
+    }
     auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
     return {std::move(data), std::move(tensors)};
   }
@@ -175,10 +180,11 @@ struct PythonRequestCallback::PythonSide {
 
   py::object runFunction;
   py::object serializeFunction;
+  const bool plainTensors;
 };
 
-PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize)
-    : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize))) {}
+PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize, bool plainTensors)
+    : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize), plainTensors)) {}
 
 // What takes the place of a command because it calls a Python function; null for other commands. One that wraps another
 // gets the wrapped one's replacement here.

@@ -40,7 +40,8 @@ Engine::Engine(EngineOptions options, EngineDriver& driver, BellWord& bell)
     : options_(std::move(options)),
       driver_(driver),
       doorbell_(bell),
-      lanes_(options_.numWorkerThreads, options_.coresToSpare) {}
+      lanes_(options_.numWorkerThreads, options_.coresToSpare),
+      spinLimit_(options_.spinTime, options_.crowded) {}
 
 bool Engine::onEngineThread() const {
   return currentEngine == this;
@@ -168,6 +169,7 @@ void Engine::lead() {
   std::chrono::nanoseconds nextSleep = kFirstSleep;
   bool spinning = true;
   RecentWork othersWork(workDone_, lastActivity);
+  auto lastLook = lastActivity;
   while (!stopping_) {
     bool active = false;
     try {
@@ -197,13 +199,18 @@ void Engine::lead() {
     } else if (options_.coresToSpare == 1 && othersWork.isMuch(now)) {
       std::this_thread::sleep_for(kNap); // and not at the doorbell: see Note [Sharing cores]
       lastActivity = now;
+      lastLook = Clock::now();
+      continue;
     } else if (spinning) {
-      sched_yield();
-      spinning = now - lastActivity < options_.spinTime;
+      spinning = now - lastActivity < spinLimit_.at(now, lastLook);
+      if (spinning) {
+        sched_yield();
+      }
     } else {
       nextSleep =
           std::min(nextSleep * 2, driver_.rests() ? std::max(options_.maxRest, options_.maxSleep) : options_.maxSleep);
     }
+    lastLook = now;
   }
 }
 

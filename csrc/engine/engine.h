@@ -26,11 +26,12 @@
 // More ranks than cores must work, and so must more busy threads than cores. sched_yield() does not see to that: the
 // kernel may go on with the thread that yields, and a leader that a peer's message wakes may take the core from the
 // very thread that was about to send more, spin there until it sleeps again, be woken by the next message, and so on,
-// with one message in each spin time. Two things prevent it.
+// with one message in each spin time. Three things prevent it.
 // - Engine threads have the policy SCHED_BATCH: they take an idle core when they are woken, but none from a thread that
 //   runs.
 // - Where cores are scarce, a leader that sees other threads of its process get much done, calls being made or tasks
 //   being run, sleeps for a moment between its looks, and finds more at each. Nobody rings for it meanwhile.
+// - A leader that was away from its core spins for a shorter time (SpinLimit).
 //
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
@@ -46,6 +47,7 @@
 
 #include "engine/doorbell.h"
 #include "engine/progress_token.h"
+#include "engine/spin_limit.h"
 #include "engine/task.h"
 #include "engine/task_lanes.h"
 
@@ -72,6 +74,7 @@ class EngineDriver {
 struct EngineOptions {
   int numWorkerThreads = 16;
   int coresToSpare = 1; // tasks of a kind that run at once while they are short
+  bool crowded = false; // more ranks than cores on this host
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxRest = std::chrono::milliseconds(20); // instead, while the driver rests
@@ -153,6 +156,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::condition_variable standbyCv_; // the ticking one
   std::condition_variable stoppedCv_;
   TaskLanes lanes_;
+  SpinLimit spinLimit_; // the leader's
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;

@@ -392,6 +392,27 @@ TEST(recent_work_is_much_when_there_was_a_piece_every_few_microseconds) {
   CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(200)));
 }
 
+TEST(spin_limit_is_short_for_a_while_after_others_had_the_core_of_a_crowded_host) {
+  constexpr auto kUsual = std::chrono::milliseconds(1);
+  constexpr auto kTurn = std::chrono::microseconds(2);
+  auto now = Clock::now();
+  const auto look = [&](SpinLimit& limit, std::chrono::nanoseconds since) {
+    now += since;
+    return limit.at(now, now - since);
+  };
+  SpinLimit crowded(kUsual, true);
+  CHECK_THAT(look(crowded, kTurn) == kUsual);
+  CHECK_THAT(look(crowded, SpinLimit::kAway + kTurn) == SpinLimit::kShort);
+  CHECK_THAT(look(crowded, kTurn) == SpinLimit::kShort);
+  now += SpinLimit::kRemembered;
+  CHECK_THAT(look(crowded, kTurn) == kUsual);
+
+  SpinLimit roomy(kUsual, false);
+  CHECK_THAT(look(roomy, SpinLimit::kAway + kTurn) == kUsual);
+  SpinLimit impatient(std::chrono::microseconds(10), true);
+  CHECK_THAT(look(impatient, SpinLimit::kAway + kTurn) == std::chrono::microseconds(10));
+}
+
 TEST(engine_threads_take_no_core_from_one_that_runs) {
   const auto policyOfThread = [] { return sched_getscheduler(0) & ~SCHED_RESET_ON_FORK; };
   int possible = 0; // some systems refuse it, or this process has a policy of its own

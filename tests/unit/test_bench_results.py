@@ -48,6 +48,7 @@ def test_rates_count_the_calls_of_all_callers() -> None:
     assert result_of("async_udf_100", 4).calls() == 100
     assert result_of("many_to_one", 4).calls() == 3 * CASES["many_to_one"].calls
     assert result_of("neighbours", 4).calls() == 4
+    assert result_of("all_to_all", 4).calls() == 16
 
 
 def full_report() -> Report:

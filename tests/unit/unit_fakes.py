@@ -142,6 +142,7 @@ class Agent(rpc.TensorPipeAgent):
         options: Any,
         run_function: Any,
         serialize: Any,
+        plain_tensors: bool,
     ) -> None:
         self.names, self.hosts, self.options = names, hosts, options
         self.run_function, self.serialize = run_function, serialize

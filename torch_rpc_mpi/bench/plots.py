@@ -82,7 +82,7 @@ def rate(report: Report) -> Any:
         for result in report.results:
             median = result.median(backend)
             if result.case.name.startswith(prefix) and median:
-                points.append((result.case.calls, result.case.calls / median))
+                points.append((result.calls(), result.calls() / median))
         if points:
             axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
 

@@ -88,7 +88,7 @@ def _memory(report: Report) -> Table:
     table = _table("Peak of resident memory beyond that after the start, MiB: rank 0, rank 1", "", "ranks", *backends)
     for result in report.results:
         grown = [result.grown.get(backend, {}) for backend in backends]
-        if any(grown) and (result.case.calls >= 1000 or max(result.case.message or [0]) >= MIB):
+        if any(grown) and ((result.case.calls or 0) >= 1000 or max(result.case.message or [0]) >= MIB):
             cells = [", ".join(f"{ranks[rank] / MIB:.0f}" for rank in (0, 1) if rank in ranks) for ranks in grown]
             table.add_row(result.case.title, str(result.size), *cells)
     return table

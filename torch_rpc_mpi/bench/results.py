@@ -33,7 +33,7 @@ class Result:
     def calls(self) -> int:
         """All calls that the callers make in the time of one sample."""
         callers = {"first": 1, "others": self.size - 1, "all": self.size}[self.case.callers]
-        return self.case.calls * callers
+        return (self.size if self.case.calls is None else self.case.calls) * callers
 
     def median(self, backend: str) -> float | None:
         return statistics.median(self.medians[backend]) if self.medians.get(backend) else None

@@ -210,9 +210,8 @@ def serve(address: str, rank: int | None, size: int, backends: list[str]) -> Non
 
 def connect(address: str) -> Any:
     """The controller's store."""
-    # torch's own, at every init_rpc of TensorPipe and for every optimizer.
+    # torch's own, at every init_rpc of TensorPipe.
     warnings.filterwarnings("ignore", "You are using a Backend .* as a ProcessGroup")
-    warnings.filterwarnings("ignore", "`TorchScript` support for functional optimizers is deprecated")
     host, _, port = address.rpartition(":")
     store = TCPStore(host, int(port), is_master=False, timeout=_FOR_EVER)
     store.add("connected", 1)
