@@ -100,12 +100,10 @@ class MpiWorker(Worker):
         self._children = children
         self._raw: Raw | None = None
 
-    def open(self) -> None:
-        super().open()
-        self.rank = rpc.get_worker_info().id
-
     def start(self, rendezvous: str) -> dict[str, Any]:
-        return {**super().start(rendezvous), "library": _mpi.open_library().library()}
+        started = super().start(rendezvous)
+        assert rpc.get_worker_info().id == self.rank, f"{rpc.get_worker_info()} is rank {self.rank} to its launcher"
+        return {**started, "library": _mpi.open_library().library()}
 
     def run_raw(self, case: str) -> dict[str, Any]:
         if self._raw is None:
@@ -170,7 +168,7 @@ def _memory(what: str) -> int:
     return 0
 
 
-def obey(store: Any, audience: str, member: int, worker: Worker) -> None:
+def obey(store: Any, audience: str, worker: Worker) -> None:
     """Does one order after the other, the last of which is "end"."""
     for number in count():
         order = json.loads(store.get(f"{audience}/{number}"))
@@ -180,27 +178,27 @@ def obey(store: Any, audience: str, member: int, worker: Worker) -> None:
         except Exception as error:
             traceback.print_exc()
             reply = {"error": f"rank {worker.rank}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"}
-        store.set(f"{audience}/{number}/{member}", json.dumps(reply))
+        store.set(f"{audience}/{number}/{worker.rank}", json.dumps(reply))
         if do == "end":
             return
 
 
-def serve(address: str, rank: int | None, size: int, backends: list[str]) -> None:
+def serve(address: str, rank: int, size: int, backends: list[str]) -> None:
     """What a rank of the MPI world does.
 
     Args:
         address: ``host:port`` of the controller's store.
-        rank: in the MPI world; None = not known before MPI is initialised.
+        rank, size: of the MPI world.
+        backends: those to compare.
     """
     store = connect(address)
-    member = store.add("members", 1) - 1 if rank is None else rank
     children = {}
     for backend in TENSORPIPES:
         if backend in backends:
-            place = [f"--{name}={value}" for name, value in (("backend", backend), ("rank", member), ("size", size))]
+            place = [f"--{name}={value}" for name, value in (("backend", backend), ("rank", rank), ("size", size))]
             children[backend] = subprocess.Popen([sys.executable, "-m", f"{__package__}.worker", address, *place])
     try:
-        obey(store, "mpi", member, MpiWorker(member, size, children))
+        obey(store, "mpi", MpiWorker(rank, size, children))
     finally:
         for child in children.values():
             child.send_signal(signal.SIGCONT)
@@ -222,7 +220,17 @@ def _serve_as_child(address: str, backend: str, rank: int, size: int) -> None:
     # A parent that is killed cannot end a child, least of all one that is stopped.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the controller serves the stores
-    obey(connect(address), backend, rank, Child(backend, rank, size))
+    obey(connect(address), backend, Child(backend, rank, size))
+
+
+def _rank() -> int:
+    """As the launcher says, so that MPI is initialised by the first init_rpc, as in most programs."""
+    launcher = _mpi.find_launcher()
+    if launcher is not None and launcher.rank is not None:
+        return launcher.rank
+    from mpi4py import MPI
+
+    return int(MPI.COMM_WORLD.rank)
 
 
 def main() -> None:
@@ -236,7 +244,7 @@ def main() -> None:
     if arguments.backend:
         _serve_as_child(arguments.address, arguments.backend, arguments.rank, arguments.size)
     else:
-        serve(arguments.address, arguments.rank, arguments.size, arguments.backends)
+        serve(arguments.address, _rank(), arguments.size, arguments.backends)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class World:
         self._numbers[audience] = number + 1
         store = PrefixStore("bench", self.store)
         store.set(f"{audience}/{number}", json.dumps({"do": do, **arguments}))
-        keys = [f"{audience}/{number}/{member}" for member in range(self.size)]
+        keys = [f"{audience}/{number}/{rank}" for rank in range(self.size)]
         self._await(store, keys, do)
         replies = [json.loads(store.get(key)) for key in keys]
         for key in [*keys, f"{audience}/{number}"]:
