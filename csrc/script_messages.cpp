@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -32,16 +33,16 @@ c10::intrusive_ptr<rpc::Message> toMessage(Values values, rpc::MessageType type)
   return c10::make_intrusive<rpc::Message>(std::move(payload), std::move(tensors), type);
 }
 
-// Operators by the texts of their schemas. Only those that were found are kept, so there are no more than operators.
+// Operators by the texts of their schemas, those that are registered.
 class KnownOperators {
  public:
   OperatorPtr find(const std::string& schema) {
-    {
-      const std::lock_guard lock(mutex_);
-      const auto known = operators_.find(schema);
-      if (known != operators_.end() && isRegistered(*known->second.op, known->second.symbol)) {
-        return known->second.op;
+    if (const auto known = recall(schema)) {
+      if (isRegistered(*known)) {
+        return known->op;
       }
+      const std::lock_guard lock(mutex_);
+      operators_.erase(schema);
     }
     const auto symbol = c10::Symbol::fromQualString(torch::jit::parseSchema(schema).name());
     for (const OperatorPtr& op : torch::jit::getAllOperatorsFor(symbol)) {
@@ -60,10 +61,15 @@ class KnownOperators {
     OperatorPtr op;
   };
 
+  std::optional<Known> recall(const std::string& schema) {
+    const std::lock_guard lock(mutex_);
+    const auto known = operators_.find(schema);
+    return known == operators_.end() ? std::nullopt : std::optional(known->second);
+  }
   // Operators may come and go at any time (torch.library, extensions).
-  static bool isRegistered(const torch::jit::Operator& op, c10::Symbol symbol) {
-    const auto all = torch::jit::getAllOperatorsFor(symbol);
-    return std::any_of(all.begin(), all.end(), [&](const OperatorPtr& other) { return other.get() == &op; });
+  static bool isRegistered(const Known& known) {
+    const auto all = torch::jit::getAllOperatorsFor(known.symbol);
+    return std::find(all.begin(), all.end(), known.op) != all.end();
   }
 
   std::mutex mutex_;

@@ -24,7 +24,7 @@ struct AgentOptions {
   std::chrono::milliseconds rpcTimeout{60000};
   ExchangeOptions exchange;
   int coresToSpare = 1; // see Note [How many at once]
-  bool crowded = false; // more ranks than cores on this host
+  bool crowded = false; // more ranks on this host than cores that this one may use
   int ranksOnHost = 1;
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);

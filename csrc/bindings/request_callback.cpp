@@ -162,7 +162,8 @@ struct PythonRequestCallback::PythonSide {
     if (result.is_none()) {
       return {std::string(pickledNone()), {}};
     }
-    if (plainTensors && THPVariable_CheckExact(result.ptr())) {
+    // A torch.Tensor itself: torch's own check for that lets torch.nn.Parameter pass, which goes as one.
+    if (plainTensors && Py_TYPE(result.ptr()) == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
       return {std::string(pickledTensor()), {THPVariable_Unpack(result.ptr())}};
     }
     auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();

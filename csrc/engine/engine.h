@@ -74,7 +74,7 @@ class EngineDriver {
 struct EngineOptions {
   int numWorkerThreads = 16;
   int coresToSpare = 1; // tasks of a kind that run at once while they are short
-  bool crowded = false; // more ranks than cores on this host
+  bool crowded = false; // more ranks on this host than cores that this one may use
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxRest = std::chrono::milliseconds(20); // instead, while the driver rests
@@ -93,9 +93,9 @@ struct EngineCounts {
 
 // Held by shared_ptr: its threads keep it alive. Members:
 //   mutex_ guards lanes_, threads_, parked_, ticking_, called_, leads_;
-//   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ is
-//   the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress token; options_,
-//   driver_ and doorbell_ are immutable after construction.
+//   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ and
+//   spinLimit_ are the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress
+//   token; options_, driver_ and doorbell_ are immutable after construction.
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
   Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);

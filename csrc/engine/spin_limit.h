@@ -8,18 +8,17 @@
 
 namespace torch_rpc_mpi {
 
-// Where a host has more ranks than cores, a thread that polls may keep another rank from the work that it polls for:
-// sched_yield() need not give up the core, so each look in vain can last for the rest of a time slice, and all ranks
-// together take turns at that. A thread that was away from its core knows that others want it; for some time after that
-// the limit is short, and it sleeps at the doorbell instead. Nobody is away while no more ranks than cores are busy,
-// however many there are.
+// Where ranks share cores, a thread that polls may keep another rank from the work that it polls for: sched_yield()
+// need not give up the core, so each look in vain can last for the rest of a time slice, and all ranks together take
+// turns at that. A thread that was away from its core for longer than a look takes knows that others want it; for some
+// time after that the limit is short, and it sleeps at the doorbell instead.
 //
 // Used by one thread at a time.
 class SpinLimit {
  public:
   SpinLimit(std::chrono::nanoseconds usual, bool crowded) : usual_(usual), crowded_(crowded) {}
 
-  // lastLook: when the thread that looks now did so before, without anything else in between.
+  // lastLook: when the thread that looks now, in vain, began to look before.
   std::chrono::nanoseconds at(Clock::time_point now, Clock::time_point lastLook) {
     if (crowded_ && now - lastLook > kAway) {
       shortUntil_ = now + kRemembered;

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 from harness import World, case, equal, in_threads
 from torch import Tensor
@@ -361,3 +362,29 @@ def more_than_2_gib_in_one_tensor(world: World) -> None:
         y = rpc.rpc_sync(world.next, echo, args=(x,))
         equal((y.numel(), y[marks]), (count, x[marks]))
         equal(int(y.count_nonzero()), 6)
+
+
+def plain() -> torch.Tensor:
+    return torch.ones(2)
+
+
+def parameter() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(2))
+
+
+class Tagged(torch.Tensor):
+    """A subclass, which pickles in a way of its own."""
+
+
+def tagged() -> torch.Tensor:
+    return torch.ones(2).as_subclass(Tagged)
+
+
+@case()
+def types_of_results(world: World) -> None:
+    """A tensor of another type than torch.Tensor stays what it is."""
+    equal(type(rpc.rpc_sync(world.next, plain)), torch.Tensor)
+    equal(type(rpc.rpc_sync(world.next, parameter)), torch.nn.Parameter)
+    equal(type(rpc.rpc_sync(world.next, tagged)), Tagged)
+    with dist_autograd.context():
+        equal(type(rpc.rpc_sync(world.next, parameter)), torch.nn.Parameter)

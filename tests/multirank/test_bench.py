@@ -30,21 +30,24 @@ def run(command: list[str], output: Path) -> tuple[str, dict[str, Any]]:
 
 
 def test_worlds_of_its_own(tmp_path: Path) -> None:
-    cases = "builtin,async_udf_64,echo_1MiB,training,many_to_one,idle,session"
+    cases = "builtin,async_udf_64,echo_1MiB,take_64MiB,training,many_to_one,idle,session"
     text, found = run([*BENCH, f"--cases={cases}", "--ranks=2,3", "--rounds=3"], tmp_path / "out")
     results = {(result["case"], result["ranks"]): result["backends"] for result in found["results"]}
     everywhere = {("builtin", 2), ("builtin", 3), ("session", 2), ("session", 3), ("many_to_one", 3)}
-    assert set(results) == everywhere | {(name, 2) for name in ("async_udf_64", "echo_1MiB", "training", "idle")}
+    assert set(results) == everywhere | {
+        (name, 2) for name in ("async_udf_64", "echo_1MiB", "take_64MiB", "training", "idle")
+    }
     assert found["failures"] == {}
     for (name, ranks), backends in results.items():
-        raw = {"raw"} if name in ("builtin", "echo_1MiB") else set()
+        raw = {"raw"} if name in ("builtin", "echo_1MiB", "take_64MiB") else set()
         assert set(backends) == {"mpi", "tensorpipe"} | raw, name
         for backend, measured in backends.items():
             assert len(measured["medians"]) == 3
             assert measured["percentiles"] == sorted(measured["percentiles"])
             assert all(0 < median < 60 for median in measured["medians"]), (name, ranks, backend)
-            assert set(measured["grown_bytes"]) == {str(rank) for rank in range(ranks)}
-    assert results["idle", 2]["mpi"]["percentiles"][0] < 1
+            assert set(measured["grown_bytes"]) == (set() if backend == "raw" else {str(rank) for rank in range(ranks)})
+    # The callee keeps a tensor that it has received for as long as its function runs.
+    assert all(results["take_64MiB", 2][backend]["grown_bytes"]["1"] >= 60 << 20 for backend in ("mpi", "tensorpipe"))
     assert all(start["shutdown"] > 0 for starts in found["starts"].values() for start in starts.values())
     assert re.search(r"rpc_sync, builtin .* µs", text)
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -61,8 +61,8 @@ def _arguments() -> argparse.Namespace:
         "--ranks",
         type=_sizes,
         metavar="LIST",
-        help="sizes of the worlds to start (default 2,4,8; with --quick 2,4). In the smallest every case is measured, "
-        "in the others those that depend on the size. Not under mpirun, which says how many ranks there are",
+        help="sizes of the worlds to start (default 2,4,8; with --quick 2,4). In the smallest all cases are measured "
+        "that it has ranks enough for, in the others those that depend on the size. Not under mpirun",
     )
     add("--rounds", type=int, metavar="N", help="turns of each backend at each case (default 15; with --quick 5)")
     add("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
@@ -100,8 +100,11 @@ def take_part(arguments: argparse.Namespace) -> None:
 
     comm = MPI.COMM_WORLD
     if comm.size == 1:
-        control(arguments)
-        return
+        library = MPI.Get_library_version().splitlines()[0]
+        raise SystemExit(
+            f"{_mpi.find_launcher()} started this process, but {library} has one rank. At least 2 are needed, and the "
+            "launcher of the MPI that mpi4py uses (under srun: `--mpi=pmi2` or `--mpi=pmix`)"
+        )
     if arguments.ranks not in (None, [comm.size]):
         raise SystemExit(f"--ranks: mpirun started {comm.size}; without it, the program starts worlds of any size")
     hosts = comm.allgather(socket.gethostname())
@@ -135,17 +138,19 @@ def control(arguments: argparse.Namespace) -> None:
         worlds = [partial(started, size, arguments.backends) for size in sizes]
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-    report, mpi = Report(arguments.backends), ""
-    with Progress(transient=True) as progress:
+    report = Report(arguments.backends)
+    about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": _machine()}
+    library = ""
+    # Without a thread of its own, which would draw while something is measured.
+    with Progress(transient=True, auto_refresh=False) as progress:
         for number, start in enumerate(worlds):
             with start() as world:
+                report.starts[world.size], report.failures[world.size] = world.starts, world.failures
                 try:
                     world.start(arguments.backends)
-                except Failed as failure:
-                    raise SystemExit(f"a world of {world.size} ranks: {failure}") from None
-                finally:
-                    report.starts[world.size], report.failures[world.size] = world.starts, world.failures
-                mpi = world.library
+                except Failed:
+                    continue
+                library = world.library
                 cases = _cases_for(world.size, arguments.cases, smallest=number == 0, notes=report.notes)
                 report.results += measure(world, arguments.backends, cases, arguments.rounds, progress)
                 world.end()
@@ -154,14 +159,18 @@ def control(arguments: argparse.Namespace) -> None:
     from .report import show
 
     show(report)
+    if not report.results and not any(report.failures.values()):
+        raise SystemExit("nothing was measured: the worlds have too few ranks for these cases")
     if arguments.output:
         from .plots import save
 
-        about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **_machine(), **_versions(mpi)}
         options = {"rounds": arguments.rounds, "backends": arguments.backends, "arguments": sys.argv[1:]}
-        text = json.dumps({**about, "options": options, **report.as_json()}, indent=1)
+        about |= {"versions": _versions(library), "options": options, "environment": _environment()}
+        text = json.dumps({**about, **report.as_json()}, indent=1)
         arguments.output.joinpath("bench.json").write_text(text + "\n")
         save(report, arguments.output)
+    if any("mpi" in failures for failures in report.failures.values()):
+        raise SystemExit("MPI failed; see above")
 
 
 def _cases_for(size: int, names: list[str], smallest: bool, notes: list[str]) -> list[Case]:
@@ -192,41 +201,45 @@ def measure(world: World, backends: list[str], cases: list[Case], rounds: int, p
                     if measured and turn > 0:  # the first is for warming up
                         result.add(backend, measured)
                     progress.advance(task)
+                    progress.refresh()
     return results
 
 
 def _machine() -> dict[str, Any]:
     return {
-        "machine": {
-            "host": platform.node(),
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "cpus": psutil.cpu_count(),
-            "usable_cpus": len(psutil.Process().cpu_affinity()),
-            "memory_bytes": psutil.virtual_memory().total,
-        }
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": psutil.cpu_count(),
+        "usable_cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
     }
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor()
 
 
-def _versions(mpi: str) -> dict[str, Any]:
+def _versions(library: str) -> dict[str, str]:
     from mpi4py import __version__ as mpi4py
 
     return {
-        "versions": {
-            "torch_rpc_mpi": __version__,
-            "torch": torch.__version__,
-            "mpi4py": mpi4py,
-            "mpi": mpi,
-            "python": platform.python_version(),
-        }
+        "torch_rpc_mpi": __version__,
+        "torch": torch.__version__,
+        "mpi4py": mpi4py,
+        "mpi": library,
+        "python": platform.python_version(),
     }
+
+
+def _environment() -> dict[str, str]:
+    """What may have changed the measurement."""
+    starts = ("TORCH_RPC_MPI_", "OMP_", "UCX_", "FI_", "MPIR_CVAR_", "OMPI_MCA_", "I_MPI_")
+    return {name: value for name, value in os.environ.items() if name.startswith(starts)}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Case:
         callers: which ranks call at once: rank 0, all but rank 0, or all.
         calls: calls in one sample; a rate is shown if there are several. None: one to each rank.
         unit: "s" (seconds), or "core" (the share of a core that the process takes).
-        message: bytes there and back, for the counterpart in MPI itself; None where that has none.
+        message: bytes there and back in the counterpart in MPI itself; None where there is none.
         least_ranks: the smallest world in which it says something.
         everywhere: is measured in worlds of every size, not only in the smallest.
         quick: is part of ``--quick``.
@@ -221,7 +221,7 @@ def _small() -> list[Case]:
         Case("script", "rpc_sync, TorchScript", script, 300, message=both),
         Case("remote", "remote and to_here", remote, 200, quick=True),
         Case("self", "rpc_sync to oneself", to_self, 300),
-        Case("after_idle", "first call after 10 s", _after_idling(10.0), 1, most_rounds=3, warm=False),
+        Case("after_idle", "first call after 10 s", _after_idling(10.0), 1, most_rounds=5, warm=False),
         Case("after_pause", "first call after 0.1 s", _after_idling(0.1), 4, quick=True),
         Case("training", "training step", _training_step, 20),
     ]
@@ -251,7 +251,7 @@ def _tensors() -> list[Case]:
     for size, samples in ((KIB, 200), (64 * KIB, 100), (MIB, 40), (16 * MIB, 8), (64 * MIB, 3), (GIB, 1)):
         text, name = text_of(size), text_of(size).replace(" ", "")
         quick = size in (MIB, 64 * MIB)
-        most_rounds, memory = (4, 14 * size) if size == GIB else (None, 0)
+        most_rounds, memory = (5, 14 * size) if size == GIB else (None, 0)
 
         def ones(size: int = size) -> torch.Tensor:
             return torch.ones(size // 4)

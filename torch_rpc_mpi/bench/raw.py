@@ -1,4 +1,4 @@
-"""MPI itself: as many bytes in the same pattern, between buffers that were used before."""
+"""MPI itself: the bytes of a tensor, or 64 for a small call, in the same pattern, between buffers used before."""
 
 from __future__ import annotations
 

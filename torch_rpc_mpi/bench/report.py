@@ -34,7 +34,7 @@ def _times(report: Report, results: Iterable[Result], size: int) -> Table:
         table.add_column(backend, justify="right")
     others = [backend for backend in report.backends if backend != "mpi"] if "mpi" in report.backends else []
     for other in others:
-        table.add_column(f"MPI is faster than {other} (4 of 5 rounds)", justify="right")
+        table.add_column(f"MPI against {other}: times faster (4 of 5 rounds)", justify="right")
     for result in results:
         cells = [_time(result, backend) for backend in report.backends]
         table.add_row(result.case.title, *cells, *(_ratio(result.comparison(other)) for other in others))
@@ -49,10 +49,11 @@ def _time(result: Result, backend: str) -> str:
     median = result.median(backend)
     if median is None:
         return ""
-    low, high = (result.percentile(backend, percent) for percent in (10, 99))
+    is_rate = result.calls() > 1 and not result.case.restarts
+    low, high = (result.percentile(backend, percent) for percent in ((1, 90) if is_rate else (10, 99)))
     if result.case.unit == "core":
         return f"{100 * median:.2f} % ({100 * low:.2f}-{100 * high:.2f})"
-    if result.calls() > 1 and not result.case.restarts:
+    if is_rate:
         median, low, high = (result.calls() / seconds for seconds in (median, high, low))
         return f"{median:,.0f}/s ({low:,.0f}-{high:,.0f})"
     return f"{seconds_text(median)} ({seconds_text(low)}-{seconds_text(high)})"

@@ -11,6 +11,7 @@ from .cases import Case
 from .world import Start, Turn
 
 PERCENTS = range(101)
+LEAST_ROUNDS = 5  # for a conclusion
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Result:
         return percentile(sorted(self.samples[backend]), percent)
 
     def comparison(self, backend: str) -> Comparison | None:
-        """How many times faster MPI was than ``backend``."""
+        """How many times faster MPI was than ``backend``; of a share of a core, how many times less it took."""
         ours, theirs = self.medians.get("mpi", []), self.medians.get(backend, [])
         ratios = sorted(there / here for here, there in zip(ours, theirs, strict=False) if here > 0)
         if not ratios:
@@ -61,8 +62,8 @@ class Comparison:
 
     @property
     def conclusive(self) -> bool:
-        """Whether the difference is larger than the noise. One or two rounds say nothing of the noise."""
-        return self.rounds >= 3 and not self.low <= 1 <= self.high
+        """Whether the difference is larger than the noise, of which a few rounds say nothing."""
+        return self.rounds >= LEAST_ROUNDS and not self.low <= 1 <= self.high
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -118,6 +119,6 @@ def _as_json(result: Result) -> dict[str, Any]:
         "ranks": result.size,
         "unit": case.unit,
         "calls": result.calls(),
-        "message_bytes": case.message,
+        "raw_message_bytes": case.message,
         "backends": backends,
     }

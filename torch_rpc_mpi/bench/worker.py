@@ -1,8 +1,8 @@
 """The ranks under measurement: ``python -m torch_rpc_mpi.bench.worker``, started by mpirun.
 
 Each rank of the MPI world is one process that has RPC over MPI and raw MPI, and has a child for each TensorPipe that is
-compared. They all do what the controller tells them through a c10d store. One of a rank's processes runs at a time:
-the rank stops its children (an idle TensorPipe polls without end), and a child whose turn it is stops the rank.
+compared. They all do what the controller tells them through a c10d store. A child is stopped but for its turns (an idle
+TensorPipe polls without end); the ranks of MPI wait asleep while it has one.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -34,7 +32,7 @@ from .cases import CASES, Case, call_all
 from .raw import Raw
 
 TENSORPIPES = ("tensorpipe", "tensorpipe-uv")
-STUCK_AFTER = 240.0  # seconds
+_CONNECT_LIMIT = timedelta(seconds=60)
 _FOR_EVER = timedelta(days=30)  # an order may be long in coming
 _PR_SET_PDEATHSIG = 1
 
@@ -45,7 +43,8 @@ class Worker:
     def __init__(self, backend: str, rank: int, size: int) -> None:
         self.backend, self.rank, self.size = backend, rank, size
         self.rendezvous = ""  # the next session's init_method, where the backend needs one
-        self._idle_memory = 0
+        self._idle_memory: int | None = None
+        self._peak_is_known = False
 
     def open(self) -> None:
         """A session of RPC."""
@@ -78,12 +77,24 @@ class Worker:
         self._idle_memory = _memory("VmRSS")
         return {"init": opened - start, "calls": called - opened}
 
+    def forget_peak(self) -> dict[str, Any]:
+        """The peak of resident memory is that of now."""
+        with suppress(OSError):  # then there is no peak of a turn
+            Path("/proc/self/clear_refs").write_text("5")
+            self._peak_is_known = True
+        return {}
+
     def run(self, case: str, rendezvous: str) -> dict[str, Any]:
-        """One turn: samples if this rank calls in it, and the bytes that it has beyond those of the start."""
+        """One turn: the samples, if this rank calls in it."""
         self.rendezvous = rendezvous
-        _forget_peak()
-        samples = _measure(CASES[case], self) if CASES[case].calls_from(self.rank) else []
-        return {"rank": self.rank, "samples": samples, "grown": max(_memory("VmHWM") - self._idle_memory, 0)}
+        return {"samples": _measure(CASES[case], self) if CASES[case].calls_from(self.rank) else []}
+
+    def peak(self) -> dict[str, Any]:
+        """By how many bytes the peak is beyond what there was after the start; None if the system does not say."""
+        now = _memory("VmHWM")
+        if not self._peak_is_known or now is None or self._idle_memory is None:
+            return {"rank": self.rank, "grown": None}
+        return {"rank": self.rank, "grown": max(now - self._idle_memory, 0)}
 
     def end(self) -> dict[str, Any]:
         """The last shutdown. Seconds."""
@@ -108,10 +119,10 @@ class MpiWorker(Worker):
     def run_raw(self, case: str) -> dict[str, Any]:
         if self._raw is None:
             self._raw = Raw()
-        return {"rank": self.rank, "samples": self._raw.run(CASES[case]), "grown": 0}
+        return {"samples": self._raw.run(CASES[case])}
 
     def go_on(self, backend: str) -> dict[str, Any]:
-        """Lets a child run. It stops this process as long as it measures."""
+        """Lets a child run."""
         self._children[backend].send_signal(signal.SIGCONT)
         return {}
 
@@ -125,47 +136,19 @@ class MpiWorker(Worker):
         return {}
 
 
-class Child(Worker):
-    """A rank of a TensorPipe world, beside the MPI rank that started it."""
-
-    def run(self, case: str, rendezvous: str) -> dict[str, Any]:
-        with _parent_stopped():
-            return super().run(case, rendezvous)
-
-
-@contextmanager
-def _parent_stopped() -> Iterator[None]:
-    parent = os.getppid()
-    # If this turn never ends, the parent must be there to end this process.
-    timer = threading.Timer(STUCK_AFTER, os.kill, (parent, signal.SIGCONT))
-    timer.start()
-    os.kill(parent, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        with suppress(ProcessLookupError):
-            os.kill(parent, signal.SIGCONT)
-
-
 def _measure(case: Case, place: Worker) -> list[float]:
     if case.warm:
         case.run(place, max(case.samples // 10, 1))  # back from standing still
     return case.run(place, case.samples)
 
 
-def _forget_peak() -> None:
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory(what: str) -> int:
-    """Bytes, as /proc/self/status has them; 0 where there is no such file."""
+def _memory(what: str) -> int | None:
+    """Bytes, as /proc/self/status has them; None where there is no such file."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(what):
                 return int(line.split()[1]) * 1024
-    return 0
+    return None
 
 
 def obey(store: Any, audience: str, worker: Worker) -> None:
@@ -191,11 +174,12 @@ def serve(address: str, rank: int, size: int, backends: list[str]) -> None:
         rank, size: of the MPI world.
         backends: those to compare.
     """
-    store = connect(address)
+    store = connect(address, "mpi")
     children = {}
     for backend in TENSORPIPES:
         if backend in backends:
-            place = [f"--{name}={value}" for name, value in (("backend", backend), ("rank", rank), ("size", size))]
+            options = {"backend": backend, "rank": rank, "size": size, "parent": os.getpid()}
+            place = [f"--{name}={value}" for name, value in options.items()]
             children[backend] = subprocess.Popen([sys.executable, "-m", f"{__package__}.worker", address, *place])
     try:
         obey(store, "mpi", MpiWorker(rank, size, children))
@@ -206,21 +190,24 @@ def serve(address: str, rank: int, size: int, backends: list[str]) -> None:
             child.wait()
 
 
-def connect(address: str) -> Any:
+def connect(address: str, audience: str) -> Any:
     """The controller's store."""
     # torch's own, at every init_rpc of TensorPipe.
     warnings.filterwarnings("ignore", "You are using a Backend .* as a ProcessGroup")
     host, _, port = address.rpartition(":")
-    store = TCPStore(host, int(port), is_master=False, timeout=_FOR_EVER)
-    store.add("connected", 1)
+    store = TCPStore(host, int(port), is_master=False, timeout=_CONNECT_LIMIT)
+    store.set_timeout(_FOR_EVER)
+    store.add(f"connected/{audience}", 1)
     return PrefixStore("bench", store)
 
 
-def _serve_as_child(address: str, backend: str, rank: int, size: int) -> None:
+def _serve_as_child(address: str, backend: str, rank: int, size: int, parent: int) -> None:
     # A parent that is killed cannot end a child, least of all one that is stopped.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the controller serves the stores
-    obey(connect(address), backend, Child(backend, rank, size))
+    obey(connect(address, backend), backend, Worker(backend, rank, size))
 
 
 def _rank() -> int:
@@ -239,10 +226,11 @@ def main() -> None:
     parser.add_argument("--backends", type=lambda text: text.split(","))
     parser.add_argument("--backend", choices=TENSORPIPES)
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--parent", type=int)
     parser.add_argument("--size", type=int, required=True)
     arguments = parser.parse_args()
     if arguments.backend:
-        _serve_as_child(arguments.address, arguments.backend, arguments.rank, arguments.size)
+        _serve_as_child(arguments.address, arguments.backend, arguments.rank, arguments.size, arguments.parent)
     else:
         serve(arguments.address, _rank(), arguments.size, arguments.backends)
 

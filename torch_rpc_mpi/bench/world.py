@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from .cases import Case
-from .worker import STUCK_AFTER
 
 BACKENDS = ("mpi", "tensorpipe", "tensorpipe-uv", "raw")
 START_LIMIT = 600.0  # seconds, for all ranks to import torch
-TURN_LIMIT = STUCK_AFTER + 60.0  # seconds, for one turn of one case
+END_LIMIT = 30.0  # seconds
+TURN_LIMIT = 300.0  # seconds, for one turn of one case
 _SLICE = timedelta(seconds=15)  # after which a dead launcher is noticed; c10d logs each that passes in vain
 
 
@@ -63,15 +63,10 @@ class World:
 
     def start(self, backends: list[str]) -> None:
         """Waits for the ranks and has them open their sessions. Raises Failed if not even MPI works."""
-        audiences = ["mpi", *(backend for backend in backends if backend not in ("mpi", "raw"))]
         deadline = time.monotonic() + START_LIMIT
-        while self.store.add("connected", 0) < self.size * len(audiences):
-            self._check_launcher()
-            if time.monotonic() > deadline:
-                raise Failed(f"only {self.store.add('connected', 0)} processes came within {START_LIMIT:.0f} s")
-            time.sleep(0.1)
-        for backend in audiences:
+        for backend in ["mpi", *(backend for backend in backends if backend not in ("mpi", "raw"))]:
             try:
+                self._await_processes(backend, deadline)
                 replies = self._ask(backend, "start", rendezvous=self._rendezvous(backend))
             except Failed as failure:
                 self._give_up(backend, failure)
@@ -84,34 +79,45 @@ class World:
             else:
                 self._ask("mpi", "stop", backend=backend)
 
+    def _await_processes(self, backend: str, deadline: float) -> None:
+        key = f"connected/{backend}"
+        while (came := self.store.add(key, 0)) < self.size:
+            self._check_launcher()
+            if time.monotonic() > deadline:
+                raise Failed(f"only {came} of {self.size} processes came within {START_LIMIT:.0f} s")
+            time.sleep(0.1)
+
     def turn(self, backend: str, case: Case) -> Turn | None:
         """Measures a case on one backend. None: this backend has failed, or has no such case."""
         if backend in self.failures or (backend == "raw" and case.message is None):
             return None
         try:
-            if backend == "raw":
-                replies = self._ask("mpi", "run_raw", case=case.name)
-            elif backend == "mpi":
-                replies = self._ask("mpi", "run", case=case.name, rendezvous="")
-            else:
-                rendezvous = self._rendezvous(backend) if case.restarts else ""
-                self._ask("mpi", "go_on", backend=backend)
-                replies = self._ask(backend, "run", case=case.name, rendezvous=rendezvous)
-                self._ask("mpi", "stop", backend=backend)
+            return self._turn(backend, case)
         except Failed as failure:
             self._give_up(backend, failure, case)
             return None
-        samples = [sample for reply in replies for sample in reply["samples"]]
-        return Turn(samples, {reply["rank"]: reply["grown"] for reply in replies})
+
+    def _turn(self, backend: str, case: Case) -> Turn:
+        if backend == "raw":
+            return Turn(_samples(self._ask("mpi", "run_raw", case=case.name)), {})
+        rendezvous = self._rendezvous(backend) if case.restarts else ""
+        if backend != "mpi":
+            self._ask("mpi", "go_on", backend=backend)
+        self._ask(backend, "forget_peak")
+        samples = _samples(self._ask(backend, "run", case=case.name, rendezvous=rendezvous))
+        peaks = self._ask(backend, "peak")
+        if backend != "mpi":
+            self._ask("mpi", "stop", backend=backend)
+        return Turn(samples, {peak["rank"]: peak["grown"] for peak in peaks if peak["grown"] is not None})
 
     def end(self) -> None:
         """The last shutdown of those that still live."""
         for backend in [*(backend for backend in self.starts if backend != "mpi"), "mpi"]:
-            if backend in self.failures:
+            if backend != "mpi" and backend in self.failures:
                 continue
-            if backend != "mpi":
-                self._ask("mpi", "go_on", backend=backend)
             try:
+                if backend != "mpi":
+                    self._ask("mpi", "go_on", backend=backend)
                 replies = self._ask(backend, "end")
             except Failed as failure:
                 self._give_up(backend, failure)
@@ -119,9 +125,12 @@ class World:
                 self.starts[backend].shutdown = max(reply["shutdown"] for reply in replies)
 
     def _give_up(self, backend: str, failure: Failed, case: Case | None = None) -> None:
-        self.failures[backend] = f"{case.title}: {failure}" if case else str(failure)
-        if backend not in ("mpi", "raw"):
-            self._ask("mpi", "drop", backend=backend)
+        self.failures.setdefault(backend, f"{case.title}: {failure}" if case else str(failure))
+        if backend not in ("mpi", "raw") and "mpi" not in self.failures:
+            try:
+                self._ask("mpi", "drop", backend=backend)
+            except Failed as worse:
+                self.failures["mpi"] = str(worse)
 
     def _ask(self, audience: str, do: str, **arguments: Any) -> list[dict[str, Any]]:
         """Gives an order to all ranks of a backend and waits until each has done it."""
@@ -153,7 +162,7 @@ class World:
 
     def _check_launcher(self) -> None:
         if self.launcher is not None and (status := self.launcher.poll()) is not None:
-            raise SystemExit(f"mpirun ended with status {status} in the midst of the measurement")
+            raise Failed(f"mpirun ended with status {status} in the midst of the measurement")
 
     def _rendezvous(self, backend: str) -> str:
         """A store for a new session of TensorPipe, which cannot use one twice. The last one is still needed."""
@@ -161,6 +170,10 @@ class World:
         del stores[:-1]
         stores.append(_store())
         return f"tcp://{self.host}:{stores[-1].port}"
+
+
+def _samples(replies: list[dict[str, Any]]) -> list[float]:
+    return [sample for reply in replies for sample in reply["samples"]]
 
 
 def _store() -> TCPStore:
@@ -180,15 +193,21 @@ def started(size: int, backends: list[str]) -> Iterator[World]:
         # Open MPI's mpirun; the others take no notice.
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        # It would bind two ranks to a core each, and all threads of TensorPipe with them.
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
     }
     world.launcher = subprocess.Popen([mpirun(), "-n", str(size), *worker], env=environment, stdin=subprocess.DEVNULL)
     try:
         yield world
-        world.launcher.wait(START_LIMIT)
+        with suppress(subprocess.TimeoutExpired):
+            world.launcher.wait(0 if "mpi" in world.failures else END_LIMIT)
     finally:
-        if world.launcher.poll() is None:
-            world.launcher.terminate()
-            world.launcher.wait(30)
+        for end in (world.launcher.terminate, world.launcher.kill):
+            if world.launcher.poll() is None:
+                end()
+                with suppress(subprocess.TimeoutExpired):
+                    world.launcher.wait(END_LIMIT)
 
 
 @contextmanager
