@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from .cases import GIB, text_of
 from .report import seconds_text
@@ -68,10 +68,13 @@ def bandwidth(report: Report) -> Any:
     names = {"echo_": "a tensor, there and back", "take_": "a tensor, one way"}
     has = [prefix for prefix in names if any(result.case.name.startswith(prefix) for result in report.results)]
     figure = _panels(report, [(names[prefix], prefix, draw) for prefix in has], "size", "GiB/s")
-    for axes in figure.axes if figure else ():
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text_of(int(value))))
-        axes.tick_params("x", labelrotation=30)
+    sizes = {result.case.message[0] for result in report.results if _is_of_size(result) and result.case.message}
+    _ticks(figure, {size: text_of(size) for size in sizes})
     return figure
+
+
+def _is_of_size(result: Result) -> bool:
+    return result.case.name.startswith(("echo_", "take_"))
 
 
 def rate(report: Report) -> Any:
@@ -88,7 +91,10 @@ def rate(report: Report) -> Any:
 
     names = {"async_builtin_": "a builtin", "async_udf_": "an empty function"}
     has = [prefix for prefix in names if any(result.case.name.startswith(prefix) for result in report.results)]
-    return _panels(report, [(names[prefix], prefix, draw) for prefix in has], "calls at once", "calls a second")
+    figure = _panels(report, [(names[prefix], prefix, draw) for prefix in has], "calls at once", "calls a second")
+    counts = {result.case.calls for result in report.results if result.case.name.startswith("async_")}
+    _ticks(figure, {count: str(count) for count in counts if count})
+    return figure
 
 
 def start(report: Report) -> Any:
@@ -111,11 +117,21 @@ def start(report: Report) -> Any:
     if len(report.starts) < 2:
         return None
     panels: list[Any] = [("first session of a process", None, first), ("a later one", None, again)]
-    figure = _panels(report, panels, "ranks", "init_rpc, a call to each, shutdown: seconds")
-    for axes in figure.axes:
-        axes.set_xticks(sorted(report.starts), [str(size) for size in sorted(report.starts)], minor=False)
-        axes.minorticks_off()
+    figure = _panels(report, panels, "ranks", "seconds for a session\nwith a call to each rank")
+    _ticks(figure, {size: str(size) for size in report.starts})
     return figure
+
+
+def _ticks(figure: Any, labels: dict[int, str]) -> None:
+    """What was measured, and nothing between; of values that are close to each other, the first."""
+    shown: list[int] = []
+    for value in sorted(labels):
+        if not shown or value >= 1.7 * shown[-1]:
+            shown.append(value)
+    for axes in figure.axes if figure else ():
+        axes.set_xticks(shown, [labels[value] for value in shown])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params("x", labelrotation=30 if max(map(len, labels.values())) > 4 else 0)
 
 
 def _panels(report: Report, panels: list[tuple[str, Any, Callable[..., None]]], across: str, up: str) -> Any:
