@@ -29,8 +29,8 @@ try:
     import matplotlib  # noqa: F401 (imported by those who draw; here, so that it is not missed after the measurement)
     import psutil
     from rich.progress import Progress
-except ImportError as error:
-    raise SystemExit(f"{error}: install the extra [bench], pip install 'torch_rpc_mpi[bench]'") from None
+except ImportError:
+    raise SystemExit("the benchmark needs matplotlib, psutil and rich: pip install 'torch_rpc_mpi[bench]'") from None
 
 # Set by rank 0 of somebody else's mpirun for the controller that it starts: the number of ranks, the host that they
 # know this one by, and the file descriptor for the port of the controller's store.
