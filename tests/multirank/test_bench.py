@@ -1,13 +1,16 @@
 """The benchmark, small: that it measures what it says, in worlds of its own and in one that it is given."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import launcher
+import psutil
 import pytest
 
 BENCH = [sys.executable, "-m", "torch_rpc_mpi.bench"]
@@ -65,6 +68,37 @@ def test_given_world(tmp_path: Path) -> None:
     }
     assert found["failures"] == {}
     assert found["versions"]["mpi"]
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["while it starts", "between its turns"])
+def test_a_backend_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, started: bool) -> None:
+    command = [*BENCH, "--cases=udf,idle", "--ranks=2", "--rounds=4", "--output", str(tmp_path / "out")]
+    with (tmp_path / "log").open("w") as log:
+        bench = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    try:
+        tensorpipe = find_descendant(bench.pid, "--backend=tensorpipe")
+        while started and tensorpipe.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.05)
+        tensorpipe.kill()
+        assert bench.wait(LIMIT) == 0, (tmp_path / "log").read_text()
+    finally:
+        bench.kill()
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert "its process has ended with status -9" in found["failures"]["2"]["tensorpipe"]
+    assert "tensorpipe failed in a world of 2 ranks" in (tmp_path / "log").read_text()
+    results = {result["case"]: result["backends"]["mpi"]["medians"] for result in found["results"]}
+    assert {name: len(medians) for name, medians in results.items()} == {"udf": 4, "idle": 4}
+
+
+def find_descendant(pid: int, argument: str) -> psutil.Process:
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if argument in process.cmdline():
+                    return process
+        time.sleep(0.05)
+    raise TimeoutError(f"no process with {argument}")
 
 
 @pytest.mark.parametrize(

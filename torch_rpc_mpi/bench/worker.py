@@ -130,6 +130,12 @@ class MpiWorker(Worker):
         self._children[backend].send_signal(signal.SIGSTOP)
         return {}
 
+    def check(self, backend: str) -> dict[str, Any]:
+        """Raises RuntimeError if a child has ended."""
+        if (status := self._children[backend].poll()) is not None:
+            raise RuntimeError(f"its process has ended with status {status}")
+        return {}
+
     def drop(self, backend: str) -> dict[str, Any]:
         """Ends a child that failed."""
         self._children[backend].kill()

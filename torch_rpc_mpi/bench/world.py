@@ -23,7 +23,7 @@ BACKENDS = ("mpi", "tensorpipe", "tensorpipe-uv", "raw")
 START_LIMIT = 600.0  # seconds, for all ranks to import torch
 END_LIMIT = 30.0  # seconds
 TURN_LIMIT = 300.0  # seconds, for one turn of one case
-_SLICE = timedelta(seconds=15)  # after which a dead launcher is noticed; c10d logs each that passes in vain
+_SLICE = timedelta(seconds=15)  # after which dead processes are noticed; c10d logs each that passes in vain
 
 
 class Failed(Exception):
@@ -82,7 +82,7 @@ class World:
     def _await_processes(self, backend: str, deadline: float) -> None:
         key = f"connected/{backend}"
         while (came := self.store.add(key, 0)) < self.size:
-            self._check_launcher()
+            self._check_processes(backend)
             if time.monotonic() > deadline:
                 raise Failed(f"only {came} of {self.size} processes came within {START_LIMIT:.0f} s")
             time.sleep(0.1)
@@ -139,7 +139,7 @@ class World:
         store = PrefixStore("bench", self.store)
         store.set(f"{audience}/{number}", json.dumps({"do": do, **arguments}))
         keys = [f"{audience}/{number}/{rank}" for rank in range(self.size)]
-        self._await(store, keys, do)
+        self._await(store, audience, keys, do)
         replies = [json.loads(store.get(key)) for key in keys]
         for key in [*keys, f"{audience}/{number}"]:
             store.delete_key(key)
@@ -147,20 +147,23 @@ class World:
             raise Failed(f"{len(errors)} of {self.size} ranks failed; {errors[0]}")
         return replies
 
-    def _await(self, store: Any, keys: list[str], what: str) -> None:
+    def _await(self, store: Any, audience: str, keys: list[str], what: str) -> None:
         deadline = time.monotonic() + TURN_LIMIT
         while True:
             try:
                 store.wait(keys, _SLICE)
                 return
             except RuntimeError:  # not within this slice
-                self._check_launcher()
+                self._check_processes(audience)
                 if time.monotonic() > deadline:
                     missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
                     text = f"no answer to {what!r} from rank(s) {', '.join(missing)} within {TURN_LIMIT:.0f} s"
                     raise Failed(text) from None
 
-    def _check_launcher(self) -> None:
+    def _check_processes(self, audience: str) -> None:
+        """Raises Failed if some have ended."""
+        if audience != "mpi":
+            self._ask("mpi", "check", backend=audience)
         if self.launcher is not None and (status := self.launcher.poll()) is not None:
             raise Failed(f"mpirun ended with status {status} in the midst of the measurement")
 
