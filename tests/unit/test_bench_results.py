@@ -89,6 +89,11 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(expected, text), f"no {expected!r} in\n{text}"
 
 
+def test_a_world_that_never_started_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show(Report(["mpi"], starts={128: {}}, failures={128: {"mpi": "only 100 of 128 processes came"}}))
+    assert "mpi failed in a world of 128 ranks. only 100 of 128 processes came" in capsys.readouterr().out
+
+
 def test_json_has_all_that_was_measured() -> None:
     found = json.loads(json.dumps(full_report().as_json()))
     builtin = found["results"][0]

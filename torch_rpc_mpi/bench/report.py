@@ -16,9 +16,10 @@ def show(report: Report) -> None:
     # In a file or a pipe, lines may be as long as they need to be.
     if not console.is_terminal:
         console = Console(width=200)
-    for size in sorted({result.size for result in report.results}):
+    for size in sorted(report.starts):  # also those in which nothing could be measured
         results = [result for result in report.results if result.size == size]
-        console.print(_times(report, results, size))
+        if results:
+            console.print(_times(report, results, size))
         for backend, failure in report.failures.get(size, {}).items():
             console.print(f"{backend} failed in a world of {size} ranks. {failure}", style="red", markup=False)
     for table in (_starts(report), _memory(report)):
