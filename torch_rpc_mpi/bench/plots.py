@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +57,19 @@ def bandwidth(report: Report) -> Any:
 
     def draw(axes: Any, prefix: str, backend: str) -> None:
         points = []
-        for result in report.results:
+        for result in _starting_with(report, prefix):
             median = result.median(backend)
-            if result.case.name.startswith(prefix) and result.case.message and median:
+            if result.case.message and median:
                 there, back = result.case.message
                 points.append((there, (there + (back if prefix == "echo_" else 0)) / median / GIB))
-        if points:
-            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+        _line(axes, points, backend)
 
     names = {"echo_": "a tensor, there and back", "take_": "a tensor, one way"}
-    has = [prefix for prefix in names if any(result.case.name.startswith(prefix) for result in report.results)]
+    has = [prefix for prefix in names if _starting_with(report, prefix)]
     figure = _panels(report, [(names[prefix], prefix, draw) for prefix in has], "size", "GiB/s")
-    sizes = {result.case.message[0] for result in report.results if _is_of_size(result) and result.case.message}
+    sizes = {result.case.message[0] for result in _starting_with(report, *names) if result.case.message}
     _ticks(figure, {size: text_of(size) for size in sizes})
     return figure
-
-
-def _is_of_size(result: Result) -> bool:
-    return result.case.name.startswith(("echo_", "take_"))
 
 
 def rate(report: Report) -> Any:
@@ -82,18 +77,15 @@ def rate(report: Report) -> Any:
 
     def draw(axes: Any, prefix: str, backend: str) -> None:
         points = []
-        for result in report.results:
-            median = result.median(backend)
-            if result.case.name.startswith(prefix) and median:
+        for result in _starting_with(report, prefix):
+            if median := result.median(backend):
                 points.append((result.calls(), result.calls() / median))
-        if points:
-            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+        _line(axes, points, backend)
 
     names = {"async_builtin_": "a builtin", "async_udf_": "an empty function"}
-    has = [prefix for prefix in names if any(result.case.name.startswith(prefix) for result in report.results)]
+    has = [prefix for prefix in names if _starting_with(report, prefix)]
     figure = _panels(report, [(names[prefix], prefix, draw) for prefix in has], "calls at once", "calls a second")
-    counts = {result.case.calls for result in report.results if result.case.name.startswith("async_")}
-    _ticks(figure, {count: str(count) for count in counts if count})
+    _ticks(figure, {result.calls(): str(result.calls()) for result in _starting_with(report, *names)})
     return figure
 
 
@@ -105,14 +97,12 @@ def start(report: Report) -> Any:
         for size, starts in sorted(report.starts.items()):
             if found := starts.get(backend):
                 points.append((size, found.init + found.calls + (found.shutdown or 0)))
-        if points:
-            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+        _line(axes, points, backend)
 
     def again(axes: Any, _: None, backend: str) -> None:
-        sessions = [result for result in report.results if result.case.name == "session"]
+        sessions = _starting_with(report, "session")
         points = [(result.size, median) for result in sessions if (median := result.median(backend))]
-        if points:
-            axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+        _line(axes, points, backend)
 
     if len(report.starts) < 2:
         return None
@@ -120,6 +110,15 @@ def start(report: Report) -> Any:
     figure = _panels(report, panels, "ranks", "seconds for a session\nwith a call to each rank")
     _ticks(figure, {size: str(size) for size in report.starts})
     return figure
+
+
+def _line(axes: Any, points: Sequence[tuple[float, float]], backend: str) -> None:
+    if points:
+        axes.loglog(*zip(*points, strict=True), "o-", color=_COLORS[backend], label=_TITLES[backend])
+
+
+def _starting_with(report: Report, *prefixes: str) -> list[Result]:
+    return [result for result in report.results if result.case.name.startswith(prefixes)]
 
 
 def _ticks(figure: Any, labels: dict[int, str]) -> None:
