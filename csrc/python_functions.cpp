@@ -160,6 +160,13 @@ void complete(JitFuture& pyFuture, const JitFuture& response) {
   }
 }
 
+// Completes pyFuture when the response is there, with the thread-local state that this thread has now.
+void completeWith(JitFuturePtr pyFuture, JitFuture& response) {
+  response.addCallback(at::wrapPropagateTLSState([pyFuture = std::move(pyFuture)](JitFuture& completed) {
+    complete(*pyFuture, completed);
+  }));
+}
+
 struct ScriptFunctionCall {
   ScriptFunctionCall(const std::string& qualifiedName, const py::tuple& args, const py::dict& kwargs)
       : name(qualifiedName),
@@ -189,8 +196,7 @@ JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue) 
   }
   // createInstance() keeps the devices.
   auto pyFuture = messageJitFuture->createInstance(c10::PyObjectType::get());
-  messageJitFuture->addCallback(
-      at::wrapPropagateTLSState([pyFuture](JitFuture& response) { complete(*pyFuture, response); }));
+  completeWith(pyFuture, *messageJitFuture);
   return pyFuture;
 }
 
@@ -259,9 +265,7 @@ JitFuturePtr pyRpcPythonUdf(
       return;
     }
     try {
-      sendIt(byValue.pickle())->addCallback(at::wrapPropagateTLSState([pyFuture](JitFuture& again) {
-        complete(*pyFuture, again);
-      }));
+      completeWith(pyFuture, *sendIt(byValue.pickle()));
     } catch (...) {
       pyFuture->setErrorIfNeeded(std::current_exception());
     }
