@@ -13,7 +13,7 @@ import torch.distributed.rpc as rpc
 from cases_calls import APIS, doubling_module, identity
 from cases_pickling import LARGE, TORCH_CANNOT, apply, settled, tables_left
 from cases_rref import fetch
-from harness import World, case, equal, in_threads, program, shut_down_without_leaks
+from harness import World, case, equal, eventually, in_threads, program, shut_down_without_leaks
 from torch import Tensor
 from torch.distributed.rpc import RRef
 
@@ -165,8 +165,7 @@ def class_at_its_owner(world: World) -> None:
         equal(rref.rpc_async().get().wait(), 5)
         equal(rref.remote().moved(2).to_here().x, 7)
         equal(rref.to_here().x, 5)
-        rref._get_future().wait()
-        assert rref.confirmed_by_owner()
+        eventually(rref.confirmed_by_owner, "the owner's answer has confirmed the RRef")
     del rref
     settled(world)
 
