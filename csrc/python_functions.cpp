@@ -16,7 +16,7 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "builtin_operator.h"
-#include "plain_results.h"
+#include "plain_pickle.h"
 #include "repeatable_call.h"
 #include "torch_autograd.h"
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import api, internal
 
-from . import _unsendable
+from . import _C, _unsendable
 
 Pickled = tuple[bytes, list[Tensor]]
 
@@ -213,6 +213,9 @@ class RpcPickler(internal._InternalRPCPickler):
     def __init__(self, always_by_value: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._always_by_value = always_by_value
+        self.plain = _C.PlainPickler(
+            [copyreg.dispatch_table, internal._internal_rpc_pickler._class_reducer_dict, self._class_reducer_dict]
+        )
         self._table: dict[type, Callable[[Any], Any]] = {}
         self._table_of = (0, 0, 0)  # how many reducers of each origin there were when it was made; none is ever removed
 
@@ -223,14 +226,15 @@ class RpcPickler(internal._InternalRPCPickler):
             TypeError, AttributeError, RuntimeError or pickle.PicklingError: something in it cannot be sent; the text
                 names it and the path to it.
         """
-        if self._always_by_value:
-            return self._by_value(obj)
         is_call = isinstance(obj, internal.PythonUDF)
-        tensors: list[Tensor] = []
-        rrefs: list[Any] = []
+        if is_call:
+            pickled = None if self._always_by_value else self.plain.dump_call(obj)
+        else:
+            pickled = self.plain.dump_result(obj)
+        if pickled is None and self._always_by_value:
+            return self._by_value(obj)
         try:
-            with _tables(_sending, tensors=tensors, rrefs=rrefs):
-                data = self._by_reference(obj)
+            data, tensors, rrefs = pickled or self._by_reference(obj)
         except Exception:
             if not is_call:
                 return self._by_value(obj)
@@ -253,12 +257,15 @@ class RpcPickler(internal._InternalRPCPickler):
             return {**self._table, type(obj): _reduce_script_module}
         return self._table
 
-    def _by_reference(self, obj: Any) -> bytes:
+    def _by_reference(self, obj: Any) -> tuple[bytes, list[Tensor], list[Any]]:
+        tensors: list[Tensor] = []
+        rrefs: list[Any] = []
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer)
         pickler.dispatch_table = self._reducers(obj)
-        pickler.dump(obj)
-        return buffer.getvalue()
+        with _tables(_sending, tensors=tensors, rrefs=rrefs):
+            pickler.dump(obj)
+        return buffer.getvalue(), tensors, rrefs
 
     def _by_value(self, obj: Any) -> Pickled:
         data, tensors, rrefs = self._dump_by_value(obj, main_by_name=False)

@@ -218,7 +218,7 @@ def init_backend(
                 _agent_options(extension, options, len({member.node for member in members})),
                 _session.make_run_function(whereabouts),
                 internal.serialize if pickler is None else pickler.serialize,
-                pickler is not None,
+                None if pickler is None else pickler.plain,
             )
         )
         return neighbours.reaches_all

@@ -4,7 +4,7 @@
 #include <sstream>
 
 #include "builtin_operator.h"
-#include "plain_results.h"
+#include "plain_pickle.h"
 #include "python_functions.h"
 
 namespace py = pybind11;
@@ -39,6 +39,14 @@ std::string overloadOf(const BuiltinCall& call) {
   std::ostringstream schema;
   schema << call.op->schema();
   return schema.str();
+}
+
+// For Python: its bytes, tensors and RRefs; None for nothing.
+py::object partsOf(std::optional<PlainPickle> pickle) {
+  if (!pickle) {
+    return py::none();
+  }
+  return py::make_tuple(py::bytes(pickle->data), std::move(pickle->tensors), std::move(pickle->rrefs));
 }
 
 void bindBuiltin(py::module_& module) {
@@ -135,6 +143,15 @@ void bindFunctions(py::module_& module) {
         return wrap(toPyJitFuture(messageFuture.fut, hasValue));
       },
       py::arg("message_future"), py::arg("has_value"), NoGil());
+  py::class_<PlainPickler>(module, "PlainPickler")
+      .def(py::init<std::vector<py::dict>>(), py::arg("reducers"))
+      .def(
+          "dump_call", [](const PlainPickler& self, const py::object& call) { return partsOf(self.dumpCall(call)); },
+          py::arg("call"))
+      .def(
+          "dump_result",
+          [](const PlainPickler& self, const py::object& value) { return partsOf(self.dumpResult(value)); },
+          py::arg("value"));
   module.def(
       "is_plain_result",
       [](std::string pickled, Tensors tensors) {

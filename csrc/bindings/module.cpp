@@ -94,7 +94,7 @@ std::shared_ptr<MpiAgent> makeAgent(
     const PyAgentOptions& options,
     py::object runFunction,
     py::object serialize,
-    bool plainTensors) {
+    py::object plainPickler) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == addresses.size() &&
           names.size() == static_cast<size_t>(communicator->size()),
@@ -105,7 +105,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     members.push_back({names[rank], hosts[rank]});
   }
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
-  auto callback = std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize), plainTensors);
+  auto callback =
+      std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize), std::move(plainPickler));
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
@@ -199,7 +200,7 @@ void bindAgent(py::module_& module) {
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
           py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"),
-          py::arg("plain_tensors"))
+          py::arg("plain_pickler"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())

@@ -18,7 +18,7 @@
 
 #include "agent/mpi_agent.h"
 #include "bindings/interpreter.h"
-#include "plain_results.h"
+#include "plain_pickle.h"
 #include "python_functions.h"
 #include "script_messages.h"
 
@@ -138,18 +138,21 @@ c10::TypePtr messageType() {
 
 // The session's two Python functions. Who calls run(), or serialize() with a Python object, holds the GIL.
 struct PythonRequestCallback::PythonSide {
-  PythonSide(py::object runFunction, py::object serialize, bool plainTensors)
+  PythonSide(py::object runFunction, py::object serialize, py::object plainPickler)
       : runFunction(std::move(runFunction)),
         serializeFunction(std::move(serialize)),
-        plainTensors(plainTensors) {}
+        plainPicklerObject(std::move(plainPickler)),
+        plainPickler(plainPicklerObject.is_none() ? nullptr : &plainPicklerObject.cast<const PlainPickler&>()) {}
   ~PythonSide() {
     if (interpreterRuns()) {
       const py::gil_scoped_acquire gil;
       runFunction = py::object();
       serializeFunction = py::object();
+      plainPicklerObject = py::object();
     } else {
       runFunction.release();
       serializeFunction.release();
+      plainPicklerObject.release();
     }
   }
   PythonSide(const PythonSide&) = delete;
@@ -159,12 +162,10 @@ struct PythonRequestCallback::PythonSide {
     return runToTheEndOfPython(runFunction, function);
   }
   rpc::SerializedPyObj serialize(const py::object& result) const {
-    if (result.is_none()) {
-      return {std::string(pickledNone()), {}};
-    }
-    // A torch.Tensor itself: torch's own check for that lets torch.nn.Parameter pass, which goes as one.
-    if (plainTensors && Py_TYPE(result.ptr()) == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
-      return {std::string(pickledTensor()), {THPVariable_Unpack(result.ptr())}};
+    if (plainPickler != nullptr) {
+      if (auto plain = plainPickler->dumpResult(result)) {
+        return {std::move(plain->data), std::move(plain->tensors)};
+      }
     }
     auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
     return {std::move(data), std::move(tensors)};
@@ -181,11 +182,12 @@ struct PythonRequestCallback::PythonSide {
 
   py::object runFunction;
   py::object serializeFunction;
-  const bool plainTensors;
+  py::object plainPicklerObject;
+  const PlainPickler* const plainPickler; // of that object, or null
 };
 
-PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize, bool plainTensors)
-    : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize), plainTensors)) {}
+PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize, py::object plainPickler)
+    : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize), std::move(plainPickler))) {}
 
 // What takes the place of a command because it calls a Python function; null for other commands. One that wraps another
 // gets the wrapped one's replacement here.

@@ -142,7 +142,7 @@ class Agent(rpc.TensorPipeAgent):
         options: Any,
         run_function: Any,
         serialize: Any,
-        plain_tensors: bool,
+        plain_pickler: Any,
     ) -> None:
         self.names, self.hosts, self.options = names, hosts, options
         self.run_function, self.serialize = run_function, serialize
@@ -169,6 +169,8 @@ def send_without_second_attempt(invoke: Callable[..., Any]) -> Callable[..., Any
 
 def make_extension(directory: Path) -> ModuleType:
     """A fake torch_rpc_mpi._C that lies, with its shims, in ``directory``."""
+    from torch_rpc_mpi import _C as real
+
     extension = ModuleType("torch_rpc_mpi._C")
     extension.__file__ = str(directory / "_C.so")
     for abi in ("mpich", "openmpi", "standard"):
@@ -183,6 +185,7 @@ def make_extension(directory: Path) -> ModuleType:
         "forget_autograd_worker_id": lambda worker_id: None,
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
+        "PlainPickler": real.PlainPickler,
         "__torch_version__": torch.__version__,
     }
     for name, value in members.items():

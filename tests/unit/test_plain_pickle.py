@@ -1,0 +1,192 @@
+"""csrc/plain_pickle.cpp against Python's unpickler: what it writes, and what it leaves to Python's pickler."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from unit_fakes import RunPython
+
+PREAMBLE = """
+import copyreg, math, operator, pathlib, pickle, pickletools, sys, types
+import torch
+import torch.distributed.rpc as rpc
+from torch.distributed.rpc import internal
+import unit_fakes
+extension = unit_fakes.install_extension(pathlib.Path.cwd())
+from torch_rpc_mpi._pickler import RpcPickler
+
+pickler = RpcPickler()
+plain = pickler.plain
+
+def call(function, *args, **kwargs):
+    return internal.PythonUDF(function, args, kwargs)
+
+def received(pickled):
+    data, tensors, rrefs = pickled
+    assert rrefs == []
+    pickletools.dis(data, out=open("/dev/null", "w"))  # raises for what is not in order
+    return internal.deserialize(data, tensors)
+
+def same(x, y):
+    assert type(x) is type(y), (x, y)
+    if isinstance(x, (list, tuple)):
+        assert len(x) == len(y)
+        for pair in zip(x, y):
+            same(*pair)
+    elif isinstance(x, dict):
+        same(list(x.items()), list(y.items()))
+    elif isinstance(x, torch.Tensor):
+        assert x is y
+    elif isinstance(x, float):
+        assert (math.copysign(1, x), x) == (math.copysign(1, y), y) or (x != x and y != y)
+    else:
+        assert x == y
+
+def plus(x, y=0):
+    return x + y
+
+class Point:
+    def method(self):
+        pass
+    class Inner:
+        pass
+"""
+
+
+@pytest.fixture
+def run_plain(run_with_fakes: RunPython) -> RunPython:
+    return functools.partial(run_with_fakes, PREAMBLE)
+
+
+def test_plain_values_arrive_as_they_are(run_plain: RunPython) -> None:
+    run_plain(
+        """
+edges = [0, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32, 2**63 - 1]
+texts = ["", "a", "\\u00e4\\u4e2d\\U0001f600", "\\0", "x" * 63, "x" * 255, "x" * 256, "x" * 65535, "\\u00e4" * 128]
+values = [None, True, False, *edges, *(-each for each in edges), -2**63, *texts, *(each.encode() for each in texts)]
+values += [0.0, -0.0, 0.1, math.inf, -math.inf, math.nan, 5e-324, sys.float_info.max]
+values += [(), [], {}, (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [None], [[]], [()], list(range(3000))]
+values += [{"a": 1, 2: [3], (4, "5"): {None: 6.0}, b"7": ()}, {n: str(n) for n in range(3000)}]
+deep = []
+for _ in range(90):
+    deep = [deep]
+values += [deep, torch.ones(2), torch.ones(1, requires_grad=True).sum(), [torch.zeros(n) for n in range(700)]]
+for value in values:
+    same(received(plain.dump_result(value)), value)
+    same(received(plain.dump_result([value])), [value])
+    udf = call(plus, value)
+    got = received(plain.dump_call(udf))
+    assert type(got) is internal.PythonUDF and got.func is plus
+    same(got.args, (value,))
+    same(got.kwargs, {})
+    got = received(plain.dump_call(call(plus, 1, **{"y": 2})))
+    same((got.args, got.kwargs), ((1,), {"y": 2}))
+"""
+    )
+
+
+def test_functions_and_classes_go_by_name_in_calls_only(run_plain: RunPython) -> None:
+    run_plain(
+        """
+for function in (plus, Point, torch.nn.Linear, pickle.Pickler, RpcPickler, types.SimpleNamespace, int, dict):
+    got = received(plain.dump_call(call(function, [function], k=function)))
+    assert got.func is got.args[0][0] is got.kwargs["k"] is function
+    assert plain.dump_result(function) is plain.dump_result([function]) is None
+"""
+    )
+
+
+def test_what_is_not_plain_is_left_to_python(run_plain: RunPython) -> None:
+    run_plain(
+        """
+class Text(str): pass
+class Number(int): pass
+class Sequence(list): pass
+class Odd(type): pass
+class OddClass(metaclass=Odd): pass
+renamed = types.FunctionType(plus.__code__, globals(), "renamed")
+shadowed = plus
+def plus(x, y=0): pass
+homeless = types.FunctionType(plus.__code__, {"__name__": None}, "plus")
+far = types.FunctionType(plus.__code__, {"__name__": "no.such.module"}, "plus")
+
+class Lazy(types.ModuleType):
+    def __getattr__(self, name):
+        raise AssertionError("user's code was run")
+sys.modules["lazy"] = Lazy("lazy")
+lazy = types.FunctionType(plus.__code__, {"__name__": "lazy"}, "plus")
+
+deep = []
+for _ in range(200):
+    deep = [deep]
+cycle = []
+cycle.append(cycle)
+x = torch.ones(2)
+big = "x" * 100
+twice, pair = [], (1, 2)
+values = [Text("a"), Number(1), Sequence(), {1}, frozenset(), bytearray(b"a"), 1j, ..., object(), range(3)]
+values += [torch.nn.Parameter(x), torch.float32, torch.Size([1]), Point(), internal.PythonUDF(1, 2, 3), operator.add]
+values += [2**63, -2**63 - 1]
+values += ["\\ud800", "x" * 2**17, b"x" * 2**17, deep, cycle, [x, x], [twice, twice], [pair, pair], [big, big]]
+values += [lambda: 1, Point.method, Point().method, Point.Inner, OddClass, renamed, shadowed, homeless, far, lazy, len]
+values += [type(None), type(Ellipsis)]
+for value in values:
+    for pickled in (plain.dump_result(value), plain.dump_result((1, [value])), plain.dump_call(call(plus, value))):
+        assert pickled is None, value
+    assert plain.dump_call(call(plus, k=[value])) is None, value
+for other in (None, (plus, (), {}), torch.nn.Module()):
+    assert plain.dump_call(other) is None
+"""
+    )
+
+
+def test_what_occurs_twice_stays_one_object(run_plain: RunPython) -> None:
+    run_plain(
+        """
+x, items = torch.ones(2), [1]
+data, tensors = pickler.serialize(call(plus, x, [items, items, x]))
+got = internal.deserialize(data, tensors)
+assert got.args[0] is got.args[1][2] and got.args[1][0] is got.args[1][1]
+small, label = 7, "label"
+same(received(plain.dump_result([small, small, label, label, (), ()])), [7, 7, "label", "label", (), ()])
+"""
+    )
+
+
+def test_reducers_of_others_for_plain_types_are_used(run_plain: RunPython) -> None:
+    run_plain(
+        """
+x = torch.ones(2)
+def reduce(tensor):
+    return Point, ()
+for register in (
+    lambda: pickler._register_reducer(torch.Tensor, reduce),
+    lambda: internal._internal_rpc_pickler._register_reducer(torch.Tensor, reduce),
+):
+    pickler = RpcPickler()
+    plain = pickler.plain
+    assert plain.dump_result([x]) is not None
+    register()
+    assert plain.dump_result([x]) is plain.dump_call(call(plus, x)) is None
+    assert plain.dump_result([1]) is not None
+    assert type(internal.deserialize(*pickler.serialize([x]))[0]) is Point
+    internal._internal_rpc_pickler._class_reducer_dict.clear()
+"""
+    )
+
+
+def test_nothing_is_leaked(run_plain: RunPython) -> None:
+    run_plain(
+        """
+x, items, text = torch.ones(2), [object], "x" * 100
+def count():
+    return [sys.getrefcount(each) for each in (x, items, text, plus, sys.modules, None)][:-1]
+before = count()
+for _ in range(100):
+    plain.dump_call(call(plus, x, text))
+    plain.dump_call(call(plus, items, 1j))
+    plain.dump_result([x, items])
+assert count() == before, (count(), before)
+"""
+    )
