@@ -38,10 +38,17 @@ class PlainPickler {
   // The same without functions, classes and RRefs.
   std::optional<PlainPickle> dumpResult(pybind11::handle value) const;
 
+  // What dumpCall() pickled, without RRefs, read in another process; or null: Python's unpickler must see, which also
+  // knows what to do where names are missing.
+  pybind11::object loadCall(const torch::distributed::rpc::SerializedPyObj& pickled) const;
+
  private:
   std::vector<pybind11::dict> reducers_;
   pybind11::object callType_;
 };
+
+// What dumpResult() pickled, or null. With the GIL.
+pybind11::object loadPlainResult(const torch::distributed::rpc::SerializedPyObj& pickled);
 
 // The value, if it is None or a tensor as dumpResult() pickles it. Needs no GIL.
 std::optional<c10::IValue> plainResult(const torch::distributed::rpc::SerializedPyObj& result);

@@ -54,7 +54,11 @@ c10::IValue toPyIValue(const rpc::Message& response) {
       }
       auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
       const py::gil_scoped_acquire gil;
-      const py::object object = handler.deserialize(value);
+      py::object object = loadPlainResult(value);
+      if (object) {
+        return torch::jit::toIValue(object, c10::PyObjectType::get());
+      }
+      object = handler.deserialize(value);
       handler.handleExceptionGILHeld(object); // raises what the function raised
       return torch::jit::toIValue(object, c10::PyObjectType::get());
     }

@@ -49,6 +49,11 @@ py::object partsOf(std::optional<PlainPickle> pickle) {
   return py::make_tuple(py::bytes(pickle->data), std::move(pickle->tensors), std::move(pickle->rrefs));
 }
 
+// For Python: a tuple of what was read, an empty one if it was not plain.
+py::tuple inTuple(const py::object& loaded) {
+  return loaded ? py::make_tuple(loaded) : py::tuple();
+}
+
 void bindBuiltin(py::module_& module) {
   module.def(
       "py_rpc_builtin",
@@ -151,7 +156,19 @@ void bindFunctions(py::module_& module) {
       .def(
           "dump_result",
           [](const PlainPickler& self, const py::object& value) { return partsOf(self.dumpResult(value)); },
-          py::arg("value"));
+          py::arg("value"))
+      .def(
+          "load_call",
+          [](const PlainPickler& self, std::string data, Tensors tensors) {
+            return inTuple(self.loadCall({std::move(data), std::move(tensors)}));
+          },
+          py::arg("data"), py::arg("tensors"))
+      .def_static(
+          "load_result",
+          [](std::string data, Tensors tensors) {
+            return inTuple(loadPlainResult({std::move(data), std::move(tensors)}));
+          },
+          py::arg("data"), py::arg("tensors"));
   module.def(
       "is_plain_result",
       [](std::string pickled, Tensors tensors) {

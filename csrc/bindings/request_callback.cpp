@@ -53,10 +53,14 @@ class TimedGil {
 // A Python function that was unpickled, and for rpc.remote where its result belongs.
 class PythonFunction final : public rpc::RpcCommandBase {
  public:
-  PythonFunction(MpiAgent* agent, const rpc::SerializedPyObj& pickled, bool async) : isAsync(async) {
+  PythonFunction(MpiAgent* agent, const PlainPickler* plain, const rpc::SerializedPyObj& pickled, bool async)
+      : isAsync(async) {
     auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
     const TimedGil gil(agent);
     try {
+      if (plain != nullptr && (function = plain->loadCall(pickled))) {
+        return;
+      }
       function = handler.deserialize(pickled);
       if (PyExceptionInstance_Check(function.ptr())) { // it could not be unpickled
         const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
@@ -203,11 +207,13 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
   switch (type) {
     case rpc::MessageType::PYTHON_CALL: {
       const auto& call = static_cast<rpc::PythonCall&>(command);
-      return std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+      return std::make_unique<PythonFunction>(
+          agent_, python_->plainPickler, call.serializedPyObj(), call.isAsyncExecution());
     }
     case rpc::MessageType::PYTHON_REMOTE_CALL: {
       const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
-      auto function = std::make_unique<PythonFunction>(agent_, call.serializedPyObj(), call.isAsyncExecution());
+      auto function = std::make_unique<PythonFunction>(
+          agent_, python_->plainPickler, call.serializedPyObj(), call.isAsyncExecution());
       function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
       return function;
     }

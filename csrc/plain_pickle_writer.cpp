@@ -1,5 +1,3 @@
-#include "plain_pickle.h"
-
 #include <algorithm>
 #include <cstring>
 #include <string_view>
@@ -8,23 +6,21 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/rpc/py_rref.h>
 
+#include "plain_pickle.h"
+#include "plain_pickle_format.h"
+
 namespace py = pybind11;
 
 namespace torch_rpc_mpi {
 
-namespace {
+using namespace plain_pickle;
 
-constexpr std::string_view kProtocol4 = "\x80\x04";
-constexpr std::string_view kCallType = "\x8c\x1etorch.distributed.rpc.internal\x8c\x09PythonUDF\x93";
-// What _pickler has for things out of band; each is memoized where it comes first.
-constexpr std::string_view kReceiveTensor = "\x8c\x16torch_rpc_mpi._pickler\x8c\x0f_receive_tensor\x93\x94";
-constexpr std::string_view kReceiveRRef = "\x8c\x16torch_rpc_mpi._pickler\x8c\x0d_receive_rref\x93\x94";
-constexpr std::string_view kFirstOutOfBand("K\0\x85R", 4); // a call with the number 0
+namespace {
 
 constexpr int kDeepest = 100;
 // Texts longer than this are written once only, and those longer than that are no matter of microseconds.
-constexpr size_t kShortText = 64;
-constexpr size_t kLongText = 1 << 16;
+constexpr size_t kWrittenAgain = 64;
+constexpr size_t kLongest = 1 << 16;
 
 // One message.
 class Writer {
@@ -32,7 +28,7 @@ class Writer {
   Writer(const std::vector<py::dict>& reducers, bool isCall) : reducers_(reducers), isCall_(isCall) {}
 
   std::optional<PlainPickle> write(PyObject* value, PyObject* callType) {
-    pickle_.data = kProtocol4;
+    pickle_.data = kStart;
     if (isCall_) {
       // A named tuple: the function, its arguments and its keyword arguments.
       if (Py_TYPE(value) != reinterpret_cast<PyTypeObject*>(callType) || PyTuple_GET_SIZE(value) != 3) {
@@ -44,11 +40,12 @@ class Writer {
           return std::nullopt;
         }
       }
-      append("\x87\x81"); // TUPLE3 NEWOBJ
+      append(kTuples[2]);
+      append(kNewObject);
     } else if (!any(value, 0)) {
       return std::nullopt;
     }
-    append(".");
+    append(kStop);
     return std::move(pickle_);
   }
 
@@ -58,10 +55,10 @@ class Writer {
   bool any(PyObject* value, int depth) {
     PyTypeObject* type = Py_TYPE(value);
     if (value == Py_None) {
-      return append("N");
+      return append(kNone);
     }
     if (type == &PyBool_Type) {
-      return append(value == Py_True ? "\x88" : "\x89");
+      return append(value == Py_True ? kTrue : kFalse);
     }
     if (type == &PyLong_Type) {
       return integer(value);
@@ -74,7 +71,7 @@ class Writer {
     }
     if (type == &PyBytes_Type) {
       return once(value, PyBytes_GET_SIZE(value)) &&
-          sized('C', 'B', {PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value))});
+          sized(kShortBytes, kBytes, {PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value))});
     }
     if (type == &PyTuple_Type) {
       return tuple(value, depth + 1);
@@ -105,18 +102,18 @@ class Writer {
       return smallInteger(static_cast<uint32_t>(number));
     }
     const bool fits = number == static_cast<int32_t>(number);
-    return append(fits ? "J" : "\x8a\x08") && littleEndian(static_cast<uint64_t>(number), fits ? 4 : 8);
+    return (fits ? append(kInt4) : append(kInt8)) && littleEndian(static_cast<uint64_t>(number), fits ? 4 : 8);
   }
 
   bool smallInteger(uint32_t number) {
     const bool isByte = number < 1 << 8;
-    return append(isByte ? "K" : "M") && littleEndian(number, isByte ? 1 : 2);
+    return append(isByte ? kInt1 : kInt2) && littleEndian(number, isByte ? 1 : 2);
   }
 
   bool real(double number) {
     uint64_t bits = 0;
     std::memcpy(&bits, &number, sizeof(bits));
-    append("G");
+    append(kFloat);
     for (int shift = 56; shift >= 0; shift -= 8) {
       pickle_.data.push_back(static_cast<char>(bits >> shift));
     }
@@ -130,11 +127,11 @@ class Writer {
       PyErr_Clear();
       return false;
     }
-    return once(value, size) && sized('\x8c', 'X', {utf8, static_cast<size_t>(size)});
+    return once(value, size) && sized(kShortText, kText, {utf8, static_cast<size_t>(size)});
   }
 
   bool sized(char shortOp, char longOp, std::string_view bytes) {
-    if (bytes.size() > kLongText) {
+    if (bytes.size() > kLongest) {
       return false;
     }
     const bool isShort = bytes.size() < 1 << 8;
@@ -145,41 +142,42 @@ class Writer {
   bool tuple(PyObject* value, int depth) {
     const Py_ssize_t size = PyTuple_GET_SIZE(value);
     if (size == 0) {
-      return append(")");
+      return append(kEmptyTuple);
     }
     if (depth > kDeepest || !once(value)) {
       return false;
     }
     if (size > 3) {
-      append("(");
+      append(kMark);
     }
     for (Py_ssize_t i = 0; i < size; ++i) {
       if (!any(PyTuple_GET_ITEM(value, i), depth)) {
         return false;
       }
     }
-    constexpr std::string_view kEnds = "\x85\x86\x87t";
-    return append(kEnds.substr(std::min<Py_ssize_t>(size, 4) - 1, 1));
+    return append(size > 3 ? kTuple : kTuples[size - 1]);
   }
 
   bool list(PyObject* value, int depth) {
     if (depth > kDeepest || !once(value)) {
       return false;
     }
-    append("](");
+    append(kEmptyList);
+    append(kMark);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(value); ++i) {
       if (!any(PyList_GET_ITEM(value, i), depth)) {
         return false;
       }
     }
-    return append("e");
+    return append(kAppends);
   }
 
   bool dict(PyObject* value, int depth) {
     if (depth > kDeepest || !once(value)) {
       return false;
     }
-    append("}(");
+    append(kEmptyDict);
+    append(kMark);
     Py_ssize_t position = 0;
     PyObject* key = nullptr;
     PyObject* item = nullptr;
@@ -188,7 +186,7 @@ class Writer {
         return false;
       }
     }
-    return append("u");
+    return append(kSetItems);
   }
 
   // A function or class that its module has under its name, where nothing but looking into dicts tells so.
@@ -211,7 +209,7 @@ class Writer {
         PyDict_GetItem(PyModule_GetDict(found), name.ptr()) != value) {
       return false;
     }
-    return text(module.ptr()) && text(name.ptr()) && append("\x93");
+    return text(module.ptr()) && text(name.ptr()) && append(kGlobal);
   }
 
   bool rref(PyObject* value) {
@@ -227,7 +225,7 @@ class Writer {
   // Pushes what receives things of this type.
   bool mayReceive(PyTypeObject* type, std::string_view receiver, int& memoized) {
     if (memoized >= 0) {
-      return append("h") && littleEndian(memoized, 1);
+      return append(kMemoGet) && littleEndian(memoized, 1);
     }
     for (const py::dict& each : reducers_) {
       if (PyDict_GetItem(each.ptr(), reinterpret_cast<PyObject*>(type)) != nullptr) {
@@ -239,17 +237,22 @@ class Writer {
   }
 
   bool outOfBand(size_t number) {
-    return number < 1 << 16 && smallInteger(static_cast<uint32_t>(number)) && append("\x85R");
+    return number < 1 << 16 && smallInteger(static_cast<uint32_t>(number)) && append(kTuples[0]) && append(kReduce);
   }
 
-  bool once(PyObject* value, size_t size = kLongText) {
-    return size <= kShortText || seen_.insert(value).second;
+  bool once(PyObject* value, size_t size = kLongest) {
+    return size <= kWrittenAgain || seen_.insert(value).second;
   }
 
   bool littleEndian(uint64_t number, int size) {
     for (int i = 0; i < size; ++i) {
       pickle_.data.push_back(static_cast<char>(number >> (8 * i)));
     }
+    return true;
+  }
+
+  bool append(char opcode) {
+    pickle_.data.push_back(opcode);
     return true;
   }
 
@@ -279,19 +282,6 @@ std::optional<PlainPickle> PlainPickler::dumpCall(py::handle call) const {
 
 std::optional<PlainPickle> PlainPickler::dumpResult(py::handle value) const {
   return Writer(reducers_, false).write(value.ptr(), nullptr);
-}
-
-std::optional<c10::IValue> plainResult(const torch::distributed::rpc::SerializedPyObj& result) {
-  static const std::string none = std::string(kProtocol4) + "N.";
-  static const std::string tensor =
-      std::string(kProtocol4) + std::string(kReceiveTensor) + std::string(kFirstOutOfBand) + ".";
-  if (result.payload_ == none) {
-    return c10::IValue();
-  }
-  if (result.tensors_.size() == 1 && result.payload_ == tensor) {
-    return result.tensors_.front();
-  }
-  return std::nullopt;
 }
 
 } // namespace torch_rpc_mpi
