@@ -94,7 +94,7 @@ OPTIONS: tuple[Option, ...] = (
         check_int, minimum=0, maximum=_MAX_EAGER_LIMIT, from_environment=True,
     ),
     Option(
-        "bulk_chunk", "int", 4 << 20, "bytes",
+        "bulk_chunk", "int", 1 << 20, "bytes",
         "Large tensors are sent in pieces of this size, so that small messages pass in between. Must be the same on "
         "all ranks.",
         check_int, minimum=_MIN_BULK_CHUNK, maximum=_MAX_BULK_CHUNK, from_environment=True,

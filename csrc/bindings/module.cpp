@@ -73,8 +73,10 @@ struct PyAgentOptions {
     constexpr size_t kAllPeers = size_t{48} << 20;
     constexpr size_t kOnePeer = size_t{16} << 20;
     constexpr size_t kAtLeast = size_t{1} << 20;
-    options.exchange.windowBytes =
-        std::clamp(kAllPeers / static_cast<size_t>(std::max(worldSize - 1, 1)), kAtLeast, kOnePeer);
+    const size_t eachPeer = kAllPeers / static_cast<size_t>(std::max(worldSize - 1, 1));
+    options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
+    // Each holds a frame there, however small it is.
+    options.exchange.windowRequests = std::clamp(eachPeer / eagerLimit, size_t{32}, ExchangeOptions().windowRequests);
     options.spinTime = seconds(spinTime);
     options.maxSleep = seconds(maxSleep);
     options.threadHook = withPythonThreadState;

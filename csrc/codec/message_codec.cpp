@@ -68,7 +68,8 @@ OutboundRpc::OutboundRpc(
       listener_(listener),
       message_(std::move(message)) {
   header().messageType = static_cast<uint32_t>(message_->type());
-  header().chargedBytes = kind == FrameKind::kRequest ? messageBytes(*message_) : 0;
+  const size_t bytes = messageBytes(*message_, /*unknown=*/inlineLimit + 1);
+  header().chargedBytes = kind == FrameKind::kRequest && bytes > inlineLimit ? bytes : 0;
 }
 
 size_t OutboundRpc::planBody(std::vector<ConstSpan>& parts) {
@@ -135,13 +136,13 @@ void OutboundRpc::failed(const std::string& reason) noexcept {
   listener_.onSendFailed(header().kind, peer(), header().callId, reason);
 }
 
-size_t messageBytes(const rpc::Message& message) {
+size_t messageBytes(const rpc::Message& message, size_t unknown) {
   size_t bytes = message.payload().size();
   for (const at::Tensor& tensor : message.tensors()) {
     if (tensor.defined() && tensor.layout() == at::kStrided) {
       bytes += static_cast<size_t>(tensor.numel()) * tensor.itemsize();
     } else if (tensor.defined()) {
-      bytes += 4096; // sparse: counting it would cost more than the error
+      bytes += unknown; // sparse: counting it would cost more than the error
     }
   }
   return bytes;

@@ -20,7 +20,7 @@ bool Credits::allows(int rank, uint64_t bytes) const {
   const Peer& peer = *peers_[rank];
   const uint64_t requestsOut = peer.sentRequests.load() - peer.ackedRequests.load();
   const uint64_t bytesOut = peer.sentBytes.load() - peer.ackedBytes.load();
-  return requestsOut == 0 || (requestsOut < windowRequests_ && bytesOut + bytes <= windowBytes_);
+  return requestsOut < windowRequests_ && (bytes == 0 || bytesOut == 0 || bytesOut + bytes <= windowBytes_);
 }
 
 void Credits::sent(int rank, uint64_t bytes) {

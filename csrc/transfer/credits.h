@@ -2,11 +2,13 @@
 //
 // Note [Credits]
 // ~~~~~~~~~~~~~~
-// A sender may have so many requests, and so many bytes of them, with a peer that has not begun to run them; the rest
-// waits at the sender, unencoded. The receiver reports what it took off its queue, cumulatively, in every frame it
+// A sender may have so many requests, and so many bytes of large ones, with a peer that has not begun to run them; the
+// rest waits at the sender, unencoded. The receiver reports what it took off its queue, cumulatively, in every frame it
 // sends, and in a frame of its own when half a window has gathered unreported, or anything has for kStale. A request
-// larger than the window goes when nothing else is out. Responses take no credit: the caller asked for them, so its own
-// requests bound them, and they can never wait behind requests.
+// larger than the window goes when no other large one is out. Small requests, those that fit a frame, are bounded by
+// their number alone and do not wait behind large ones: a call with a tensor of gigabytes is under way for a long time.
+// Responses take no credit: the caller asked for them, so its own requests bound them, and they can never wait behind
+// requests.
 #pragma once
 
 #include <atomic>
@@ -28,7 +30,7 @@ class Credits {
   Credits(int peers, size_t windowRequests, size_t windowBytes);
 
   // As the sender of requests.
-  bool allows(int peer, uint64_t bytes) const; // any thread, for which it is a hint
+  bool allows(int peer, uint64_t bytes) const; // any thread, for which it is a hint; 0 bytes: a small request
   void sent(int peer, uint64_t bytes);
   void acknowledged(int peer, const FrameHeader& header); // of a frame that arrived
 

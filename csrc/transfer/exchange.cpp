@@ -48,9 +48,15 @@ struct Exchange::FrameReceive final : Operation {
 };
 
 struct Exchange::Peer {
-  std::string gone;                    // why nothing is sent to it any more
-  std::deque<OutboundPtr> waiting;     // for credit
-  std::atomic<size_t> waitingCount{0}; // an atomic because wouldSendAtOnce() looks at it
+  struct Lane {
+    std::deque<OutboundPtr> waiting;     // for credit
+    std::atomic<size_t> waitingCount{0}; // an atomic because wouldSendAtOnce() looks at it
+  };
+  std::string gone; // why nothing is sent to it any more
+  Lane large, small;
+  Lane& laneOf(uint64_t chargedBytes) {
+    return chargedBytes == 0 ? small : large;
+  }
 
   struct Stream {
     OutboundMessage* message;
@@ -113,10 +119,11 @@ void Exchange::post(ProgressToken& token, OutboundPtr message) {
     failed_.emplace_back(std::move(message), closed_ ? "RPC was shut down" : peer.gone);
     return;
   }
+  Peer::Lane& lane = peer.laneOf(message->header().chargedBytes);
   if (message->needsCredit() &&
-      (!peer.waiting.empty() || !credits_.allows(message->peer(), message->header().chargedBytes))) {
-    peer.waiting.push_back(std::move(message));
-    peer.waitingCount.fetch_add(1, std::memory_order_relaxed);
+      (!lane.waiting.empty() || !credits_.allows(message->peer(), message->header().chargedBytes))) {
+    lane.waiting.push_back(std::move(message));
+    lane.waitingCount.fetch_add(1, std::memory_order_relaxed);
     counts_.waitingForCredit.fetch_add(1, std::memory_order_relaxed);
     return;
   }
@@ -124,7 +131,8 @@ void Exchange::post(ProgressToken& token, OutboundPtr message) {
 }
 
 bool Exchange::wouldSendAtOnce(int rank, uint64_t chargedBytes) const {
-  return peers_[rank]->waitingCount.load(std::memory_order_relaxed) == 0 && credits_.allows(rank, chargedBytes);
+  const Peer::Lane& lane = peers_[rank]->laneOf(chargedBytes);
+  return lane.waitingCount.load(std::memory_order_relaxed) == 0 && credits_.allows(rank, chargedBytes);
 }
 
 void Exchange::transmit(ProgressToken& token, OutboundPtr owned) {
@@ -212,12 +220,14 @@ void Exchange::sendFailed(ProgressToken& token, int peer, const std::string& rea
 
 void Exchange::sendWaiting(ProgressToken& token, int rank) {
   Peer& peer = *peers_[rank];
-  while (!peer.waiting.empty() && credits_.allows(rank, peer.waiting.front()->header().chargedBytes)) {
-    OutboundPtr message = std::move(peer.waiting.front());
-    peer.waiting.pop_front();
-    peer.waitingCount.fetch_sub(1, std::memory_order_relaxed);
-    counts_.waitingForCredit.fetch_sub(1, std::memory_order_relaxed);
-    transmit(token, std::move(message));
+  for (Peer::Lane* lane : {&peer.large, &peer.small}) { // the large first, which small ones would keep waiting
+    while (!lane->waiting.empty() && credits_.allows(rank, lane->waiting.front()->header().chargedBytes)) {
+      OutboundPtr message = std::move(lane->waiting.front());
+      lane->waiting.pop_front();
+      lane->waitingCount.fetch_sub(1, std::memory_order_relaxed);
+      counts_.waitingForCredit.fetch_sub(1, std::memory_order_relaxed);
+      transmit(token, std::move(message));
+    }
   }
 }
 
@@ -227,12 +237,14 @@ void Exchange::dropPeer(ProgressToken&, int rank, const std::string& reason) {
     return;
   }
   peer.gone = reason;
-  counts_.waitingForCredit.fetch_sub(peer.waiting.size(), std::memory_order_relaxed);
-  for (OutboundPtr& message : peer.waiting) {
-    failed_.emplace_back(std::move(message), reason);
+  for (Peer::Lane* lane : {&peer.large, &peer.small}) {
+    counts_.waitingForCredit.fetch_sub(lane->waiting.size(), std::memory_order_relaxed);
+    for (OutboundPtr& message : lane->waiting) {
+      failed_.emplace_back(std::move(message), reason);
+    }
+    lane->waiting.clear();
+    lane->waitingCount = 0;
   }
-  peer.waiting.clear();
-  peer.waitingCount = 0;
 }
 
 void Exchange::reportStaleCredits(ProgressToken& token, std::chrono::steady_clock::time_point now) {

@@ -27,7 +27,7 @@ namespace torch_rpc_mpi {
 
 struct ExchangeOptions {
   size_t eagerLimit = 16384;             // bytes of a body that always fits a frame
-  size_t bulkChunk = size_t{4} << 20;    // bytes
+  size_t bulkChunk = size_t{1} << 20;    // bytes
   size_t windowRequests = 256;           // requests with one peer that it has not begun to run
   size_t windowBytes = size_t{16} << 20; // their bytes
 };

@@ -40,7 +40,7 @@ struct FrameHeader {
   uint32_t messageType = 0; // torch's MessageType
   uint32_t bulkParts = 0;   // their sizes, uint64_t each, stand at the start of the body
   uint64_t bodyBytes = 0;
-  uint64_t chargedBytes = 0; // what this request takes of the receiver's byte credit
+  uint64_t chargedBytes = 0; // what this request takes of the receiver's byte credit: nothing if it is small
   // Cumulative: how many requests of the receiver's, and how many bytes, the sender has taken off its hands.
   uint64_t releasedRequests = 0;
   uint64_t releasedBytes = 0;

@@ -285,6 +285,58 @@ TEST(exchange_bytes_are_bounded_and_a_message_above_the_window_goes_alone) {
   CHECK_EQUAL(pair.b.bodies.size(), 2U);
 }
 
+TEST(exchange_small_requests_do_not_wait_behind_large_ones) {
+  auto options = Pair::smallOptions();
+  options.windowBytes = 1000;
+  options.windowRequests = 4;
+  Pair pair(options);
+  const auto small = [](std::string text) {
+    OutboundPtr message = request(std::move(text));
+    message->header().chargedBytes = 0;
+    return message;
+  };
+  pair.a.post(request("large", {pattern(5000, 1)}));
+  pair.a.post(request("next large", {pattern(5000, 2)}));
+  CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 1));
+  CHECK_THAT(pair.a.exchange.wouldSendAtOnce(1, 0));
+  for (int i = 0; i < 5; ++i) {
+    pair.a.post(small(std::to_string(i)));
+  }
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 4U); // the first large one, and as many small ones as the other window allows
+  CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 3U);
+  CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 0));
+  // The large one that waits goes before the small ones that do, whatever the order in which they were called.
+  for (const uint64_t charged : pair.b.charged) {
+    pair.b.exchange.released(0, charged);
+  }
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 7U);
+  CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 0U);
+}
+
+TEST(exchange_a_large_request_is_not_kept_waiting_by_small_ones) {
+  auto options = Pair::smallOptions();
+  options.windowBytes = 1000;
+  options.windowRequests = 2;
+  Pair pair(options);
+  const auto small = [] {
+    OutboundPtr message = request("small");
+    message->header().chargedBytes = 0;
+    return message;
+  };
+  pair.a.post(small());
+  pair.a.post(small());
+  pair.a.post(small());
+  pair.a.post(request("large", {pattern(5000, 1)}));
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 2U);
+  pair.b.exchange.released(0, 0);
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 3U);
+  CHECK_EQUAL(pair.b.bodies[2], "large");
+}
+
 TEST(exchange_responses_pass_where_requests_wait) {
   auto options = Pair::smallOptions();
   options.windowRequests = 1;

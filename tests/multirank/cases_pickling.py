@@ -25,7 +25,7 @@ from torch.distributed import nn as dist_nn
 from torch.distributed.rpc import RRef, internal
 
 TORCH_CANNOT = "torch refuses what pickle cannot send"
-LARGE = (2 << 20) + 1  # numbers: more than 8 MiB, two pieces of a bulk transfer
+LARGE = (2 << 20) + 1  # numbers: more than 8 MiB, several pieces of a bulk transfer
 SMALL_PICKLE = 8 << 10  # bytes: room for the code of a function, not for data
 
 

@@ -24,7 +24,7 @@ def test_defaults_are_the_tables() -> None:
     assert made.num_worker_threads == 16
     assert made.rpc_timeout == 60.0
     assert made.init_method == "mpi://"
-    assert made.bulk_chunk == 4 * 1024 * 1024
+    assert made.bulk_chunk == 1024 * 1024
 
 
 def test_type_checkers_and_help_know_the_tables_options() -> None:

@@ -47,7 +47,7 @@ from torch_rpc_mpi import MPIRpcBackendOptions
 rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=MPIRpcBackendOptions(num_worker_threads=3))
 options = vars(rpc.api._get_current_rpc_agent().options)
 assert options == {
-    "num_worker_threads": 3, "rpc_timeout": 60.0, "eager_limit": 8192, "bulk_chunk": 4 << 20,
+    "num_worker_threads": 3, "rpc_timeout": 60.0, "eager_limit": 8192, "bulk_chunk": 1 << 20,
     "spin_time": 0.001, "max_sleep": 0.001, "any_source": True,
 }, options
 rpc.shutdown()

@@ -26,6 +26,9 @@ class Place(Protocol):
     rank: int
     size: int
 
+    def meet(self, count: int) -> None:
+        """Returns when so many ranks have called it in this turn."""
+
     def restart(self) -> None:
         """``shutdown`` and ``init_rpc``."""
 
@@ -40,9 +43,10 @@ class Case:
         run: takes the place and a number of samples, and returns them, in ``unit``.
         samples: how many a round takes at each caller.
         callers: which ranks call at once: rank 0, all but rank 0, or all.
+        to: whom they call: rank 1, rank 0, the next rank, or every rank.
         calls: calls in one sample; a rate is shown if there are several. None: one to each rank.
         unit: "s" (seconds), or "core" (the share of a core that the process takes).
-        message: bytes there and back in the counterpart in MPI itself; None where there is none.
+        message: bytes there and back of one call in the counterpart in MPI itself; None where there is none.
         least_ranks: the smallest world in which it says something.
         everywhere: is measured in worlds of every size, not only in the smallest.
         quick: is part of ``--quick``.
@@ -57,6 +61,7 @@ class Case:
     run: Callable[[Place, int], list[float]]
     samples: int
     callers: Literal["first", "others", "all"] = "first"
+    to: Literal["peer", "server", "neighbour", "everyone"] = "peer"
     calls: int | None = 1
     unit: Literal["s", "core"] = "s"
     message: tuple[int, int] | None = None
@@ -70,6 +75,12 @@ class Case:
 
     def calls_from(self, rank: int) -> bool:
         return self.callers == "all" or (rank == 0) == (self.callers == "first")
+
+    def callees(self, rank: int, size: int) -> list[int]:
+        """Whom this rank calls."""
+        if not self.calls_from(rank):
+            return []
+        return {"peer": [1], "server": [0], "neighbour": [(rank + 1) % size], "everyone": list(range(size))}[self.to]
 
 
 # What is called.
@@ -197,6 +208,21 @@ def _after_idling(pause: float) -> Callable[[Place, int], list[float]]:
     return run
 
 
+def _beside(size: int) -> Callable[[Place, int], list[float]]:
+    """Small calls, one after the other, while a large tensor is on its way to the same worker."""
+
+    def run(place: Place, samples: int) -> list[float]:
+        x, times = torch.ones(size // 4), []
+        for _ in range(samples):
+            large = rpc.rpc_async(PEER, take, args=(x,))
+            while not large.done():
+                times += timed(lambda: rpc.rpc_sync(PEER, torch.add, args=_PAIR), 1)
+            large.wait()
+        return times
+
+    return run
+
+
 def _session(place: Place, samples: int) -> list[float]:
     def again() -> None:
         place.restart()
@@ -207,6 +233,7 @@ def _session(place: Place, samples: int) -> list[float]:
 
 
 _PAIR = (torch.ones(2), torch.ones(2))
+_SMALL = (64, 64)  # about the bytes of a small call, for MPI itself
 
 
 def _small() -> list[Case]:
@@ -214,11 +241,10 @@ def _small() -> list[Case]:
     script = _each(lambda: rpc.rpc_sync(PEER, script_add, args=(_PAIR[0], 1)))
     remote = _each(lambda: rpc.remote(PEER, torch.add, args=_PAIR).to_here())
     to_self = _each(lambda: rpc.rpc_sync(SERVER, torch.add, args=_PAIR))
-    both = (64, 64)
     return [
-        Case("builtin", "rpc_sync, builtin", _each(add), 300, message=both, everywhere=True, quick=True),
-        Case("udf", "rpc_sync, empty function", _each(nothing), 300, message=both, everywhere=True, quick=True),
-        Case("script", "rpc_sync, TorchScript", script, 300, message=both),
+        Case("builtin", "rpc_sync, builtin", _each(add), 300, message=_SMALL, everywhere=True, quick=True),
+        Case("udf", "rpc_sync, empty function", _each(nothing), 300, message=_SMALL, everywhere=True, quick=True),
+        Case("script", "rpc_sync, TorchScript", script, 300, message=_SMALL),
         Case("remote", "remote and to_here", remote, 200, quick=True),
         Case("self", "rpc_sync to oneself", to_self, 300),
         Case("after_idle", "first call after 10 s", _after_idling(10.0), 1, most_rounds=5, warm=False),
@@ -233,8 +259,9 @@ def _many() -> list[Case]:
         builtin = _at_once(lambda: rpc.rpc_async(PEER, torch.add, args=_PAIR), count)
         udf = _at_once(lambda: rpc.rpc_async(PEER, empty), count)
         text, quick = f"{count} at once" if count > 1 else "rpc_async and wait", count == 100
-        cases.append(Case(f"async_builtin_{count}", f"builtin, {text}", builtin, samples, calls=count, quick=quick))
-        cases.append(Case(f"async_udf_{count}", f"empty function, {text}", udf, samples, calls=count, quick=quick))
+        for name, title, run in (("builtin", "builtin", builtin), ("udf", "empty function", udf)):
+            name, title = f"async_{name}_{count}", f"{title}, {text}"
+            cases.append(Case(name, title, run, samples, calls=count, message=_SMALL, quick=quick))
     return cases
 
 
@@ -284,6 +311,7 @@ def _tensors() -> list[Case]:
     there = (16 * MIB, 64)
     return [
         *cases,
+        Case("beside_1GiB", "builtin while 1 GiB is sent", _beside(GIB), 1, most_rounds=5, memory=6 * GIB),
         Case("small_tensors", "1000 tensors of 8 B, one way", small, 8),
         Case("transposed", "16 MiB, transposed, one way", transposed, 8, message=there),
         Case("columns", "16 MiB, each second column, one way", columns, 8, message=there),
@@ -294,12 +322,53 @@ def _ranks() -> list[Case]:
     neighbours, many = _neighbours(torch.add, *_PAIR), _at_once(lambda: rpc.rpc_async(SERVER, empty), 64)
     tensors = _all_to_all_of(64 * KIB)
     return [
-        Case("neighbours", "every rank calls its neighbour", neighbours, 100, "all", everywhere=True, least_ranks=3),
         Case(
-            "many_to_one", "every rank calls rank 0", many, 4, "others", 64, everywhere=True, least_ranks=3, quick=True
+            "neighbours",
+            "every rank calls its neighbour",
+            neighbours,
+            100,
+            "all",
+            "neighbour",
+            message=_SMALL,
+            everywhere=True,
+            least_ranks=3,
         ),
-        Case("all_to_all", "every rank calls every rank", _all_to_all, 10, "all", None, everywhere=True, quick=True),
-        Case("all_to_all_64KiB", "64 KiB to every rank and back", tensors, 10, "all", None, everywhere=True),
+        Case(
+            "many_to_one",
+            "every rank calls rank 0",
+            many,
+            4,
+            "others",
+            "server",
+            64,
+            message=_SMALL,
+            everywhere=True,
+            least_ranks=3,
+            quick=True,
+        ),
+        Case(
+            "all_to_all",
+            "every rank calls every rank",
+            _all_to_all,
+            10,
+            "all",
+            "everyone",
+            None,
+            message=_SMALL,
+            everywhere=True,
+            quick=True,
+        ),
+        Case(
+            "all_to_all_64KiB",
+            "64 KiB to every rank and back",
+            tensors,
+            10,
+            "all",
+            "everyone",
+            None,
+            message=(64 * KIB, 64 * KIB),
+            everywhere=True,
+        ),
         Case("idle", "idle, share of a core", _idle, 1, "all", unit="core", most_rounds=5, quick=True),
         Case(
             "session",

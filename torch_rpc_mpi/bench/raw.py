@@ -1,36 +1,69 @@
-"""MPI itself: the bytes of a tensor, or 64 for a small call, in the same pattern, between buffers used before."""
+"""MPI itself: as many bytes, of a small call 64, in the same pattern, between buffers that were used before."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .cases import Case, timed
+
+_ASKING, _ANSWER = 1, 2  # tags
 
 
 class Raw:
-    """Ranks 0 and 1 of the world. The best that a transport over MPI can do, but for copies that it saves elsewhere."""
+    """The ranks of the world. The best that a transport over MPI can do, but for copies that it saves elsewhere."""
 
     def __init__(self) -> None:
         from mpi4py import MPI
 
         self._comm = MPI.COMM_WORLD
+        self._wait_for_all = MPI.Request.Waitall
 
     def run(self, case: Case) -> list[float]:
-        """Seconds, one value a sample, at rank 0."""
-        if case.message is None or self._comm.rank > 1:
-            return []
+        """Seconds, one value a sample: of a caller, how long it took to get its answers."""
+        comm = self._comm
+        callees = case.callees(comm.rank, comm.size)
+        callers = [rank for rank in range(comm.size) if comm.rank in case.callees(rank, comm.size)]
+        if case.callers == "first" and case.calls == 1:
+            exchange = self._one(case, callees, callers)
+        else:
+            exchange = self._several(case, callees, callers)
+        timed(exchange, case.samples // 10 + 1)
+        comm.Barrier()
+        return timed(exchange, case.samples)
+
+    def _one(self, case: Case, callees: list[int], callers: list[int]) -> Callable[[], None]:
+        """One message there, then one back."""
+        assert case.message is not None
         there, back = (memoryview(bytearray(size)) for size in case.message)
-        comm, warm_up = self._comm, case.samples // 10 + 1
-        if comm.rank == 1 and case.message[0] == case.message[1]:
+        comm = self._comm
+        if callers and case.message[0] == case.message[1]:
             back = there  # an echo sends what it has received
 
-        def ask() -> None:
-            comm.Send(there, 1)
-            comm.Recv(back, 1)
+        def exchange() -> None:
+            for callee in callees:
+                comm.Send(there, callee)
+                comm.Recv(back, callee)
+            for caller in callers:
+                comm.Recv(there, caller)
+                comm.Send(back, caller)
 
-        def answer() -> None:
-            comm.Recv(there, 0)
-            comm.Send(back, 0)
+        return exchange
 
-        exchange = answer if comm.rank else ask
-        timed(exchange, warm_up)
-        samples = timed(exchange, case.samples)
-        return samples if comm.rank == 0 else []
+    def _several(self, case: Case, callees: list[int], callers: list[int]) -> Callable[[], None]:
+        """All messages at once, each of which is answered as it is found."""
+        assert case.message is not None
+        there, back = (memoryview(bytearray(size)) for size in case.message)
+        asked = memoryview(bytearray(case.message[0]))
+        comm, count = self._comm, case.calls or 1
+        answers = [(callee, bytearray(case.message[1])) for callee in callees for _ in range(count)]
+
+        def exchange() -> None:
+            requests = [comm.Irecv(answer, callee, _ANSWER) for callee, answer in answers]
+            requests += [comm.Isend(there, callee, _ASKING) for callee, _ in answers]
+            for caller in callers:
+                for _ in range(count):
+                    comm.Recv(asked, caller, _ASKING)
+                    requests.append(comm.Isend(back, caller, _ANSWER))
+            self._wait_for_all(requests)
+
+        return exchange

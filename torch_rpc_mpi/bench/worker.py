@@ -33,6 +33,7 @@ from .raw import Raw
 
 TENSORPIPES = ("tensorpipe", "tensorpipe-uv")
 _CONNECT_LIMIT = timedelta(seconds=60)
+_MEETING_LIMIT = timedelta(seconds=60)
 _FOR_EVER = timedelta(days=30)  # an order may be long in coming
 _PR_SET_PDEATHSIG = 1
 
@@ -43,6 +44,7 @@ class Worker:
     def __init__(self, backend: str, rank: int, size: int) -> None:
         self.backend, self.rank, self.size = backend, rank, size
         self.rendezvous = ""  # the next session's init_method, where the backend needs one
+        self.turn: Any = None  # a store for the order that is carried out
         self._idle_memory: int | None = None
         self._peak_is_known = False
 
@@ -62,6 +64,11 @@ class Worker:
     def restart(self) -> None:
         rpc.shutdown()
         self.open()
+
+    def meet(self, count: int) -> None:
+        if self.turn.add("met", 1) == count:
+            self.turn.set("all", "")
+        self.turn.wait(["all"], _MEETING_LIMIT)
 
     # What the controller asks for. Arguments and results go as JSON.
 
@@ -119,7 +126,8 @@ class MpiWorker(Worker):
     def run_raw(self, case: str) -> dict[str, Any]:
         if self._raw is None:
             self._raw = Raw()
-        return {"samples": self._raw.run(CASES[case])}
+        samples = self._raw.run(CASES[case])
+        return {"samples": samples if CASES[case].calls_from(self.rank) else []}
 
     def go_on(self, backend: str) -> dict[str, Any]:
         """Lets a child run."""
@@ -133,7 +141,8 @@ class MpiWorker(Worker):
     def check(self, backend: str) -> dict[str, Any]:
         """Raises RuntimeError if a child has ended."""
         if (status := self._children[backend].poll()) is not None:
-            raise RuntimeError(f"its process has ended with status {status}")
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
+            raise RuntimeError(f"its process {how}")
         return {}
 
     def drop(self, backend: str) -> dict[str, Any]:
@@ -145,6 +154,9 @@ class MpiWorker(Worker):
 def _measure(case: Case, place: Worker) -> list[float]:
     if case.warm:
         case.run(place, max(case.samples // 10, 1))  # back from standing still
+    callers = sum(case.calls_from(rank) for rank in range(place.size))
+    if callers > 1:
+        place.meet(callers)
     return case.run(place, case.samples)
 
 
@@ -161,6 +173,7 @@ def obey(store: Any, audience: str, worker: Worker) -> None:
     """Does one order after the other, the last of which is "end"."""
     for number in count():
         order = json.loads(store.get(f"{audience}/{number}"))
+        worker.turn = PrefixStore(f"{audience}/{number}", store)
         do = order.pop("do")
         try:
             reply = getattr(worker, do)(**order)

@@ -64,20 +64,26 @@ class World:
     def start(self, backends: list[str]) -> None:
         """Waits for the ranks and has them open their sessions. Raises Failed if not even MPI works."""
         deadline = time.monotonic() + START_LIMIT
-        for backend in ["mpi", *(backend for backend in backends if backend not in ("mpi", "raw"))]:
-            try:
-                self._await_processes(backend, deadline)
-                replies = self._ask(backend, "start", rendezvous=self._rendezvous(backend))
-            except Failed as failure:
-                self._give_up(backend, failure)
-                if backend == "mpi":
-                    raise
-                continue
-            self.starts[backend] = Start(*(max(reply[what] for reply in replies) for what in ("init", "calls")))
-            if backend == "mpi":
-                self.library = replies[0]["library"]
-            else:
-                self._ask("mpi", "stop", backend=backend)
+        backends = ["mpi", *(backend for backend in backends if backend not in ("mpi", "raw"))]
+        # All have come before the first begins: importing torch takes seconds of all cores.
+        for step in (lambda backend: self._await_processes(backend, deadline), self._start):
+            for backend in backends:
+                if backend in self.failures:
+                    continue
+                try:
+                    step(backend)
+                except Failed as failure:
+                    self._give_up(backend, failure)
+                    if backend == "mpi":
+                        raise
+
+    def _start(self, backend: str) -> None:
+        replies = self._ask(backend, "start", rendezvous=self._rendezvous(backend))
+        self.starts[backend] = Start(*(max(reply[what] for reply in replies) for what in ("init", "calls")))
+        if backend == "mpi":
+            self.library = replies[0]["library"]
+        else:
+            self._ask("mpi", "stop", backend=backend)
 
     def _await_processes(self, backend: str, deadline: float) -> None:
         key = f"connected/{backend}"
@@ -141,7 +147,7 @@ class World:
         keys = [f"{audience}/{number}/{rank}" for rank in range(self.size)]
         self._await(store, audience, keys, do)
         replies = [json.loads(store.get(key)) for key in keys]
-        for key in [*keys, f"{audience}/{number}"]:
+        for key in [*keys, *(f"{audience}/{number}{rest}" for rest in ("", "/met", "/all"))]:
             store.delete_key(key)
         if errors := [reply["error"] for reply in replies if "error" in reply]:
             raise Failed(f"{len(errors)} of {self.size} ranks failed; {errors[0]}")
