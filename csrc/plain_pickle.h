@@ -4,9 +4,10 @@
 // ~~~~~~~~~~~~~~~~~~~~
 // Python's pickler takes several microseconds for the smallest call: most of a call's time at the caller. Plain are
 // None, bool, int, float, str, bytes, tuple, list and dict, torch.Tensor and PyRRef, and in a call also functions and
-// classes at the top level of their modules; these types themselves, none derived from them. What is not, and what
-// occurs twice and must stay one object at the receiver, is left to Python's pickler, the whole message. What is
-// written here, any unpickler reads.
+// classes at the top level of their modules; these types themselves, none derived from them. What is not, what occurs
+// twice and must stay one object at the receiver (short texts need not), and what is so long that microseconds do not
+// matter, is left to Python's pickler, the whole message. What is written here, any unpickler reads. For what is read
+// here, no hooks of Python's unpickler are called: no audit events, no find_class().
 //
 // None and a tensor alone, the commonest results, have pickles that are always the same. Known by heart, these can be
 // read without the GIL, for which the threads of a busy caller would queue.
@@ -27,7 +28,8 @@ struct PlainPickle {
   std::vector<pybind11::object> rrefs; // likewise
 };
 
-// Immutable, but for what Python puts into the dicts that it knows. Made, used and destroyed with the GIL.
+// Immutable, but for what Python puts into the dicts that it knows. Made, used and destroyed with the GIL. Python's
+// garbage collector does not see through it: a reducer that refers to the object that has this one is kept for ever.
 class PlainPickler {
  public:
   // `reducers`: dicts by type; a type that is a key of one is not plain.

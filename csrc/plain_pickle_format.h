@@ -33,6 +33,8 @@ inline constexpr char kMemoGet = 'h';   // BINGET
 inline constexpr char kReduce = 'R';
 inline constexpr char kNewObject = '\x81';
 inline constexpr char kStop = '.';
+// After the end, where nobody reads it but the callee: the caller can send this call, without RRefs, by value as well.
+inline constexpr std::string_view kResendable = " may be sent again";
 
 // The names of torch's class for calls, and of what torch_rpc_mpi._pickler has for things out of band. Each of the
 // latter is memoized where it comes first.

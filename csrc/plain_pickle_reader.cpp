@@ -32,7 +32,9 @@ class Reader {
     while (!ended && !left_.empty()) {
       const char opcode = left_.front();
       if (opcode == kStop) {
-        return left_.size() == 1 && marks_.empty() && stack_.size() == 1 ? stack_.front() : py::object();
+        const std::string_view rest = left_.substr(1);
+        const bool complete = marks_.empty() && stack_.size() == 1 && (rest.empty() || rest == kResendable);
+        return complete ? stack_.front() : py::object();
       }
       ended = !opcodeIsName(opcode) && !apply(opcode);
     }
@@ -103,11 +105,13 @@ class Reader {
       stack_.push_back(py::reinterpret_borrow<py::object>(callType_));
       return true;
     }
-    if ((opcode == kShortText && skip(kReceiveTensor)) || (opcode == kMemoGet && skip(kMemoOfTensors))) {
-      stack_.emplace_back();
-      return true;
+    if (opcode == kShortText && !memoized_ && skip(kReceiveTensor)) {
+      memoized_ = true;
+    } else if (opcode != kMemoGet || !memoized_ || !skip(kMemoOfTensors)) {
+      return false;
     }
-    return false;
+    stack_.emplace_back();
+    return true;
   }
 
   bool push(PyObject* made) {
@@ -157,10 +161,13 @@ class Reader {
     return push(make(bytes, static_cast<Py_ssize_t>(size)));
   }
 
-  // Whether there are so many values on the stack, above the last mark.
+  size_t aboveMark() const {
+    return stack_.size() - (marks_.empty() ? 0 : marks_.back());
+  }
+
+  // Whether there are so many values above the last mark.
   bool has(size_t count) const {
-    const size_t above = marks_.empty() ? 0 : marks_.back();
-    return stack_.size() - above >= count &&
+    return aboveMark() >= count &&
         std::all_of(stack_.end() - static_cast<ptrdiff_t>(count), stack_.end(), [](const auto& each) {
              return static_cast<bool>(each);
            });
@@ -192,8 +199,7 @@ class Reader {
     if (opcode == kTuple) {
       return tuple(stack_.size() - first);
     }
-    const size_t above = marks_.empty() ? 0 : marks_.back();
-    if (first <= above || !stack_[first - 1]) {
+    if (aboveMark() <= stack_.size() - first || !stack_[first - 1]) {
       return false;
     }
     PyObject* container = stack_[first - 1].ptr();
@@ -237,12 +243,24 @@ class Reader {
     if (found == nullptr || !PyModule_CheckExact(found)) {
       return false;
     }
-    found = PyDict_GetItem(PyModule_GetDict(found), name.ptr());
-    return found != nullptr && push(Py_NewRef(found));
+    PyObject* members = PyModule_GetDict(found);
+    found = PyDict_GetItem(members, name.ptr());
+    return found != nullptr && !isBeingImported(members) && push(Py_NewRef(found));
+  }
+
+  // By another thread, for which Python's unpickler waits: what is there may not work yet.
+  static bool isBeingImported(PyObject* members) {
+    PyObject* spec = PyDict_GetItemString(members, "__spec__");
+    if (spec == nullptr || spec == Py_None) {
+      return false;
+    }
+    const auto initializing = py::reinterpret_steal<py::object>(PyObject_GetAttrString(spec, "_initializing"));
+    PyErr_Clear();
+    return initializing && initializing.ptr() != Py_False;
   }
 
   bool tensor() {
-    if (stack_.size() < 2 || !has(1) || stack_[stack_.size() - 2]) {
+    if (aboveMark() < 2 || !has(1) || stack_[stack_.size() - 2]) {
       return false;
     }
     const py::object arguments = std::move(stack_.back());
@@ -279,6 +297,7 @@ class Reader {
   PyObject* const callType_;
   std::vector<py::object> stack_;
   std::vector<size_t> marks_; // sizes of the stack
+  bool memoized_ = false;     // what receives tensors
 };
 
 } // namespace
@@ -292,16 +311,20 @@ py::object loadPlainResult(const SerializedPyObj& pickled) {
 }
 
 std::optional<c10::IValue> plainResult(const SerializedPyObj& pickled) {
-  static const std::string none = std::string(kStart) + kNone + kStop;
-  static const std::string tensor =
-      std::string(kStart) + std::string(kReceiveTensor) + std::string(kFirstTensor) + kStop;
-  if (pickled.payload_ == none) {
+  std::string_view pickle = pickled.payload_;
+  if (pickle == "\x80\x04N." || pickle == "\x80\x05N.") { // the latter from Python's own pickler, from 3.14 on
     return c10::IValue();
   }
-  if (pickled.tensors_.size() == 1 && pickled.payload_ == tensor) {
-    return pickled.tensors_.front();
+  for (const std::string_view part : {kStart, kReceiveTensor, kFirstTensor}) {
+    if (pickle.substr(0, part.size()) != part) {
+      return std::nullopt;
+    }
+    pickle.remove_prefix(part.size());
   }
-  return std::nullopt;
+  if (pickle != std::string_view(&kStop, 1) || pickled.tensors_.size() != 1) {
+    return std::nullopt;
+  }
+  return pickled.tensors_.front();
 }
 
 } // namespace torch_rpc_mpi

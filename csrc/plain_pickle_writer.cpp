@@ -18,9 +18,9 @@ using namespace plain_pickle;
 namespace {
 
 constexpr int kDeepest = 100;
-// Texts longer than this are written once only, and those longer than that are no matter of microseconds.
+// Texts up to this length are written wherever they occur, longer ones once only.
 constexpr size_t kWrittenAgain = 64;
-constexpr size_t kLongest = 1 << 16;
+constexpr size_t kLongest = 1 << 16; // of a text, and about of the whole
 
 // One message.
 class Writer {
@@ -53,6 +53,9 @@ class Writer {
   // All return whether it is plain; no Python exception is left then or otherwise.
 
   bool any(PyObject* value, int depth) {
+    if (pickle_.data.size() > kLongest) {
+      return false;
+    }
     PyTypeObject* type = Py_TYPE(value);
     if (value == Py_None) {
       return append(kNone);
@@ -209,7 +212,9 @@ class Writer {
         PyDict_GetItem(PyModule_GetDict(found), name.ptr()) != value) {
       return false;
     }
-    return text(module.ptr()) && text(name.ptr()) && append(kGlobal);
+    // A dot in a name means something inside something else, even where the module has it under just that name.
+    const bool hasDot = PyUnicode_FindChar(name.ptr(), '.', 0, PyUnicode_GET_LENGTH(name.ptr()), 1) >= 0;
+    return !hasDot && text(module.ptr()) && text(name.ptr()) && append(kGlobal);
   }
 
   bool rref(PyObject* value) {

@@ -161,6 +161,8 @@ def to_py_jit_future(message_future: Future[Any], has_value: bool) -> Future[Any
 # For the tests: the overload that a call means, found as the entry points find it, or by trying all as torch does.
 def match_builtin(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], among_all: bool) -> str: ...
 
+RESENDABLE: bytes  # what follows the pickle of a call that may be sent again
+
 class PlainPickler:
     """Pickles what is plain (csrc/plain_pickle.h) as bytes, tensors and RRefs; None or () if it is not."""
 

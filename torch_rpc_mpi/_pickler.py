@@ -38,7 +38,6 @@ Pickled = tuple[bytes, list[Tensor]]
 
 _MAIN = b"__main__"
 _MISSING = object()
-_RESENDABLE = b" may be sent again"  # after the end of a pickle without RRefs, where nobody reads it but the callee
 _KEPT_IN_COPY = 1 << 16  # bytes of a pickle that a second attempt may need
 
 
@@ -107,7 +106,7 @@ def missing_in_main(result: BaseException, data: bytes) -> str | None:
     """What to tell the caller for a second attempt, if that helps: called where ``data`` unpickled to an exception."""
     if isinstance(result, MissingInMain):
         return str(result)
-    return _missing_name(data) if data.endswith(_RESENDABLE) else None
+    return _missing_name(data) if data.endswith(_C.RESENDABLE) else None
 
 
 def again(data: bytes, tensors: list[Tensor]) -> Pickled:
@@ -227,14 +226,12 @@ class RpcPickler(internal._InternalRPCPickler):
                 names it and the path to it.
         """
         is_call = isinstance(obj, internal.PythonUDF)
-        if is_call:
-            pickled = None if self._always_by_value else self.plain.dump_call(obj)
-        else:
-            pickled = self.plain.dump_result(obj)
-        if pickled is None and self._always_by_value:
+        if self._always_by_value:
             return self._by_value(obj)
         try:
-            data, tensors, rrefs = pickled or self._by_reference(obj)
+            # Plain results do not come here: see csrc/bindings/request_callback.cpp.
+            plain = self.plain.dump_call(obj) if is_call else None
+            data, tensors, rrefs = plain or self._by_reference(obj)
         except Exception:
             if not is_call:
                 return self._by_value(obj)
@@ -300,7 +297,7 @@ class RpcPickler(internal._InternalRPCPickler):
 def _complete(data: bytes, rrefs: list[Any], names_main: bool) -> bytes:
     """The message: `data`, around it what `_load` needs, if it needs anything. Forks the RRefs."""
     if not rrefs:
-        return data + _RESENDABLE if names_main else data
+        return data + _C.RESENDABLE if names_main else data
     return pickle.dumps(_Loader(data, [rref._serialize() for rref in rrefs], names_main))
 
 

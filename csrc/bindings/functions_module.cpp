@@ -5,6 +5,7 @@
 
 #include "builtin_operator.h"
 #include "plain_pickle.h"
+#include "plain_pickle_format.h"
 #include "python_functions.h"
 
 namespace py = pybind11;
@@ -148,6 +149,7 @@ void bindFunctions(py::module_& module) {
         return wrap(toPyJitFuture(messageFuture.fut, hasValue));
       },
       py::arg("message_future"), py::arg("has_value"), NoGil());
+  module.attr("RESENDABLE") = py::bytes(std::string(plain_pickle::kResendable));
   py::class_<PlainPickler>(module, "PlainPickler")
       .def(py::init<std::vector<py::dict>>(), py::arg("reducers"))
       .def(

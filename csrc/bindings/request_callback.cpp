@@ -70,8 +70,9 @@ class PythonFunction final : public rpc::RpcCommandBase {
           function = py::object();
         }
       }
-    } catch (const py::error_already_set& error) {
-      throw std::runtime_error(error.what()); // the Python exception must go with the GIL held
+    } catch (const std::exception& error) {
+      function = py::object();
+      throw std::runtime_error(error.what()); // a Python exception must go with the GIL held
     }
   }
   ~PythonFunction() override {

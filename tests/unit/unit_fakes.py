@@ -186,6 +186,7 @@ def make_extension(directory: Path) -> ModuleType:
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
         "PlainPickler": real.PlainPickler,
+        "RESENDABLE": real.RESENDABLE,
         "__torch_version__": torch.__version__,
     }
     for name, value in members.items():
