@@ -76,7 +76,9 @@ struct PyAgentOptions {
     const size_t eachPeer = kAllPeers / static_cast<size_t>(std::max(worldSize - 1, 1));
     options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
     // Each holds a frame there, however small it is.
-    options.exchange.windowRequests = std::clamp(eachPeer / eagerLimit, size_t{32}, ExchangeOptions().windowRequests);
+    constexpr size_t kFrameBeyondBody = 1024;
+    options.exchange.windowRequests =
+        std::clamp(eachPeer / (eagerLimit + kFrameBeyondBody), size_t{32}, ExchangeOptions().windowRequests);
     options.spinTime = seconds(spinTime);
     options.maxSleep = seconds(maxSleep);
     options.threadHook = withPythonThreadState;
