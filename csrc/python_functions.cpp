@@ -3,7 +3,6 @@
 #include <memory>
 #include <utility>
 
-#include <ATen/ThreadLocalState.h>
 #include <torch/csrc/distributed/rpc/message.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
@@ -18,6 +17,7 @@
 #include "builtin_operator.h"
 #include "plain_pickle.h"
 #include "repeatable_call.h"
+#include "thread_state.h"
 #include "torch_autograd.h"
 
 namespace py = pybind11;
@@ -55,11 +55,10 @@ c10::IValue toPyIValue(const rpc::Message& response) {
       auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
       const py::gil_scoped_acquire gil;
       py::object object = loadPlainResult(value);
-      if (object) {
-        return torch::jit::toIValue(object, c10::PyObjectType::get());
+      if (!object) {
+        object = handler.deserialize(value);
+        handler.handleExceptionGILHeld(object); // raises what the function raised
       }
-      object = handler.deserialize(value);
-      handler.handleExceptionGILHeld(object); // raises what the function raised
       return torch::jit::toIValue(object, c10::PyObjectType::get());
     }
     default:
@@ -110,9 +109,8 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
     const JitFuturePtr created = sendCall(userRRef->rrefId(), userRRef->forkId());
     userRRef->registerOwnerCreationFuture(created);
     context.addPendingUser(userRRef->forkId(), userRRef);
-    created->addCallback(at::wrapPropagateTLSState([forkId = userRRef->forkId()](JitFuture& future) {
-      rpc::callback::confirmPendingUser(future, forkId);
-    }));
+    created->addCallback(withThreadState(
+        [forkId = userRRef->forkId()](JitFuture& future) { rpc::callback::confirmPendingUser(future, forkId); }));
     return PyRRef(std::move(userRRef));
   }
   auto ownerRRef = context.createOwnerRRef(type);
@@ -120,7 +118,7 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   context.addSelfAsFork(ownerRRef);
   const JitFuturePtr created = sendCall(ownerRRef->rrefId(), ownerRRef->rrefId());
   ownerRRef->registerOwnerCreationFuture(created);
-  created->addCallback(at::wrapPropagateTLSState([rrefId = ownerRRef->rrefId()](JitFuture& future) {
+  created->addCallback(withThreadState([rrefId = ownerRRef->rrefId()](JitFuture& future) {
     auto deleted = rpc::callback::finishCreatingOwnerRRef(future, rrefId);
     if (deleted && deleted->isPyObj()) {
       const py::gil_scoped_acquire gil;
@@ -142,7 +140,7 @@ JitFuturePtr withSecondAttempt(JitFuturePtr first, ByValue byValue, SendAgain se
     return first;
   }
   return first->thenAsync(
-      at::wrapPropagateTLSState([byValue = std::move(byValue), sendAgain = std::move(sendAgain)](JitFuture& response) {
+      withThreadState([byValue = std::move(byValue), sendAgain = std::move(sendAgain)](JitFuture& response) {
         return lacksNameOfMain(response) ? sendAgain(byValue.pickle()) : JitFuturePtr::reclaim_copy(&response);
       }),
       first->elementType());
@@ -166,9 +164,8 @@ void complete(JitFuture& pyFuture, const JitFuture& response) {
 
 // Completes pyFuture when the response is there, with the thread-local state that this thread has now.
 void completeWith(JitFuturePtr pyFuture, JitFuture& response) {
-  response.addCallback(at::wrapPropagateTLSState([pyFuture = std::move(pyFuture)](JitFuture& completed) {
-    complete(*pyFuture, completed);
-  }));
+  response.addCallback(
+      withThreadState([pyFuture = std::move(pyFuture)](JitFuture& completed) { complete(*pyFuture, completed); }));
 }
 
 struct ScriptFunctionCall {
@@ -190,7 +187,7 @@ struct ScriptFunctionCall {
 JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue) {
   if (!hasValue) {
     return messageJitFuture->then(
-        at::wrapPropagateTLSState([](JitFuture& future) {
+        withThreadState([](JitFuture& future) {
           if (future.hasError()) {
             std::rethrow_exception(future.exception_ptr());
           }
@@ -263,7 +260,7 @@ JitFuturePtr pyRpcPythonUdf(
   // withSecondAttempt() and toPyJitFuture() in one callback: a thread's state and a future less for each call that
   // waits.
   auto pyFuture = first->createInstance(c10::PyObjectType::get());
-  first->addCallback(at::wrapPropagateTLSState([pyFuture, byValue = std::move(byValue), sendIt](JitFuture& response) {
+  first->addCallback(withThreadState([pyFuture, byValue = std::move(byValue), sendIt](JitFuture& response) {
     if (!lacksNameOfMain(response)) {
       complete(*pyFuture, response);
       return;
