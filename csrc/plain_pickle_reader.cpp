@@ -36,7 +36,7 @@ class Reader {
         const bool complete = marks_.empty() && stack_.size() == 1 && (rest.empty() || rest == kResendable);
         return complete ? stack_.front() : py::object();
       }
-      ended = !opcodeIsName(opcode) && !apply(opcode);
+      ended = !takeKnownName(opcode) && !apply(opcode);
     }
     PyErr_Clear();
     return {};
@@ -100,7 +100,7 @@ class Reader {
   }
 
   // Names that are known here need no looking up. What receives tensors is on the stack as a null object.
-  bool opcodeIsName(char opcode) {
+  bool takeKnownName(char opcode) {
     if (opcode == kShortText && callType_ != nullptr && skip(kCallType)) {
       stack_.push_back(py::reinterpret_borrow<py::object>(callType_));
       return true;

@@ -75,10 +75,8 @@ struct PyAgentOptions {
     constexpr size_t kAtLeast = size_t{1} << 20;
     const size_t eachPeer = kAllPeers / static_cast<size_t>(std::max(worldSize - 1, 1));
     options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
-    // Each holds a frame there, however small it is.
-    constexpr size_t kFrameBeyondBody = 1024;
     options.exchange.windowRequests =
-        std::clamp(eachPeer / (eagerLimit + kFrameBeyondBody), size_t{32}, ExchangeOptions().windowRequests);
+        std::clamp(eachPeer / options.exchange.frameBytes(), size_t{32}, ExchangeOptions().windowRequests);
     options.spinTime = seconds(spinTime);
     options.maxSleep = seconds(maxSleep);
     options.threadHook = withPythonThreadState;

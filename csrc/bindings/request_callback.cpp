@@ -141,7 +141,8 @@ c10::TypePtr messageType() {
 
 } // namespace
 
-// The session's two Python functions. Who calls run(), or serialize() with a Python object, holds the GIL.
+// The session's two Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python
+// object, holds the GIL.
 struct PythonRequestCallback::PythonSide {
   PythonSide(py::object runFunction, py::object serialize, py::object plainPickler)
       : runFunction(std::move(runFunction)),

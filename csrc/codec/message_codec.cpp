@@ -52,6 +52,20 @@ class ReceiveTarget final : public BulkTarget {
   std::vector<at::DataPtr> storages; // of the slices that are not inside the body, in order
 };
 
+// What a request takes of the receiver's byte credit, roughly: nothing if it is small, or else its payload and the
+// bytes that its tensors show.
+size_t chargeOf(const rpc::Message& request, size_t inlineLimit) {
+  size_t bytes = request.payload().size();
+  for (const at::Tensor& tensor : request.tensors()) {
+    if (tensor.defined() && tensor.layout() == at::kStrided) {
+      bytes += static_cast<size_t>(tensor.numel()) * tensor.itemsize();
+    } else if (tensor.defined()) {
+      bytes += inlineLimit + 1; // sparse, and so not small; counting it would cost more than the error
+    }
+  }
+  return bytes > inlineLimit ? bytes : 0;
+}
+
 } // namespace
 
 // ---- sending ----
@@ -68,8 +82,7 @@ OutboundRpc::OutboundRpc(
       listener_(listener),
       message_(std::move(message)) {
   header().messageType = static_cast<uint32_t>(message_->type());
-  const size_t bytes = messageBytes(*message_, /*unknown=*/inlineLimit + 1);
-  header().chargedBytes = kind == FrameKind::kRequest && bytes > inlineLimit ? bytes : 0;
+  header().chargedBytes = kind == FrameKind::kRequest ? chargeOf(*message_, inlineLimit) : 0;
 }
 
 size_t OutboundRpc::planBody(std::vector<ConstSpan>& parts) {
@@ -134,18 +147,6 @@ void OutboundRpc::dropSource() {
 
 void OutboundRpc::failed(const std::string& reason) noexcept {
   listener_.onSendFailed(header().kind, peer(), header().callId, reason);
-}
-
-size_t messageBytes(const rpc::Message& message, size_t unknown) {
-  size_t bytes = message.payload().size();
-  for (const at::Tensor& tensor : message.tensors()) {
-    if (tensor.defined() && tensor.layout() == at::kStrided) {
-      bytes += static_cast<size_t>(tensor.numel()) * tensor.itemsize();
-    } else if (tensor.defined()) {
-      bytes += unknown; // sparse: counting it would cost more than the error
-    }
-  }
-  return bytes;
 }
 
 // ---- receiving ----

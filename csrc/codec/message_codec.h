@@ -73,10 +73,6 @@ class OutboundControl final : public OutboundMessage {
   const std::string body_;
 };
 
-// What a message takes of the receiver's memory, roughly: payload and the bytes its tensors show; `unknown` for one
-// that does not show them.
-size_t messageBytes(const torch::distributed::rpc::Message& message, size_t unknown);
-
 // Memory for the bulk parts that `body` describes. Throws BadMessage, std::bad_alloc.
 std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body);
 // The message that has arrived. Throws BadMessage, and what `inbound.error` says.

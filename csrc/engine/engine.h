@@ -77,7 +77,7 @@ struct EngineOptions {
   bool crowded = false; // more ranks on this host than cores that this one may use
   std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
   std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
-  std::chrono::nanoseconds maxRest = std::chrono::milliseconds(20); // instead, while the driver rests
+  std::chrono::nanoseconds maxRest = std::chrono::milliseconds(30); // instead, while the driver rests
   // Runs `body` on a new engine thread; the place where the bindings attach a Python thread state for the thread's
   // life.
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };

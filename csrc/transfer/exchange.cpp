@@ -82,11 +82,15 @@ struct Exchange::ChunkSend final : Operation {
   OutboundMessage* message;
 };
 
+size_t ExchangeOptions::frameBytes() const {
+  return sizeof(FrameHeader) + eagerLimit + kDescriptorSpace;
+}
+
 Exchange::Exchange(Transport& transport, ExchangeListener& listener, ExchangeOptions options)
     : transport_(transport),
       listener_(listener),
       options_(options),
-      frames_(std::make_shared<FramePool>(sizeof(FrameHeader) + options.eagerLimit + kDescriptorSpace)),
+      frames_(std::make_shared<FramePool>(options.frameBytes())),
       credits_(transport.size(), options.windowRequests, options.windowBytes),
       bulkReceiver_(transport, listener, options.bulkChunk) {
   for (int rank = 0; rank < transport.size(); ++rank) {

@@ -30,6 +30,8 @@ struct ExchangeOptions {
   size_t bulkChunk = size_t{1} << 20;    // bytes
   size_t windowRequests = 256;           // requests with one peer that it has not begun to run
   size_t windowBytes = size_t{16} << 20; // their bytes
+
+  size_t frameBytes() const; // what a frame takes in memory, however small its message
 };
 
 // What the layer above hears. Called by the token's holder: it notes what happened and may post messages.

@@ -160,6 +160,13 @@ OutboundPtr request(std::string text, std::vector<std::string> parts = {}) {
   return std::make_unique<TextMessage>(1, FrameKind::kRequest, std::move(text), std::move(parts));
 }
 
+// One that takes no credit for bytes.
+OutboundPtr smallRequest(std::string text) {
+  OutboundPtr message = request(std::move(text));
+  message->header().chargedBytes = 0;
+  return message;
+}
+
 } // namespace
 
 TEST(exchange_carries_a_small_message_in_one_frame) {
@@ -290,17 +297,12 @@ TEST(exchange_small_requests_do_not_wait_behind_large_ones) {
   options.windowBytes = 1000;
   options.windowRequests = 4;
   Pair pair(options);
-  const auto small = [](std::string text) {
-    OutboundPtr message = request(std::move(text));
-    message->header().chargedBytes = 0;
-    return message;
-  };
   pair.a.post(request("large", {pattern(5000, 1)}));
   pair.a.post(request("next large", {pattern(5000, 2)}));
   CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 1));
   CHECK_THAT(pair.a.exchange.wouldSendAtOnce(1, 0));
   for (int i = 0; i < 5; ++i) {
-    pair.a.post(small(std::to_string(i)));
+    pair.a.post(smallRequest(std::to_string(i)));
   }
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 4U); // the first large one, and as many small ones as the other window allows
@@ -320,14 +322,9 @@ TEST(exchange_a_large_request_is_not_kept_waiting_by_small_ones) {
   options.windowBytes = 1000;
   options.windowRequests = 2;
   Pair pair(options);
-  const auto small = [] {
-    OutboundPtr message = request("small");
-    message->header().chargedBytes = 0;
-    return message;
-  };
-  pair.a.post(small());
-  pair.a.post(small());
-  pair.a.post(small());
+  pair.a.post(smallRequest("small"));
+  pair.a.post(smallRequest("small"));
+  pair.a.post(smallRequest("small"));
   pair.a.post(request("large", {pattern(5000, 1)}));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 2U);
