@@ -225,9 +225,9 @@ class RpcPickler(internal._InternalRPCPickler):
             TypeError, AttributeError, RuntimeError or pickle.PicklingError: something in it cannot be sent; the text
                 names it and the path to it.
         """
-        is_call = isinstance(obj, internal.PythonUDF)
         if self._always_by_value:
             return self._by_value(obj)
+        is_call = isinstance(obj, internal.PythonUDF)
         try:
             # Plain results do not come here: see csrc/bindings/request_callback.cpp.
             plain = self.plain.dump_call(obj) if is_call else None

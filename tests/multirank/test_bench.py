@@ -44,7 +44,7 @@ def test_worlds_of_its_own(tmp_path: Path) -> None:
     assert found["failures"] == {}
     for (name, ranks), backends in results.items():
         raw = set() if name in ("training", "idle", "session") else {"raw"}
-        assert set(backends) == {"mpi", "tensorpipe"} | raw, name
+        assert set(backends) == {"mpi", "tensorpipe", "tensorpipe-uv"} | raw, name
         for backend, measured in backends.items():
             assert len(measured["medians"]) == 3
             assert measured["percentiles"] == sorted(measured["percentiles"])
@@ -52,11 +52,45 @@ def test_worlds_of_its_own(tmp_path: Path) -> None:
             assert set(measured["grown_bytes"]) == (set() if backend == "raw" else {str(rank) for rank in range(ranks)})
     # The callee keeps a tensor that it has received for as long as its function runs.
     assert all(results["take_64MiB", 2][backend]["grown_bytes"]["1"] >= 60 << 20 for backend in ("mpi", "tensorpipe"))
-    assert all(start["shutdown"] > 0 for starts in found["starts"].values() for start in starts.values())
+    assert found["starts"] == {}
     assert re.search(r"rpc_sync, builtin .* µs", text)
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
         f"{name}.svg" for name in ("latency", "bandwidth", "rate", "start")
     }
+
+
+def test_first_sessions_alone(tmp_path: Path) -> None:
+    arguments = ["--cases=start", "--ranks=2", "--rounds=2", "--backends=mpi,tensorpipe,raw"]
+    text, found = run([*BENCH, *arguments], tmp_path / "out")
+    assert found["results"] == []
+    assert found["failures"] == {}
+    assert found["versions"]["mpi"]
+    starts = found["starts"]["2"]
+    assert set(starts) == {"mpi", "tensorpipe"}
+    for backend, measured in starts.items():
+        assert len(measured["rounds"]) == 2
+        for start in measured["rounds"]:
+            assert min(start["init"], start["calls"], start["shutdown"]) > 0
+            assert start["mpi_init"] is None if backend != "mpi" else 0 < start["mpi_init"] < start["init"]
+    assert re.search(r"2 +mpi +2 ", text)
+
+
+def test_a_first_session_that_fails_leaves_no_process_and_the_others_go_on(tmp_path: Path) -> None:
+    arguments = ["--cases=start", "--ranks=2", "--rounds=1", "--backends=mpi,tensorpipe"]
+    command = [*BENCH, *arguments, "--output", str(tmp_path / "out")]
+    with (tmp_path / "log").open("w") as log:
+        bench = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    try:
+        tensorpipe = find_descendant(bench.pid, "--backend=tensorpipe")
+        others = psutil.Process(bench.pid).children(recursive=True)
+        tensorpipe.kill()
+        assert bench.wait(LIMIT) == 0, (tmp_path / "log").read_text()
+    finally:
+        bench.kill()
+    assert not any(other.is_running() for other in others)
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert "its process was killed by SIGKILL" in found["failures"]["2"]["tensorpipe"]
+    assert set(found["starts"]["2"]) == {"mpi"}
 
 
 def test_given_world(tmp_path: Path) -> None:
@@ -69,6 +103,8 @@ def test_given_world(tmp_path: Path) -> None:
     }
     assert found["failures"] == {}
     assert found["versions"]["mpi"]
+    assert all(len(start["rounds"]) == 1 for start in found["starts"]["3"].values())
+    assert found["starts"]["3"]["mpi"]["rounds"][0]["shutdown"] > 0
 
 
 @pytest.mark.parametrize("started", [False, True], ids=["while it starts", "between its turns"])
@@ -105,7 +141,7 @@ def find_descendant(pid: int, argument: str) -> psutil.Process:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--cases=builtins", "builtins is none of builtin, "),
+        ("--cases=builtins", "builtins is none of start, builtin, "),
         ("--ranks=1", "a world has at least 2 ranks"),
         ("--rounds=0", "--rounds: at least 1"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from torch_rpc_mpi.bench import plots, report
 from torch_rpc_mpi.bench.cases import CASES
-from torch_rpc_mpi.bench.results import Report, Result, percentile
+from torch_rpc_mpi.bench.results import Report, Result, Starts, percentile
 from torch_rpc_mpi.bench.world import Start, Turn
 
 
@@ -68,7 +68,15 @@ def full_report() -> Report:
         result_of("idle", mpi=[0.002] * 5, tensorpipe=[0.9] * 5),
         *(result_of("session", size, mpi=[0.1 * size] * 5) for size in (2, 4)),
     ]
-    starts = {size: {"mpi": Start(0.1 * size, 0.01, 0.1), "tensorpipe": Start(1.0, 0.1)} for size in (2, 4)}
+    starts = {
+        size: Starts(
+            {
+                "mpi": [Start(factor * size, 0.01, 0.05, 0.1) for factor in (0.3, 0.1, 0.05)],
+                "tensorpipe": [Start(1.0, 0.1, None, 0.5)],
+            }
+        )
+        for size in (2, 4)
+    }
     failures = {4: {"tensorpipe": "first call: 2 of 4 ranks failed; [rank 3]: RuntimeError: gone"}}
     return Report(["mpi", "tensorpipe", "raw"], results, starts, failures, ["echo_1GiB left out"])
 
@@ -81,7 +89,8 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         r"1 MiB, there and back .* no conclusion \(0\.75-1\.50\)",
         r"empty function, 100 at once +50,000/s",
         r"idle, share of a core +0\.20 %",
-        r"4 +mpi +400 ms +10 ms +100 ms",
+        r"4 +mpi +3 +50 ms +400 ms +10 ms +100 ms",
+        r"4 +tensorpipe +1 +1\.00 s +100 ms +500 ms +1\.15 \(1\.15-1\.15\)",
         r"1 MiB, there and back +2 +1, 2 +1, 2",
         r"tensorpipe failed in a world of 4 ranks. first call: 2 of 4 ranks failed; \[rank 3\]: RuntimeError: gone",
         r"echo_1GiB left out",
@@ -90,7 +99,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_world_that_never_started_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    report.show(Report(["mpi"], starts={128: {}}, failures={128: {"mpi": "only 100 of 128 processes came"}}))
+    report.show(Report(["mpi"], starts={128: Starts()}, failures={128: {"mpi": "only 100 of 128 processes came"}}))
     assert "mpi failed in a world of 128 ranks. only 100 of 128 processes came" in capsys.readouterr().out
 
 
@@ -105,7 +114,10 @@ def test_json_has_all_that_was_measured() -> None:
     assert theirs["mpi_is_faster"]["ratio"] == pytest.approx(10)
     assert theirs["mpi_is_faster"]["conclusive"]
     assert theirs["grown_bytes"] == {"0": 1 << 20, "1": 2 << 20}
-    assert found["starts"]["4"]["mpi"] == {"init": 0.4, "calls": 0.01, "shutdown": 0.1}
+    starts = found["starts"]["4"]
+    assert starts["mpi"]["medians"] == {"init": 0.4, "calls": 0.01, "mpi_init": 0.05, "shutdown": 0.1}
+    assert [start["init"] for start in starts["mpi"]["rounds"]] == [1.2, 0.4, 0.2]
+    assert starts["tensorpipe"]["mpi_is_faster"]["ratio"] == pytest.approx(1.5 / 1.3)
     assert list(found["failures"]) == ["4"]
 
 

@@ -10,9 +10,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ import torch
 
 from .. import __version__, _mpi
 from . import __doc__ as description
-from .cases import CASES, Case, text_of
-from .results import Report, Result
+from .case import Case, text_of
+from .cases import CASES
+from .ranks import Failed
+from .results import Report, Result, Starts
+from .starts import MOST_ROUNDS, START, first_session
 from .worker import serve
-from .world import BACKENDS, Failed, World, given, started
+from .world import BACKENDS, World, given, started
 
 try:
     import matplotlib  # noqa: F401 (imported by those who draw; here, so that it is not missed after the measurement)
@@ -35,6 +37,8 @@ except ImportError:
 # Set by rank 0 of somebody else's mpirun for the controller that it starts: the number of ranks, the host that they
 # know this one by, and the file descriptor for the port of the controller's store.
 _GIVEN = "TORCH_RPC_MPI_BENCH_GIVEN"
+
+QUICK_BACKENDS = ("mpi", "tensorpipe", "raw")
 
 
 def main() -> None:
@@ -52,11 +56,11 @@ def _arguments() -> argparse.Namespace:
     add(
         "--backends",
         type=_list_of(BACKENDS),
-        default=["mpi", "tensorpipe", "raw"],
         metavar="LIST",
-        help=f"of {', '.join(BACKENDS)} (default mpi,tensorpipe,raw)",
+        help=f"of {', '.join(BACKENDS)} (default: all; with --quick {','.join(QUICK_BACKENDS)})",
     )
-    add("--cases", type=_list_of(CASES), metavar="LIST", help=f"of {', '.join(CASES)} (default: all)")
+    names = [START, *CASES]
+    add("--cases", type=_list_of(names), metavar="LIST", help=f"of {', '.join(names)} (default: all)")
     add(
         "--ranks",
         type=_sizes,
@@ -64,7 +68,12 @@ def _arguments() -> argparse.Namespace:
         help="sizes of the worlds to start (default 2,4,8; with --quick 2,4). In the smallest all cases are measured "
         "that it has ranks enough for, in the others those that depend on the size. Not under mpirun",
     )
-    add("--rounds", type=int, metavar="N", help="turns of each backend at each case (default 15; with --quick 5)")
+    add(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"turns of each backend at each case (default 15; with --quick 5; of {START} at most {MOST_ROUNDS})",
+    )
     add("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
     add("--output", type=Path, metavar="DIRECTORY", help="for bench.json and the plots, as PNG and SVG")
     arguments = parser.parse_args()
@@ -72,8 +81,10 @@ def _arguments() -> argparse.Namespace:
         arguments.rounds = 5 if arguments.quick else 15
     if arguments.rounds < 1:
         parser.error("--rounds: at least 1")
+    if arguments.backends is None:
+        arguments.backends = list(QUICK_BACKENDS if arguments.quick else BACKENDS)
     if arguments.cases is None:
-        arguments.cases = [name for name, case in CASES.items() if case.quick or not arguments.quick]
+        arguments.cases = [START, *(name for name, case in CASES.items() if case.quick or not arguments.quick)]
     return arguments
 
 
@@ -129,43 +140,31 @@ def take_part(arguments: argparse.Namespace) -> None:
 
 def control(arguments: argparse.Namespace) -> None:
     """Measures and reports."""
-    worlds: list[Callable[[], AbstractContextManager[World]]]
-    if found := os.environ.pop(_GIVEN, None):
-        size, host, writer = found.split()
-        worlds = [partial(given, int(size), host, int(writer))]
-    else:
-        sizes = arguments.ranks or ([2, 4] if arguments.quick else [2, 4, 8])
-        worlds = [partial(started, size, arguments.backends) for size in sizes]
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
     report = Report(arguments.backends)
     about = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": _machine()}
-    library = ""
-    # Without a thread of its own, which would draw while something is measured.
-    with Progress(transient=True, auto_refresh=False) as progress:
-        for number, start in enumerate(worlds):
-            with start() as world:
-                report.starts[world.size], report.failures[world.size] = world.starts, world.failures
-                try:
-                    world.start(arguments.backends)
-                except Failed:
-                    continue
-                library = world.library
-                cases = _cases_for(world.size, arguments.cases, smallest=number == 0, notes=report.notes)
-                report.results += measure(world, arguments.backends, cases, arguments.rounds, progress)
-                world.end()
+    # Without a thread of its own, which would draw while something is measured. The estimate is made of all turns so
+    # far: they differ too much for the last few to tell.
+    with Progress(transient=True, auto_refresh=False, speed_estimate_period=86400) as progress:
+        if found := os.environ.pop(_GIVEN, None):
+            size, host, writer = found.split()
+            measure_given(arguments, report, progress, int(size), host, int(writer))
+        else:
+            for size in arguments.ranks or ([2, 4] if arguments.quick else [2, 4, 8]):
+                measure_own(arguments, report, progress, size)
 
     # Here, because a rank under measurement has no use for them.
     from .report import show
 
     show(report)
-    if not report.results and not any(report.failures.values()):
+    if not (report.results or report.starts or any(report.failures.values())):
         raise SystemExit("nothing was measured: the worlds have too few ranks for these cases")
     if arguments.output:
         from .plots import save
 
         options = {"rounds": arguments.rounds, "backends": arguments.backends, "arguments": sys.argv[1:]}
-        about |= {"versions": _versions(library), "options": options, "environment": _environment()}
+        about |= {"versions": _versions(report.library), "options": options, "environment": _environment()}
         text = json.dumps({**about, **report.as_json()}, indent=1)
         arguments.output.joinpath("bench.json").write_text(text + "\n")
         save(report, arguments.output)
@@ -173,16 +172,74 @@ def control(arguments: argparse.Namespace) -> None:
         raise SystemExit("MPI failed; see above")
 
 
-def _cases_for(size: int, names: list[str], smallest: bool, notes: list[str]) -> list[Case]:
-    cases = []
-    for case in (CASES[name] for name in names):
-        if size < case.least_ranks or not (smallest or case.everywhere):
-            continue
-        if case.memory > psutil.virtual_memory().available:
-            notes.append(f"{case.name} left out: it needs {text_of(case.memory)} of free memory")
-            continue
-        cases.append(case)
-    return cases
+def measure_own(arguments: argparse.Namespace, report: Report, progress: Progress, size: int) -> None:
+    """Measures in worlds of this size that are started on this host."""
+    failures = report.failures[size] = {}
+    if START in arguments.cases:
+        measure_starts(arguments, report, progress, size)
+    cases = _cases_for(size, arguments.cases, smallest=min(report.failures) == size)
+    if cases and "mpi" not in failures:
+        backends = [backend for backend in arguments.backends if backend not in failures]
+        with started(size, backends) as world:
+            world.failures = failures
+            measure_in(world, backends, cases, arguments.rounds, report, progress)
+
+
+def measure_given(
+    arguments: argparse.Namespace, report: Report, progress: Progress, size: int, host: str, writer: int
+) -> None:
+    """Measures in the world that somebody else's mpirun started. Its first session is the only one there is."""
+    with given(size, host, writer) as world:
+        report.failures[size] = world.failures
+        cases = _cases_for(size, arguments.cases, smallest=True)
+        measure_in(world, arguments.backends, cases, arguments.rounds, report, progress)
+        report.starts[size] = Starts({backend: [start] for backend, start in world.starts.items()})
+
+
+def measure_starts(arguments: argparse.Namespace, report: Report, progress: Progress, size: int) -> None:
+    """First sessions of fresh processes, in turns."""
+    rounds, failures = min(arguments.rounds, MOST_ROUNDS), report.failures[size]
+    backends = [backend for backend in arguments.backends if backend != "raw"]
+    starts = report.starts[size] = Starts()
+    task = progress.add_task(f"{size} ranks, first session", total=rounds * len(backends))
+    for turn in range(rounds):
+        for backend in backends[turn % len(backends) :] + backends[: turn % len(backends)]:
+            if backend not in failures:
+                try:
+                    start, library = first_session(backend, size)
+                except Failed as failure:
+                    failures[backend] = f"first session: {failure}"
+                else:
+                    starts.rounds.setdefault(backend, []).append(start)
+                    report.library = library or report.library
+            progress.update(task, advance=1, refresh=True)
+
+
+def measure_in(
+    world: World, backends: list[str], cases: list[Case], rounds: int, report: Report, progress: Progress
+) -> None:
+    """The cases that need no fresh processes."""
+    try:
+        world.start(backends)
+    except Failed:
+        return
+    report.library = world.library
+    report.results += measure(world, backends, _that_fit(cases, report.notes), rounds, progress)
+    world.end()
+
+
+def _cases_for(size: int, names: list[str], smallest: bool) -> list[Case]:
+    cases = [CASES[name] for name in names if name != START]
+    return [case for case in cases if size >= case.least_ranks and (smallest or case.everywhere)]
+
+
+def _that_fit(cases: list[Case], notes: list[str]) -> list[Case]:
+    """Those for which there is memory; a note about each of the others."""
+    free = psutil.virtual_memory().available
+    notes += [
+        f"{case.name} left out: it needs {text_of(case.memory)} of free memory" for case in cases if case.memory > free
+    ]
+    return [case for case in cases if case.memory <= free]
 
 
 def measure(world: World, backends: list[str], cases: list[Case], rounds: int, progress: Progress) -> list[Result]:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from .cases import GIB, text_of
+from .case import GIB, text_of
 from .report import seconds_text
 from .results import PERCENTS, Report, Result
 
@@ -93,22 +93,22 @@ def start(report: Report) -> Any:
     """Seconds of a session by the number of ranks."""
 
     def first(axes: Any, _: None, backend: str) -> None:
-        points = []
-        for size, starts in sorted(report.starts.items()):
-            if found := starts.get(backend):
-                points.append((size, found.init + found.calls + (found.shutdown or 0)))
-        _line(axes, points, backend)
+        found = sorted(report.starts.items())
+        _line(axes, [(size, starts.whole(backend)) for size, starts in found if backend in starts.rounds], backend)
 
     def again(axes: Any, _: None, backend: str) -> None:
-        sessions = _starting_with(report, "session")
         points = [(result.size, median) for result in sessions if (median := result.median(backend))]
         _line(axes, points, backend)
 
-    if len(report.starts) < 2:
-        return None
-    panels: list[Any] = [("first session of a process", None, first), ("a later one", None, again)]
+    firsts = [size for size, starts in report.starts.items() if starts.rounds]
+    sessions = _starting_with(report, "session")
+    panels: list[Any] = []
+    if len(firsts) > 1:
+        panels.append(("first session of a process", None, first))
+    if len(sessions) > 1:
+        panels.append(("a later one", None, again))
     figure = _panels(report, panels, "ranks", "seconds for a session\nwith a call to each rank")
-    _ticks(figure, {size: str(size) for size in report.starts})
+    _ticks(figure, {size: str(size) for size in [*firsts, *(result.size for result in sessions)]})
     return figure
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from .cases import MIB
+from .case import MIB
 from .results import Comparison, Report, Result
 
 
@@ -15,8 +15,9 @@ def show(report: Report) -> None:
     console = Console()
     # In a file or a pipe, lines may be as long as they need to be.
     if not console.is_terminal:
-        console = Console(width=200)
-    for size in sorted(report.starts):  # also those in which nothing could be measured
+        console = Console(width=300)
+    # Also those in which nothing could be measured.
+    for size in sorted({*report.failures, *(result.size for result in report.results)}):
         results = [result for result in report.results if result.size == size]
         if results:
             console.print(_times(report, results, size))
@@ -76,11 +77,18 @@ def _ratio(comparison: Comparison | None) -> str:
 
 
 def _starts(report: Report) -> Table:
-    table = _table("First session", "ranks", "", "init_rpc", "first call to each rank", "shutdown")
+    title = "First session, the slowest rank's times: median of the rounds"
+    ratio = "init_rpc and shutdown: MPI is times faster (4 of 5 rounds)"
+    columns = ("MPI_Init", "init_rpc, with it", "first call to each rank", "shutdown")
+    table = _table(title, "ranks", "", "rounds", *columns, ratio)
     for size, starts in sorted(report.starts.items()):
-        for backend, start in starts.items():
-            times = (start.init, start.calls, start.shutdown)
-            table.add_row(str(size), backend, *("" if value is None else seconds_text(value) for value in times))
+        for backend, rounds in starts.rounds.items():
+            times = (starts.median(backend, what) for what in ("mpi_init", "init", "calls", "shutdown"))
+            cells = ["" if value is None else seconds_text(value) for value in times]
+            comparison = None if backend == "mpi" else starts.comparison(backend)
+            # Too few rounds for a conclusion about noise, which the spread shows.
+            faster = comparison and f"{comparison.ratio:.2f} ({comparison.low:.2f}-{comparison.high:.2f})"
+            table.add_row(str(size), backend, str(len(rounds)), *cells, faster or "")
     return table
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cases import Case
+from .case import Case
 from .world import Start, Turn
 
 PERCENTS = range(101)
@@ -44,11 +44,7 @@ class Result:
 
     def comparison(self, backend: str) -> Comparison | None:
         """How many times faster MPI was than ``backend``; of a share of a core, how many times less it took."""
-        ours, theirs = self.medians.get("mpi", []), self.medians.get(backend, [])
-        ratios = sorted(there / here for here, there in zip(ours, theirs, strict=False) if here > 0)
-        if not ratios:
-            return None
-        return Comparison(statistics.median(ratios), percentile(ratios, 10), percentile(ratios, 90), len(ratios))
+        return Comparison.of(self.medians.get("mpi", []), self.medians.get(backend, []))
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,14 @@ class Comparison:
     low: float
     high: float
     rounds: int
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Comparison | None:
+        """Of values by round; None if there is no round that has both."""
+        ratios = sorted(there / here for here, there in zip(ours, theirs, strict=False) if here > 0)
+        if not ratios:
+            return None
+        return cls(statistics.median(ratios), percentile(ratios, 10), percentile(ratios, 90), len(ratios))
 
     @property
     def conclusive(self) -> bool:
@@ -75,14 +79,39 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 @dataclass
+class Starts:
+    """First sessions in worlds of one size: one a round, by backend."""
+
+    rounds: dict[str, list[Start]] = field(default_factory=dict)
+
+    def median(self, backend: str, what: str) -> float | None:
+        """Of one of Start's times."""
+        values = [value for start in self.rounds[backend] if (value := getattr(start, what)) is not None]
+        return statistics.median(values) if values else None
+
+    def whole(self, backend: str) -> float:
+        """The median of what a session takes with a call to each rank."""
+        return statistics.median(start.init + start.calls + (start.shutdown or 0) for start in self.rounds[backend])
+
+    def comparison(self, backend: str) -> Comparison | None:
+        """How many times faster MPI's init_rpc and shutdown were together."""
+        ours, theirs = (
+            [start.init + start.shutdown for start in self.rounds.get(which, []) if start.shutdown is not None]
+            for which in ("mpi", backend)
+        )
+        return Comparison.of(ours, theirs)
+
+
+@dataclass
 class Report:
-    """All of a run. ``starts`` and ``failures`` are by size of the world and backend."""
+    """All of a run. ``starts`` is by size of the world, ``failures`` by size and backend."""
 
     backends: list[str]
     results: list[Result] = field(default_factory=list)
-    starts: dict[int, dict[str, Start]] = field(default_factory=dict)
+    starts: dict[int, Starts] = field(default_factory=dict)
     failures: dict[int, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    library: str = ""  # MPI's
 
     def of(self, name: str, size: int | None = None) -> Result | None:
         """A case's result, in the smallest world if ``size`` is None."""
@@ -92,13 +121,22 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "results": [_as_json(result) for result in self.results],
-            "starts": {
-                str(size): {backend: vars(start) for backend, start in starts.items()}
-                for size, starts in self.starts.items()
-            },
+            "starts": {str(size): _starts_as_json(starts) for size, starts in self.starts.items()},
             "failures": {str(size): failures for size, failures in self.failures.items() if failures},
             "notes": self.notes,
         }
+
+
+def _starts_as_json(starts: Starts) -> dict[str, Any]:
+    found = {}
+    for backend, rounds in starts.rounds.items():
+        comparison = None if backend == "mpi" else starts.comparison(backend)
+        found[backend] = {
+            "rounds": [vars(start) for start in rounds],
+            "medians": {what: starts.median(backend, what) for what in vars(rounds[0])},
+            "mpi_is_faster": comparison and vars(comparison),
+        }
+    return found
 
 
 def _as_json(result: Result) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ranks under measurement: ``python -m torch_rpc_mpi.bench.worker``, started by mpirun.
+"""The ranks under measurement: ``python -m torch_rpc_mpi.bench.worker``, started by mpirun or the controller.
 
 Each rank of the MPI world is one process that has RPC over MPI and raw MPI, and has a child for each TensorPipe that is
 compared. They all do what the controller tells them through a c10d store. A child is stopped but for its turns (an idle
@@ -27,8 +27,9 @@ import torch
 import torch.distributed.rpc as rpc
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from .. import _mpi
-from .cases import CASES, Case, call_all
+from .. import MPIRpcBackendOptions, _mpi
+from .case import Case
+from .cases import CASES, call_all
 from .raw import Raw
 
 TENSORPIPES = ("tensorpipe", "tensorpipe-uv")
@@ -77,12 +78,17 @@ class Worker:
         torch.set_num_threads(1)
         self.rendezvous = rendezvous
         start = time.perf_counter()
+        mpi_init = self._initialize_mpi()
         self.open()
         opened = time.perf_counter()
         call_all(self)
         called = time.perf_counter()
         self._idle_memory = _memory("VmRSS")
-        return {"init": opened - start, "calls": called - opened}
+        return {"init": opened - start, "mpi_init": mpi_init, "calls": called - opened}
+
+    def _initialize_mpi(self) -> float | None:
+        """Seconds, if it was this that called MPI_Init."""
+        return None
 
     def forget_peak(self) -> dict[str, Any]:
         """The peak of resident memory is that of now."""
@@ -123,11 +129,17 @@ class MpiWorker(Worker):
         assert rpc.get_worker_info().id == self.rank, f"{rpc.get_worker_info()} is rank {self.rank} to its launcher"
         return {**started, "library": _mpi.open_library().library()}
 
+    def _initialize_mpi(self) -> float | None:
+        if _mpi.is_initialized():
+            return None
+        start = time.perf_counter()
+        _mpi.load(MPIRpcBackendOptions().init_timeout)  # as init_rpc does, which then finds it done
+        return time.perf_counter() - start
+
     def run_raw(self, case: str) -> dict[str, Any]:
         if self._raw is None:
             self._raw = Raw()
-        samples = self._raw.run(CASES[case])
-        return {"samples": samples if CASES[case].calls_from(self.rank) else []}
+        return {"samples": self._raw.run(CASES[case])}
 
     def go_on(self, backend: str) -> dict[str, Any]:
         """Lets a child run."""
@@ -139,10 +151,9 @@ class MpiWorker(Worker):
         return {}
 
     def check(self, backend: str) -> dict[str, Any]:
-        """Raises RuntimeError if a child has ended."""
-        if (status := self._children[backend].poll()) is not None:
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
-            raise RuntimeError(f"its process {how}")
+        """Raises RuntimeError if a child has failed."""
+        if status := self._children[backend].poll():
+            raise RuntimeError(f"its process {how_it_ended(status)}")
         return {}
 
     def drop(self, backend: str) -> dict[str, Any]:
@@ -158,6 +169,11 @@ def _measure(case: Case, place: Worker) -> list[float]:
     if callers > 1:
         place.meet(callers)
     return case.run(place, case.samples)
+
+
+def how_it_ended(status: int) -> str:
+    """What became of a process, as Popen has its status."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
 
 
 def _memory(what: str) -> int | None:
