@@ -99,6 +99,22 @@ auto pythonUdfSender(const WorkerInfo& dst, float rpcTimeoutSeconds, bool isAsyn
   };
 }
 
+// The future of an RRef's creation: of its response, and of what `settle` then tells torch's RRefContext. torch's own
+// is done before that, so that who has waited for it may find the RRef unconfirmed and no events of the callee in a
+// profile. And torch throws the error of the call from there: out of rpc.remote(), if it is early.
+template <typename Settle>
+JitFuturePtr creation(JitFuture& response, Settle settle) {
+  return response.then(
+      withThreadState([settle = std::move(settle)](JitFuture& completed) {
+        settle(completed);
+        if (completed.hasError()) {
+          std::rethrow_exception(completed.exception_ptr());
+        }
+        return c10::IValue();
+      }),
+      c10::NoneType::get());
+}
+
 // A value that stays at its worker. `sendCall` sends the call that makes it, with the ids given, and returns the future
 // of the response.
 template <typename SendCall>
@@ -106,20 +122,19 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   auto& context = rpc::RRefContext::getInstance();
   if (context.getWorkerId() != dst.id_) {
     auto userRRef = context.createUserRRef(dst.id_, type);
-    const JitFuturePtr created = sendCall(userRRef->rrefId(), userRRef->forkId());
-    userRRef->registerOwnerCreationFuture(created);
+    const JitFuturePtr response = sendCall(userRRef->rrefId(), userRRef->forkId());
     context.addPendingUser(userRRef->forkId(), userRRef);
-    created->addCallback(withThreadState(
-        [forkId = userRRef->forkId()](JitFuture& future) { rpc::callback::confirmPendingUser(future, forkId); }));
+    userRRef->registerOwnerCreationFuture(creation(*response, [forkId = userRRef->forkId()](JitFuture& completed) {
+      rpc::callback::confirmPendingUser(completed, forkId);
+    }));
     return PyRRef(std::move(userRRef));
   }
   auto ownerRRef = context.createOwnerRRef(type);
   // The call goes through the agent even to oneself: until it has, this keeps the value whatever other copies do.
   context.addSelfAsFork(ownerRRef);
-  const JitFuturePtr created = sendCall(ownerRRef->rrefId(), ownerRRef->rrefId());
-  ownerRRef->registerOwnerCreationFuture(created);
-  created->addCallback(withThreadState([rrefId = ownerRRef->rrefId()](JitFuture& future) {
-    auto deleted = rpc::callback::finishCreatingOwnerRRef(future, rrefId);
+  const JitFuturePtr response = sendCall(ownerRRef->rrefId(), ownerRRef->rrefId());
+  ownerRRef->registerOwnerCreationFuture(creation(*response, [rrefId = ownerRRef->rrefId()](JitFuture& completed) {
+    auto deleted = rpc::callback::finishCreatingOwnerRRef(completed, rrefId);
     if (deleted && deleted->isPyObj()) {
       const py::gil_scoped_acquire gil;
       deleted.reset();
@@ -328,8 +343,13 @@ PyRRef pyRemoteTorchscript(
     const py::args& args,
     const py::kwargs& kwargs) {
   ScriptFunctionCall call(qualifiedNameStr, args, kwargs);
-  return PyRRef(
-      rpc::remoteTorchscript(dstWorkerName, call.name, call.schema, call.stack, rpcTimeoutSeconds, isAsyncExecution));
+  const WorkerInfo& dst = rpc::RpcAgent::getCurrentRpcAgent()->getWorkerInfo(dstWorkerName);
+  const c10::TypePtr type = call.schema.returns().at(0).type();
+  return createRemotely(dst, type, [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
+    auto message =
+        rpc::ScriptRemoteCall(call.name, std::move(call.stack), rrefId, forkId, isAsyncExecution).toMessage();
+    return send(dst, std::move(message), /*forceGradRecording=*/true, rpcTimeoutSeconds);
+  });
 }
 
 } // namespace torch_rpc_mpi

@@ -94,13 +94,14 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[st
         "_invoke_rpc": _make_invoke_rpc(agent, api._invoke_rpc),
         "_invoke_rpc_builtin": _invoke_rpc_builtin,
         "_invoke_remote_builtin": _invoke_remote_builtin,
+        "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
+        "_invoke_remote_torchscript": _invoke_remote_torchscript,
     }
     if pickler is not None:
         ours |= {
             "_internal_rpc_pickler": pickler,  # what _use_rpc_pickler() goes back to
             "_default_pickler": pickler,
             "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
-            "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
         }
     replaced = {name: (value, getattr(api, name)) for name, value in ours.items()}
     for name, value in ours.items():
@@ -138,6 +139,10 @@ def _invoke_rpc_builtin(dst: Any, name: str, timeout: float, *args: Any, **kwarg
 
 def _invoke_remote_builtin(dst: Any, name: str, timeout: float, *args: Any, **kwargs: Any) -> Any:
     return entry_points.py_remote_builtin(dst, name, timeout, args, kwargs)
+
+
+def _invoke_remote_torchscript(dst: str, name: str, timeout: float, is_async: bool, *args: Any, **kwargs: Any) -> Any:
+    return entry_points.py_remote_torchscript(dst, name, timeout, is_async, args, kwargs)
 
 
 def make_run_function(whereabouts: str) -> Callable[[Any], Any]:

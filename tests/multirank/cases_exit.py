@@ -18,7 +18,7 @@ import torch
 import torch.distributed.rpc as rpc
 from cases_calls import APIS, identity
 from cases_errors import RefusesToArrive
-from cases_rref import Account, fetch
+from cases_rref import CREATE, Account, fetch
 from cases_session import AT_ONCE, check_calls
 from cases_timeouts import ran_out
 from functions_table import Call, Ours
@@ -88,6 +88,24 @@ def remote_that_cannot_be_read(world: World) -> Any:
     with pytest.raises(Exception, match=r"I do not arrive|RPC ran for more than set timeout|RRef creation"):
         rref.to_here(timeout=2)
     return rref
+
+
+@program(tensorpipe="rpc.remote() itself raises there if the error is early")
+def rrefs_at_one_who_left(world: World) -> None:
+    """The call fails at once, but the error is the RRef's: the caller has one, and a profile ends as it should."""
+    world.init()
+    world.barrier()
+    if world.rank == 1:
+        rpc.shutdown(graceful=False)
+    world.barrier()
+    if world.rank == 0:
+        for create in CREATE.values():
+            rref = create(world.name(1))
+            with pytest.raises(RuntimeError, match=r"worker1.*has left"):
+                rref._get_future().wait()
+            with pytest.raises(RuntimeError, match=r"worker1.*has left"):
+                rref.to_here()
+        rpc.shutdown(graceful=False)
 
 
 def known_to_have_run_out(rref: Any) -> bool:

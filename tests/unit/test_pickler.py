@@ -75,7 +75,10 @@ def run_pickler(run_with_fakes: RunPython) -> RunPython:
 def test_shutdown_gives_torch_its_own_names_back(run_pickler: RunPython) -> None:
     run_pickler(
         """
-names = ("_internal_rpc_pickler", "_default_pickler", "_invoke_rpc_python_udf", "_invoke_remote_python_udf")
+names = (
+    "_internal_rpc_pickler", "_default_pickler",
+    "_invoke_rpc_python_udf", "_invoke_remote_python_udf", "_invoke_remote_torchscript",
+)
 for options in ({}, {"pickler": "cloudpickle"}, {"pickler": "auto"}):
     before = {name: getattr(api, name) for name in names}
     init(**options)
@@ -89,10 +92,10 @@ for options in ({}, {"pickler": "cloudpickle"}, {"pickler": "auto"}):
     )
 
 
-def test_mode_pickle_replaces_nothing(run_pickler: RunPython) -> None:
+def test_mode_pickle_leaves_pickling_to_torch(run_pickler: RunPython) -> None:
     run_pickler(
         """
-names = ("_internal_rpc_pickler", "_default_pickler", "_invoke_rpc_python_udf", "_invoke_remote_python_udf")
+names = ("_internal_rpc_pickler", "_default_pickler", "_invoke_rpc_python_udf")
 before = {name: getattr(api, name) for name in names}
 init(pickler="pickle")
 assert all(getattr(api, name) is before[name] for name in names)
