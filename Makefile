@@ -29,8 +29,9 @@ help:
 demo: .venv/.demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" mpirun -n 4 python examples/digits_parameter_server.py $(ARGS)
 
+# -I: not the sources here, which have no compiled extension.
 bench: .venv/.test
-	.venv/bin/python -m torch_rpc_mpi.bench $(ARGS)
+	.venv/bin/python -I -m torch_rpc_mpi.bench $(ARGS)
 
 test:
 	ci/lint.sh

@@ -169,6 +169,7 @@ def refuse_forked_child() -> None:
 
 def load_extension() -> ModuleType:
     """The extension module ``torch_rpc_mpi._C``. Raises ImportError with the remedy when it does not load."""
+    package = Path(__file__).resolve().parent
     reinstall = (
         "Reinstall it in this environment: `pip install --force-reinstall --no-deps torch_rpc_mpi` (or `pip install .` "
         "in its source tree)."
@@ -176,6 +177,12 @@ def load_extension() -> ModuleType:
     try:
         extension = importlib.import_module("torch_rpc_mpi._C")
     except ImportError as error:
+        if error.name == "torch_rpc_mpi._C" and (package.parent / "pyproject.toml").exists():
+            raise ImportError(
+                f"Python has imported the sources of torch_rpc_mpi in {package}, which have no compiled extension. Run "
+                "the program from another directory, or with `python -I`, to use the installed package; or install "
+                "the sources where they are: `pip install --editable .`"
+            ) from error
         raise ImportError(
             f"the extension of torch_rpc_mpi does not load into torch {torch.__version__}: {error}. It is built for "
             f"one torch release. {reinstall}"

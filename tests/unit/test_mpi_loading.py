@@ -131,9 +131,18 @@ class TestNothingToLoad:
 
 
 class TestExtension:
-    def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(_mpi, "__file__", str(tmp_path / "torch_rpc_mpi" / "_mpi.py"))
         monkeypatch.setitem(sys.modules, "torch_rpc_mpi._C", None)
         with pytest.raises(ImportError, match=r"does not load into torch .*Reinstall"):
+            _mpi.load_extension()
+
+    def test_missing_in_the_sources(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "torch_rpc_mpi").mkdir()
+        (tmp_path / "pyproject.toml").touch()
+        monkeypatch.setattr(_mpi, "__file__", str(tmp_path / "torch_rpc_mpi" / "_mpi.py"))
+        monkeypatch.setitem(sys.modules, "torch_rpc_mpi._C", None)
+        with pytest.raises(ImportError, match=r"imported the sources of torch_rpc_mpi in .*another directory"):
             _mpi.load_extension()
 
     def test_of_another_torch(self, extension: ModuleType) -> None:

@@ -23,6 +23,7 @@ from .worker import how_it_ended
 START_LIMIT = 600.0  # seconds, for all ranks to import torch
 END_LIMIT = 30.0  # seconds
 TURN_LIMIT = 300.0  # seconds, for one turn of one case
+_IMPORTED_FROM = Path(__file__).resolve().parents[2]  # where ``python -m`` finds this package, whatever else lies about
 _SLICE = timedelta(seconds=15)  # after which dead processes are noticed; c10d logs each that passes in vain
 
 
@@ -123,7 +124,8 @@ def running(ranks: Ranks, commands: Sequence[Sequence[str]]) -> Iterator[None]:
     }
     try:
         for command in commands:
-            ranks.processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+            process = subprocess.Popen(command, cwd=_IMPORTED_FROM, env=environment, stdin=subprocess.DEVNULL)
+            ranks.processes.append(process)
         yield
     finally:
         _end(ranks.processes)

@@ -78,7 +78,7 @@ def _ratio(comparison: Comparison | None) -> str:
 
 def _starts(report: Report) -> Table:
     title = "First session, the slowest rank's times: median of the rounds"
-    ratio = "init_rpc and shutdown: MPI is times faster (4 of 5 rounds)"
+    ratio = "init_rpc and shutdown: MPI is times faster (spread)"
     columns = ("MPI_Init", "init_rpc, with it", "first call to each rank", "shutdown")
     table = _table(title, "ranks", "", "rounds", *columns, ratio)
     for size, starts in sorted(report.starts.items()):
