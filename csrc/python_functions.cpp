@@ -14,11 +14,12 @@
 #include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "bindings/user_code.h"
 #include "builtin_operator.h"
 #include "plain_pickle.h"
 #include "repeatable_call.h"
-#include "thread_state.h"
 #include "torch_autograd.h"
+#include "torch_compat/thread_state.h"
 
 namespace py = pybind11;
 
@@ -36,6 +37,7 @@ using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 // GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
+  const NewThreadState state(/*alsoRecorded=*/true);
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
   const auto command = rpc::deserializeResponse(response, type);
   switch (type) {
@@ -56,6 +58,7 @@ c10::IValue toPyIValue(const rpc::Message& response) {
       const py::gil_scoped_acquire gil;
       py::object object = loadPlainResult(value);
       if (!object) {
+        const UserCode code; // of the classes of what it holds
         object = handler.deserialize(value);
         handler.handleExceptionGILHeld(object); // raises what the function raised
       }

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch._C import Future
 from torch.distributed.rpc import api, internal
 
 from . import _C, _pickler, calls
@@ -43,11 +44,20 @@ class Agent(_C.MPIAgent):
             end(self)
 
 
+class _Replaced(NamedTuple):
+    """A name of torch's that means something of ours while the session lasts."""
+
+    owner: Any
+    name: str
+    ours: Any
+    torchs: Any
+
+
 @dataclass
 class _Session:
     agent: Agent
     pid: int
-    replaced: dict[str, tuple[Any, Any]]  # names in torch.distributed.rpc.api: ours, torch's
+    replaced: list[_Replaced]
 
 
 _current: _Session | None = None
@@ -61,7 +71,8 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
         pickler: what pickles the calls of this process from now on; None for torch's.
     """
     global _current
-    _current = _Session(agent, os.getpid(), _hook_into_api(agent, pickler))
+    replaced = _hook_into_api(agent, pickler) + _hook_into_futures()
+    _current = _Session(agent, os.getpid(), replaced)
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -76,19 +87,16 @@ def end(agent: Agent) -> None:
     if session is None or session.agent is not agent:
         return
     _current = None
-    for name, (ours, torchs) in session.replaced.items():
-        if getattr(api, name) is ours:  # not if somebody has put theirs in its place since
-            setattr(api, name, torchs)
+    for owner, name, ours, torchs in session.replaced:
+        if vars(owner)[name] is ours:  # not if somebody has put theirs in its place since
+            setattr(owner, name, torchs)
 
 
-def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[str, tuple[Any, Any]]:
+def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> list[_Replaced]:
     """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and a pickler of ours.
 
     All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
     they are, as TorchScript knows them.
-
-    Returns:
-        By name, what was put there and what was there before.
     """
     ours: dict[str, Any] = {
         "_invoke_rpc": _make_invoke_rpc(agent, api._invoke_rpc),
@@ -103,9 +111,19 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[st
             "_default_pickler": pickler,
             "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
         }
-    replaced = {name: (value, getattr(api, name)) for name, value in ours.items()}
-    for name, value in ours.items():
-        setattr(api, name, value)
+    return _replace(api, ours)
+
+
+def _hook_into_futures() -> list[_Replaced]:
+    """Lets each callback of a future begin and end in a clean thread state where the engine runs it."""
+    return _replace(Future, {"then": _C.future_then, "add_done_callback": _C.future_add_done_callback})
+
+
+def _replace(owner: Any, names: Mapping[str, Any]) -> list[_Replaced]:
+    """Sets names of a module or class, and returns what was there too."""
+    replaced = [_Replaced(owner, name, ours, vars(owner)[name]) for name, ours in names.items()]
+    for name, ours in names.items():
+        setattr(owner, name, ours)
     return replaced
 
 

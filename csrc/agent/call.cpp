@@ -3,6 +3,7 @@
 
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "agent/engine_work.h"
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
@@ -61,6 +62,7 @@ JitFuturePtr MpiAgent::send(
     RpcMessage message,
     const float rpcTimeoutSeconds,
     const rpc::DeviceMap& /*deviceMap*/) {
+  const EngineWork work;
   checkUsable(*message);
   const WorkerInfo& peer = getWorkerInfo(to.id_);
   PendingCall call;
@@ -99,6 +101,7 @@ void MpiAgent::expectAnswer(bool expected) {
 
 void MpiAgent::driveUntil(const rpc::JitFuture& future) {
   if (const JitFuturePtr call = std::exchange(awaited, nullptr)) {
+    const EngineWork work;
     engine_->driveFor(call.get(), [&] { return future.completed(); });
   }
 }

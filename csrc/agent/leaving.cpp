@@ -1,4 +1,5 @@
 // How the agent ends: by agreement (join, then shutdown) or on its own (shutdown without join, exit).
+#include "agent/engine_work.h"
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
@@ -104,6 +105,7 @@ void MpiAgent::shutdownImpl() {
   if (inForkedChild() || !started_.exchange(false)) {
     return;
   }
+  const EngineWork work;
   const bool agreed = agreed_;
   const bool stopped = engine_->stop(kRunningTasksLimit);
   if (!agreed) {

@@ -1,12 +1,30 @@
 // The callee's side of the agent: requests in, responses out.
+#include "agent/engine_work.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "torch_compat/new_thread.h"
 
 #include <thread>
 
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+// A function of TorchScript can set modes of its thread, too. (What one of Python sets ends with it: see UserCode.)
+struct NoModesLeft {
+  NoModesLeft() = default;
+  ~NoModesLeft() {
+    if (!modesAsInNewThread()) {
+      ThreadState::setNew();
+    }
+  }
+  NoModesLeft(const NoModesLeft&) = delete;
+  NoModesLeft& operator=(const NoModesLeft&) = delete;
+};
+
+} // namespace
 
 RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
   const std::string text = c10::str("On ", getWorkerInfo(), " (rank ", rank_, " on host ", hosts_[rank_], "):\n", what);
@@ -44,6 +62,7 @@ void MpiAgent::serve(InboundMessage inbound) {
 
 JitFuturePtr MpiAgent::process(rpc::Message& request) {
   if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
+    const NoModesLeft end;
     return (*cb_)(request, {});
   }
   // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's
@@ -79,7 +98,9 @@ void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& re
     return;
   }
   servingAsync_.fetch_add(1);
+  // Run by whoever completes the future, a user's thread perhaps.
   future->addCallback([weak = weak_from_this(), respond, id](rpc::JitFuture& done) {
+    const EngineWork work;
     if (const auto agent = weak.lock()) {
       agent->servingAsync_.fetch_sub(1);
       respond(agent->responseOf(done, id));

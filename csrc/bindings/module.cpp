@@ -9,9 +9,11 @@
 #include <torch/version.h>
 
 #include "agent/autograd_sessions.h"
+#include "agent/engine_work.h"
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "bindings/functions_module.h"
+#include "bindings/futures_module.h"
 #include "bindings/interpreter.h"
 #include "bindings/request_callback.h"
 #include "bindings/watchdog.h"
@@ -28,11 +30,15 @@ namespace rpc = torch::distributed::rpc;
 
 // Note [Python thread state]
 // Engine threads acquire the GIL for every call that runs Python. Making and destroying a thread state each time costs
-// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL.
+// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL. What users' code
+// sets in it ends with that code: see user_code.h.
 void withPythonThreadState(const std::function<void()>& body) {
   const PyGILState_STATE gil = PyGILState_Ensure();
   PyThreadState* state = PyEval_SaveThread();
-  body();
+  {
+    const EngineWork work;
+    body();
+  }
   // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
   if (interpreterRuns()) {
     PyEval_RestoreThread(state);
@@ -246,6 +252,7 @@ PYBIND11_MODULE(_C, module) {
   bindMpi(module);
   bindAgent(module);
   bindFunctions(module);
+  bindFutures(module);
   module.attr("__torch_version__") = TORCH_VERSION;
 }
 

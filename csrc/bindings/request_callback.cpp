@@ -18,6 +18,7 @@
 
 #include "agent/mpi_agent.h"
 #include "bindings/interpreter.h"
+#include "bindings/user_code.h"
 #include "plain_pickle.h"
 #include "python_functions.h"
 #include "script_messages.h"
@@ -61,6 +62,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
       if (plain != nullptr && (function = plain->loadCall(pickled))) {
         return;
       }
+      const UserCode code;
       function = handler.deserialize(pickled);
       if (PyExceptionInstance_Check(function.ptr())) { // it could not be unpickled
         const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
@@ -164,8 +166,10 @@ struct PythonRequestCallback::PythonSide {
   PythonSide(const PythonSide&) = delete;
   PythonSide& operator=(const PythonSide&) = delete;
 
-  py::object run(const py::object& function) const {
-    return runToTheEndOfPython(runFunction, function);
+  py::object run(py::object function) const {
+    const UserCode code;
+    const py::object arguments = std::move(function); // they end in it, too
+    return runToTheEndOfPython(runFunction, arguments);
   }
   rpc::SerializedPyObj serialize(const py::object& result) const {
     if (plainPickler != nullptr) {
@@ -173,6 +177,7 @@ struct PythonRequestCallback::PythonSide {
         return {std::move(plain->data), std::move(plain->tensors)};
       }
     }
+    const UserCode code;
     auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
     return {std::move(data), std::move(tensors)};
   }
