@@ -16,7 +16,7 @@ namespace {
 struct NoModesLeft {
   NoModesLeft() = default;
   ~NoModesLeft() {
-    if (!modesAsInNewThread()) {
+    if (!modesAsInNewThread()) { // also of a profiler there is nothing left: torch has ended what it began
       ThreadState::setNew();
     }
   }

@@ -114,12 +114,6 @@ bool autogradAsInNewThread() {
       hooks.stack.empty() && !hooks.disabled_error_message.has_value() && !hooks.is_tracing;
 }
 
-bool recordsAsInNewThread() {
-  const auto& records = at::get_record_function_tls_();
-  return records.sorted_tls_callbacks_.empty() && records.tls_record_function_enabled_ &&
-      c10::ThreadLocalDebugInfo::current() == nullptr;
-}
-
 // The objects that Python code has stashed by name cannot be counted through what torch offers. A template that is
 // instantiated explicitly may name a private member.
 using Objects = at::impl::ThreadLocalPythonObjects;
@@ -135,6 +129,12 @@ const NamedObjects& namedObjects(const Objects& objects);
 template struct Opened<&Objects::obj_dict_>;
 
 } // namespace
+
+bool recordsAsInNewThread() {
+  const auto& records = at::get_record_function_tls_();
+  return records.sorted_tls_callbacks_.empty() && records.tls_record_function_enabled_ &&
+      c10::ThreadLocalDebugInfo::current() == nullptr;
+}
 
 bool holdsNoPythonObjects() {
   return namedObjects(Objects::get_state()).empty();

@@ -16,6 +16,9 @@ bool asInNewThread();
 // type that autocast casts to) is left out, for half of the cost.
 bool modesAsInNewThread();
 
+// Of these, whether there is no profiler.
+bool recordsAsInNewThread();
+
 // Whether Python code has stashed no objects in this thread's state.
 bool holdsNoPythonObjects();
 

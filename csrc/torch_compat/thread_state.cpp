@@ -33,19 +33,19 @@ void ThreadState::setNew() {
   }
 }
 
-KeptThreadState::KeptThreadState() : wasNew_(std::exchange(knownAsNew(), false)) {
-  if (!wasNew_) {
+KeptThreadState::KeptThreadState() : wasKnown_(std::exchange(knownAsNew(), false)) {
+  if (!wasKnown_ || !recordsAsInNewThread()) {
     state_.emplace();
   }
 }
 
 KeptThreadState::~KeptThreadState() {
-  if (wasNew_) {
-    ThreadState::setNew();
-  } else {
+  if (state_.has_value()) {
     state_->set();
+  } else {
+    ThreadState::setNew();
   }
-  knownAsNew() = wasNew_;
+  knownAsNew() = wasKnown_;
 }
 
 NewThreadState::NewThreadState(bool alsoRecorded) {

@@ -43,7 +43,8 @@ class ThreadState {
   std::shared_ptr<const at::impl::ThreadLocalPythonObjects> objects_; // null: none
 };
 
-// Whether this thread is known to have the state of a new one. Of this thread alone, for the classes below.
+// Whether this thread is known to have the state of a new one, but for a profiler that torch sets up for the time in
+// which it serves a request. Of this thread alone, for the classes below.
 inline bool& knownAsNew() {
   thread_local bool known = false;
   return known;
@@ -58,8 +59,8 @@ class KeptThreadState {
   KeptThreadState& operator=(const KeptThreadState&) = delete;
 
  private:
-  const bool wasNew_;
-  std::optional<ThreadState> state_; // if not
+  const bool wasKnown_;
+  std::optional<ThreadState> state_; // if not known
 };
 
 // This thread has the state while the guard lives, and then what it had before.
