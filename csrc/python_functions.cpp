@@ -18,7 +18,7 @@
 #include "plain_pickle.h"
 #include "repeatable_call.h"
 #include "thread_state.h"
-#include "torch_autograd.h"
+#include "torch_compat/autograd.h"
 
 namespace py = pybind11;
 
