@@ -14,6 +14,7 @@ import faulthandler
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -47,9 +48,13 @@ def failing(text: str) -> None:
     raise ValueError(text)
 
 
-@torch.jit.script
-def script_product(x: torch.Tensor, factor: float) -> torch.Tensor:
-    return x * factor
+with warnings.catch_warnings():
+    # torch.jit.script is deprecated; torch 2.14 says so to everybody.
+    warnings.filterwarnings("ignore", "`torch.jit.script`")
+
+    @torch.jit.script
+    def script_product(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
 
 
 class Counter:

@@ -37,6 +37,4 @@ if __name__ == "__main__":
     if where:
         record(name, Path(where[0]))
     else:
-        spec = importlib.util.find_spec("torch")
-        assert spec and spec.origin, "there is no torch here; name the directory of one"
-        record(name, Path(spec.origin).parent)
+        record(name, Path(importlib.util.find_spec("torch").origin).parent)
