@@ -21,8 +21,7 @@ _PROGRAM = """
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
-path, *directories = sys.argv[1:]
-sys.path += directories
+path, *sys.path[:] = sys.argv[1:]
 import torch
 
 print("torch is imported", flush=True)
@@ -47,7 +46,7 @@ def check_extension(extension: Path, torch: Path, directories: Iterable[str], co
     Args:
         extension: the built file.
         torch: the directory of torch's package, for the text.
-        directories: where Python packages are looked for, torch's among them.
+        directories: where Python modules are looked for, torch and the standard library among them.
         compiler: the C++ compiler that built it, for the text.
     """
     environment = {name: os.environ[name] for name in ("CXX", "CXXFLAGS", "LDFLAGS") if name in os.environ}

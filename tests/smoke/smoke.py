@@ -10,7 +10,9 @@ Ends with status 0 if everything worked in every rank, and then says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import io
 import os
 import sys
 import tempfile
@@ -129,9 +131,9 @@ def error_of_a_callee(to: str) -> None:
     else:
         expect(False, "no error")
     try:
-        rpc.rpc_sync(to, torch.mm, args=(torch.ones(2), torch.ones(2)))
+        rpc.rpc_sync(to, torch.mm, args=(torch.ones(2, 2), torch.ones(3, 3)))
     except RuntimeError as error:
-        expect("matrices" in str(error), error)
+        expect("cannot be multiplied" in str(error), error)
     else:
         expect(False, "no error")
 
@@ -150,13 +152,16 @@ def run(rank: int, size: int, init_method: str | None) -> None:
     info = rpc.get_worker_info()
     workers = rpc.api._get_current_rpc_agent().get_worker_infos()
     expect((info.id, len(workers)) == (rank, size), info, workers)
-    for function in CHECKS:
-        try:
-            function(f"worker{(rank + 1) % size}")
-        except BaseException:
-            print(f"rank {rank}: {function.__name__} failed", file=sys.stderr, flush=True)
-            raise
-    rpc.shutdown()
+    said = io.StringIO()  # a callee writes its errors there, which would look like ours
+    try:
+        with contextlib.redirect_stderr(said):
+            for function in CHECKS:
+                print(f"rank {rank}: {function.__name__}", file=sys.stderr)
+                function(f"worker{(rank + 1) % size}")
+            rpc.shutdown()
+    except BaseException:
+        print(said.getvalue(), file=sys.stderr, flush=True)
+        raise
     names = ", ".join(function.__name__ for function in CHECKS)
     print(f"rank {rank} of {size}: init, {names}, shutdown: ok", flush=True)
 

@@ -33,7 +33,7 @@ class Built:
     def check(self, extension: str, torch: str = "") -> None:
         (self.torch / "__init__.py").write_text(torch)
         self.extension.write_text(extension)
-        check_extension(self.extension, self.torch, [str(self.packages)], "/opt/gcc/bin/g++")
+        check_extension(self.extension, self.torch, [str(self.packages), *sys.path], "/opt/gcc/bin/g++")
 
 
 @pytest.fixture
