@@ -52,15 +52,15 @@ def check_extension(extension: Path, torch: Path, directories: Iterable[str], co
     environment = {name: os.environ[name] for name in ("CXX", "CXXFLAGS", "LDFLAGS") if name in os.environ}
     settings = " ".join(f"{name}={value!r}" for name, value in environment.items()) or "no CXX, CXXFLAGS or LDFLAGS"
     remedy = (
-        f"It was compiled by {compiler} (with {settings} in the environment). Name the compiler of the system in CXX "
-        "and build again: `CXX=g++ pip install ...`"
+        f"It was compiled by {compiler} (with {settings} in the environment). Build again with the compiler of the "
+        "system, `CXX=g++ pip install ...`"
     )
     # The name of a needed library stands in the file as text, so no tool is needed to find it.
     if _CXX_LIBRARY not in extension.read_bytes():
         raise SystemExit(
             f"The extension {extension} would crash in torch: libstdc++ is linked statically (or it is another C++ "
-            f"library), and torch brings the shared libstdc++.so.6. {remedy}, without -static-libstdc++ and "
-            "-stdlib=libc++, and with a compiler that has libstdc++.so."
+            f"library), and torch brings the shared libstdc++.so.6. {remedy}, or another one that has libstdc++.so, "
+            "and without -static-libstdc++ and -stdlib=libc++."
         )
     child = subprocess.run(
         [sys.executable, "-c", _PROGRAM, extension, *directories],
