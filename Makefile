@@ -3,10 +3,12 @@
 #                        torch's own RPC suites on MPICH
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
+# make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
 # make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
 # make format            rewrite sources in the project's format
 #
 # Needs Python >= 3.10 with venv, a C++20 compiler and make; the rest comes from PyPI into .venv and .venv-*.
+# TORCH_RPC_MPI_BUILD_TORCH says which torch, such as "torch===2.13.0"; changing it makes the environments anew.
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,12 +23,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
+# First a world of one, which shows what is wrong with the installation alone.
 demo: .venv/.demo
+	.venv/bin/python tests/smoke/smoke.py
 	PATH="$(CURDIR)/.venv/bin:$$PATH" mpirun -n 4 python examples/digits_parameter_server.py $(ARGS)
 
 # -I: not the sources here, which have no compiled extension.
@@ -39,6 +43,9 @@ test:
 	ci/python_tests.sh
 	ci/conformance.sh
 	ci/openmpi.sh
+
+torch-versions:
+	ci/torch_versions.sh
 
 release:
 	ci/wheel.sh
@@ -53,16 +60,24 @@ wheel-release: dist/release/.built
 env-mpich: .venv/.test
 $(OTHER_MPIS:%=env-%): env-%: .venv-%/.test
 
+INSTALL_TORCH = $(@D)/bin/pip install "$$($(@D)/bin/python _build_backend/torch_location.py --requirement)"
+
+# Changes when another torch is asked for.
+.venv/.requirement: always
+	@mkdir -p $(@D)
+	@echo "$$TORCH_RPC_MPI_BUILD_TORCH" | cmp --silent - $@ || echo "$$TORCH_RPC_MPI_BUILD_TORCH" >$@
+
 # torch goes in first: the build then uses this one instead of downloading another for itself.
-.venv/.torch:
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --upgrade pip
-	.venv/bin/pip install "$$(.venv/bin/python _build_backend/torch_location.py --requirement)"
+.venv/.torch: .venv/.requirement
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --upgrade pip
+	$(INSTALL_TORCH)
 	touch $@
 
+# Verbose, because pip hides how far the compiler is.
 dist/.built: .venv/.torch $(SOURCES)
 	rm -rf dist
-	.venv/bin/pip wheel --no-deps --wheel-dir dist .
+	.venv/bin/pip wheel --verbose --no-deps --wheel-dir dist .
 	touch $@
 
 # The same wheel for others: a platform tag that says what it needs of a system, and a check that it needs no more. The
@@ -74,9 +89,10 @@ dist/release/.built: dist/.built
 	  --wheel-dir $(@D) dist/*.whl
 	touch $@
 
-$(OTHER_MPIS:%=.venv-%/.venv):
+$(OTHER_MPIS:%=.venv-%/.venv): .venv/.requirement
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --upgrade pip
+	$(INSTALL_TORCH)
 	touch $@
 
 # mpi4py's wheel knows libmpi.so.12 but not Debian's libmpich.so.12, so it is built against the very MPI under test.

@@ -6,8 +6,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from build_check import check_extension, compiler_of
+from build_length import announcement
 from setuptools.command.build_ext import build_ext
-from torch_location import find_torch
+from torch_location import find_torch, package_directories
 
 PACKAGE = "torch_rpc_mpi"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,14 @@ class CMakeBuild(build_ext):
         }
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         subprocess.run([cmake, "-S", _ROOT, "-B", build_directory, "-G", "Ninja", *definitions], check=True)
+        print(announcement(build_directory), flush=True)
         subprocess.run([cmake, "--build", build_directory], check=True)
+        check_extension(
+            settings["TORCH_RPC_MPI_OUTPUT_DIR"] / _LIBRARIES[0],
+            torch.directory,
+            package_directories(),
+            compiler_of(build_directory),
+        )
 
     def get_output_mapping(self) -> dict[str, str]:
         """Built file to its place in the source tree, for an editable install."""

@@ -40,7 +40,8 @@ def _sees_base_packages() -> bool:
     return any(line.replace(" ", "") == "include-system-site-packages=true" for line in lines)
 
 
-def _package_directories() -> list[str]:
+def package_directories() -> list[str]:
+    """Where the packages of the environment that is built for may lie."""
     directories = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if _sees_base_packages():
         base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
@@ -52,7 +53,7 @@ def _package_directories() -> list[str]:
 
 def find_torch() -> Torch | None:
     """Return the torch to build against, or None when there is none; refuse one that is too old."""
-    for distribution in importlib.metadata.distributions(name="torch", path=_package_directories()):
+    for distribution in importlib.metadata.distributions(name="torch", path=package_directories()):
         directory = Path(str(distribution.locate_file("torch")))
         if not (directory / "share" / "cmake").is_dir():
             continue

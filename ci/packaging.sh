@@ -14,6 +14,7 @@ series = lambda version: version.split(".")[:2]
 assert series(extension.__torch_version__) == series(torch.__version__), (extension.__torch_version__, torch.__version__)
 print("installed", torch_rpc_mpi.__version__, "for torch", torch.__version__, "in", torch_rpc_mpi.__file__)
 CODE
+    "$1/bin/python" "$source_tree/tests/smoke/smoke.py" # a world of one, which calls itself
   )
   "$1/bin/pip" check
 }

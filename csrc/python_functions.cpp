@@ -18,7 +18,7 @@
 #include "builtin_operator.h"
 #include "plain_pickle.h"
 #include "repeatable_call.h"
-#include "torch_autograd.h"
+#include "torch_compat/autograd.h"
 #include "torch_compat/thread_state.h"
 
 namespace py = pybind11;

@@ -8,7 +8,7 @@
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
 #include <torch/csrc/distributed/rpc/profiler/remote_profiler_manager.h>
 
-#include "torch_autograd.h"
+#include "torch_compat/autograd.h"
 
 namespace torch_rpc_mpi {
 

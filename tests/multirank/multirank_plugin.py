@@ -55,7 +55,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def _load(module: str) -> None:
     # torch.jit.script warns that it is deprecated, RPC's TorchScript calls are not, and warnings are errors here.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script`")
         importlib.import_module(module)
 
 

@@ -35,8 +35,8 @@ def take(x: Any) -> None:
 
 
 with warnings.catch_warnings():
-    # torch.jit.script is deprecated.
-    warnings.simplefilter("ignore", DeprecationWarning)
+    # torch.jit.script is deprecated; torch 2.14 says so to everybody.
+    warnings.filterwarnings("ignore", "`torch.jit.script`")
 
     @torch.jit.script
     def script_add(x: torch.Tensor, y: int) -> torch.Tensor:

@@ -1,0 +1,101 @@
+"""What the build says and checks: its length, and that what it made works. Fakes stand for extension and torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "_build_backend"))
+from build_check import check_extension, compiler_of
+from build_length import announcement
+
+SHARED = "# libstdc++.so.6\n"  # what the check looks for in the file
+GOOD = """
+def match_builtin(name, args, kwargs, among_all):
+    raise RuntimeError(f"no operator {name}")
+"""
+CRASHES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+
+
+class Built:
+    """A torch and an extension, both in Python."""
+
+    def __init__(self, directory: Path) -> None:
+        self.packages = directory / "packages"
+        self.torch = self.packages / "torch"
+        self.torch.mkdir(parents=True)
+        self.extension = directory / "_C.py"
+
+    def check(self, extension: str, torch: str = "") -> None:
+        (self.torch / "__init__.py").write_text(torch)
+        self.extension.write_text(extension)
+        check_extension(self.extension, self.torch, [str(self.packages), *sys.path], "/opt/gcc/bin/g++")
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Built:
+    return Built(tmp_path)
+
+
+def test_extension_that_works(built: Built) -> None:
+    # In torch's process, not hidden from it by the build's own path.
+    built.check(SHARED + "import torch\nassert torch.here\n" + GOOD, torch="here = True")
+
+
+def test_static_cxx_library(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/opt/gcc/bin/g++")
+    monkeypatch.setenv("LDFLAGS", "-static-libstdc++")
+    with pytest.raises(SystemExit) as error:
+        built.check(GOOD)
+    for part in (
+        str(built.extension),
+        "libstdc++ is linked statically",
+        "compiled by /opt/gcc/bin/g++",
+        "CXX='/opt/gcc/bin/g++'",
+        "LDFLAGS='-static-libstdc++'",
+        "CXX=g++ pip install",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("extension", "how"),
+    [
+        (CRASHES, "SIGSEGV"),
+        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+        (GOOD.replace("raise RuntimeError(", CRASHES + " #"), "SIGSEGV"),
+        (GOOD.replace("{name}", "garbage"), "an error has the wrong text: no operator garbage"),
+        (GOOD.replace("raise RuntimeError", "return "), "an error was not raised"),
+    ],
+    ids=["crash", "import", "crash in an error", "wrong text", "no error"],
+)
+def test_extension_that_does_not_work(built: Built, extension: str, how: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        built.check(SHARED + extension)
+    for part in (f"does not work in the torch in {built.torch}", how, "compiled by /opt/gcc/bin/g++", "CXX=g++"):
+        assert part in str(error.value)
+
+
+def test_torch_that_cannot_be_imported(built: Built) -> None:
+    with pytest.raises(SystemExit) as error:
+        built.check(SHARED + GOOD, torch="raise ImportError('libcudart.so.13: cannot open')")
+    for part in (f"The torch in {built.torch}", "libcudart.so.13: cannot open", "-c 'import torch'"):
+        assert part in str(error.value)
+
+
+def test_compiler_is_named(tmp_path: Path) -> None:
+    (tmp_path / "CMakeCache.txt").write_text("A:STRING=b\nCMAKE_CXX_COMPILER:FILEPATH=/usr/bin/c++\nZ:BOOL=ON\n")
+    assert compiler_of(tmp_path) == "/usr/bin/c++"
+
+
+def test_length_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compile_commands.json").write_text(json.dumps([{"file": f"{i}.cpp"} for i in range(60)]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("CMAKE_BUILD_PARALLEL_LEVEL", raising=False)
+    assert announcement(tmp_path).startswith("torch_rpc_mpi: 60 files to compile, about 5 minutes on 2 cores;")
+    monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "10")
+    assert "about 2 minutes on 8 cores" in announcement(tmp_path)
