@@ -4,6 +4,7 @@
 
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include "bindings/interpreter.h"
 #include "bindings/user_code.h"
 
 namespace py = pybind11;
@@ -20,7 +21,7 @@ c10::IValue call(const PythonFunctionGuard& callback, const PyFuture& future) {
   const py::gil_scoped_acquire gil;
   const UserCode code;
   try {
-    return torch::jit::toIValue(callback.func_(future), c10::PyObjectType::get());
+    return torch::jit::toIValue(callToTheEndOfPython(callback.func_, py::cast(future)), c10::PyObjectType::get());
   } catch (const py::error_already_set& error) {
     throw std::runtime_error(error.what());
   }

@@ -1,8 +1,5 @@
 #include "bindings/request_callback.h"
 
-#include <cxxabi.h>
-#include <unistd.h>
-
 #include <c10/core/StreamGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
@@ -96,27 +93,6 @@ class PythonFunction final : public rpc::RpcCommandBase {
   std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
 };
 
-// Note [Functions that outlive Python]
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// A process may leave while a function that a peer called is still running. Until version 3.14, Python ends such a
-// thread when it next asks for the GIL: the stack is unwound as if by an exception, through destructors that then use
-// an interpreter that is gone, and the process crashes. This frame, the innermost that is ours, catches the unwinding
-// and keeps the thread where it is until the process has ended, as Python 3.14 does.
-py::object runToTheEndOfPython(const py::object& runFunction, const py::object& function) {
-  PyObject* result = nullptr;
-  try {
-    result = PyObject_CallFunctionObjArgs(runFunction.ptr(), function.ptr(), nullptr);
-  } catch (abi::__forced_unwind&) {
-    for (;;) {
-      pause();
-    }
-  }
-  if (result == nullptr) {
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(result);
-}
-
 // What a function of @rpc.functions.async_execution returned. With the GIL.
 JitFuturePtr futureIn(const py::object& result) {
   try {
@@ -169,7 +145,7 @@ struct PythonRequestCallback::PythonSide {
   py::object run(py::object function) const {
     const UserCode code;
     const py::object arguments = std::move(function); // they end in it, too
-    return runToTheEndOfPython(runFunction, arguments);
+    return callToTheEndOfPython(runFunction, arguments);
   }
   rpc::SerializedPyObj serialize(const py::object& result) const {
     if (plainPickler != nullptr) {

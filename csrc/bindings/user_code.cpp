@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "agent/engine_work.h"
+#include "bindings/interpreter.h"
 
 namespace py = pybind11;
 
@@ -75,6 +76,9 @@ UserCode::Outside::Outside()
 }
 
 UserCode::Outside::~Outside() {
+  if (!interpreterRuns()) { // there is no Python left to put anything back into
+    return;
+  }
   const py::error_scope raised; // an exception may be on its way, and the values may have destructors
   if (!traced && PyThreadState_Get()->c_tracefunc != nullptr) {
     PyEval_SetTrace(nullptr, nullptr);
