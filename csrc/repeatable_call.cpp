@@ -6,9 +6,9 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/distributed/autograd/context/container.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
-#include <torch/csrc/distributed/rpc/profiler/remote_profiler_manager.h>
 
 #include "torch_compat/autograd.h"
+#include "torch_compat/profiler.h"
 
 namespace torch_rpc_mpi {
 

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_profiling_req.h>
-#include <torch/csrc/distributed/rpc/profiler/server_process_global_profiler.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
 #include <torch/csrc/distributed/rpc/python_resp.h>
@@ -19,6 +18,7 @@
 #include "plain_pickle.h"
 #include "python_functions.h"
 #include "script_messages.h"
+#include "torch_compat/profiler.h"
 
 namespace py = pybind11;
 
@@ -220,7 +220,7 @@ JitFuturePtr PythonRequestCallback::processMessage(rpc::Message& request, std::v
   const rpc::MessageType type = request.type();
   const bool isScript = type == rpc::MessageType::SCRIPT_CALL || type == rpc::MessageType::SCRIPT_REMOTE_CALL;
   // A profiler of the whole process records what runs in torch's own.
-  if (!isScript || rpc::profiler::processglobal::StateStackEntry::current()) {
+  if (!isScript || wholeProcessIsProfiled()) {
     return RequestCallbackImpl::processMessage(request, std::move(streams));
   }
   auto& context = rpc::RRefContext::getInstance();
