@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
+from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler, calls
+from . import _C, _pickler, _waiting, calls
 from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -47,21 +49,25 @@ class Agent(_C.MPIAgent):
 class _Session:
     agent: Agent
     pid: int
-    replaced: dict[str, tuple[Any, Any]]  # names in torch.distributed.rpc.api: ours, torch's
+    replaced: list[tuple[Any, str, Any, Any]]  # where, name, ours, torch's
+    second_interrupt: _C.SecondInterrupt
 
 
 _current: _Session | None = None
 
 
-def begin(agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
+def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -> None:
     """Starts the session of ``agent``, which has not started yet.
 
     Args:
         agent: the agent.
         pickler: what pickles the calls of this process from now on; None for torch's.
+        whereabouts: who and where this worker is, for the text of errors.
     """
     global _current
-    _current = _Session(agent, os.getpid(), _hook_into_api(agent, pickler))
+    ours = [(api, name, value) for name, value in _hooks_of_api(agent, pickler).items()]
+    second_interrupt = _C.SecondInterrupt(agent, whereabouts)
+    _current = _Session(agent, os.getpid(), _replace(ours + _interruptible_waits()), second_interrupt)
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -76,19 +82,42 @@ def end(agent: Agent) -> None:
     if session is None or session.agent is not agent:
         return
     _current = None
-    for name, (ours, torchs) in session.replaced.items():
-        if getattr(api, name) is ours:  # not if somebody has put theirs in its place since
-            setattr(api, name, torchs)
+    session.second_interrupt.cancel()
+    for where, name, ours, torchs in session.replaced:
+        if vars(where)[name] is ours:  # not if somebody has put theirs in its place since
+            setattr(where, name, torchs)
 
 
-def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[str, tuple[Any, Any]]:
+def _replace(ours: list[tuple[Any, str, Any]]) -> list[tuple[Any, str, Any, Any]]:
+    """Puts values of ours (where, name, value) in place of torch's, which are added to what is returned."""
+    replaced = [(where, name, value, vars(where)[name]) for where, name, value in ours]
+    for where, name, value in ours:
+        setattr(where, name, value)
+    return replaced
+
+
+def _interruptible_waits() -> list[tuple[Any, str, Any]]:
+    """What waits as torch's does, but lets Python run the handlers of signals meanwhile (where, name, value)."""
+    return [
+        (torch._C.Future, "wait", _C.future_wait),
+        (PyRRef, "to_here", _C.rref_to_here),
+        (PyRRef, "local_value", _C.rref_local_value),
+        (
+            api,
+            "_delete_all_user_and_unforked_owner_rrefs",
+            functools.partial(_waiting.interruptibly, api._delete_all_user_and_unforked_owner_rrefs),
+        ),
+    ]
+
+
+def _hooks_of_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[str, Any]:
     """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and a pickler of ours.
 
     All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
     they are, as TorchScript knows them.
 
     Returns:
-        By name, what was put there and what was there before.
+        By name, what is to be put there.
     """
     ours: dict[str, Any] = {
         "_invoke_rpc": _make_invoke_rpc(agent, api._invoke_rpc),
@@ -103,10 +132,7 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[st
             "_default_pickler": pickler,
             "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
         }
-    replaced = {name: (value, getattr(api, name)) for name, value in ours.items()}
-    for name, value in ours.items():
-        setattr(api, name, value)
-    return replaced
+    return ours
 
 
 class _Answer:

@@ -204,10 +204,10 @@ def init_backend(
 
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
+    names, hosts = [member.name for member in members], [member.host for member in members]
+    whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
 
     def make_agent() -> bool:
-        names, hosts = [member.name for member in members], [member.host for member in members]
-        whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
         agents.append(
             _session.Agent(
                 communicator,
@@ -228,7 +228,7 @@ def init_backend(
     if all(_on_all_ranks(communicator, options.init_timeout, make_agent)):
         neighbours.ring_each_other()
     agent = agents.pop()
-    _session.begin(agent, pickler)
+    _session.begin(agent, pickler, whereabouts)
     try:
         api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
     except BaseException:

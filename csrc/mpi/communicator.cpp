@@ -8,20 +8,35 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-// Polls `request` until it completes. False when the time is over; the operation is then still under way and its
-// buffers must stay.
-bool completeBy(const MpiLibrary& mpi, trm_handle& request, Clock::time_point deadline, const char* call) {
+// Polls `request` until it completes. When the time is over (then it returns false) or a signal throws, the operation
+// is still under way, and `buffers`, which MPI uses, are never freed.
+template <typename Buffers>
+bool completeBy(
+    const MpiLibrary& mpi,
+    trm_handle& request,
+    std::unique_ptr<Buffers>& buffers,
+    Clock::time_point deadline,
+    const SignalService& signals,
+    const char* call) {
   const auto start = Clock::now();
+  const bool serves = signals.here();
+  auto nextService = start + kSignalInterval;
+  auto* const used = buffers.release();
   for (;;) {
     int done = 0;
     trm_status status{};
     mpi.check(mpi->test(&request, &done, &status), call);
     if (done != 0) {
+      buffers.reset(used);
       return true;
     }
     const auto now = Clock::now();
     if (now >= deadline) {
       return false;
+    }
+    if (serves && now >= nextService) {
+      signals.serve();
+      nextService = Clock::now() + kSignalInterval;
     }
     // Ranks usually come within milliseconds of each other; a late one may take a minute to import its libraries.
     if (now - start < std::chrono::milliseconds(5)) {
@@ -84,7 +99,8 @@ Communicator::Communicator(std::shared_ptr<MpiLibrary> mpi, trm_handle comm) : m
 std::shared_ptr<Communicator> Communicator::duplicate(
     std::shared_ptr<MpiLibrary> library,
     intptr_t parentValue,
-    double timeout) {
+    double timeout,
+    const SignalService& signals) {
   const MpiLibrary& mpi = *library;
   trm_handle parent = 0;
   mpi.check(mpi->comm_from_int(parentValue, &parent), "MPI_Comm_f2c");
@@ -101,24 +117,22 @@ std::shared_ptr<Communicator> Communicator::duplicate(
 
   const auto deadline = deadlineAfter(timeout);
   auto checkIn = std::make_unique<CheckIn>(size);
+  const std::vector<char>& present = checkIn->present;
   mpi.check(
       mpi->ialltoallv(
           checkIn->mine.data(), checkIn->counts.data(), checkIn->zeros.data(), checkIn->present.data(),
           checkIn->counts.data(), checkIn->offsets.data(), parent, &checkIn->request),
       "MPI_Ialltoallv");
-  if (!completeBy(mpi, checkIn->request, deadline, "MPI_Ialltoallv")) {
-    const std::string text = missingText(checkIn->present, timeout, "");
-    (void)checkIn.release(); // MPI still writes to it
-    throw MissingRanks(text);
+  if (!completeBy(mpi, checkIn->request, checkIn, deadline, signals, "MPI_Ialltoallv")) {
+    throw MissingRanks(missingText(present, timeout, ""));
   }
   trm_handle duplicated = mpi->comm_null;
   trm_handle request = mpi->request_null;
   // On the heap: MPI writes the new handle when the request completes, maybe after we gave up.
   auto result = std::make_unique<trm_handle>(duplicated);
   mpi.check(mpi->comm_idup(parent, result.get(), &request), "MPI_Comm_idup");
-  if (!completeBy(mpi, request, deadline, "MPI_Comm_idup")) {
-    (void)result.release();
-    throw MissingRanks(missingText(checkIn->present, timeout, " (it left while the group formed)"));
+  if (!completeBy(mpi, request, result, deadline, signals, "MPI_Comm_idup")) {
+    throw MissingRanks(missingText(present, timeout, " (it left while the group formed)"));
   }
   return std::shared_ptr<Communicator>(new Communicator(std::move(library), *result));
 }
@@ -136,7 +150,10 @@ std::shared_ptr<Communicator> Communicator::group(
   return std::shared_ptr<Communicator>(new Communicator(std::move(mpi), group));
 }
 
-std::vector<std::string> Communicator::allgather(const std::string& data, double timeout) {
+std::vector<std::string> Communicator::allgather(
+    const std::string& data,
+    double timeout,
+    const SignalService& signals) {
   const auto deadline = deadlineAfter(timeout);
   // Two rounds of equal pieces, so that one collective suffices: the lengths, then everything padded to the longest.
   auto gather = [&](const std::string& mine) {
@@ -145,8 +162,7 @@ std::vector<std::string> Communicator::allgather(const std::string& data, double
     mpi_->check(
         (*mpi_)->iallgather(buffers->first.data(), buffers->second.data(), mine.size(), comm_, &request),
         "MPI_Iallgather");
-    if (!completeBy(*mpi_, request, deadline, "MPI_Iallgather")) {
-      (void)buffers.release();
+    if (!completeBy(*mpi_, request, buffers, deadline, signals, "MPI_Iallgather")) {
       throw MissingRanks(missingText(std::vector<char>(size_, 1), timeout, " (it left while the group formed)"));
     }
     return std::move(buffers->second);
