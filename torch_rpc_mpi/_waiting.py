@@ -33,4 +33,3 @@ def interruptibly(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="rpc_mpi_wait", daemon=True).start()
     return outcome.result()
-
