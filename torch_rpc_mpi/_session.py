@@ -20,9 +20,10 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from torch._C import Future
+from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler, calls
+from . import _C, _pickler, _waiting, calls
 from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -58,21 +59,23 @@ class _Session:
     agent: Agent
     pid: int
     replaced: list[_Replaced]
+    second_interrupt: _C.SecondInterrupt
 
 
 _current: _Session | None = None
 
 
-def begin(agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
+def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -> None:
     """Starts the session of ``agent``, which has not started yet.
 
     Args:
         agent: the agent.
         pickler: what pickles the calls of this process from now on; None for torch's.
+        whereabouts: who and where this worker is, for the text of errors.
     """
     global _current
     replaced = _hook_into_api(agent, pickler) + _hook_into_futures()
-    _current = _Session(agent, os.getpid(), replaced)
+    _current = _Session(agent, os.getpid(), replaced, _C.SecondInterrupt(agent, whereabouts))
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -87,6 +90,7 @@ def end(agent: Agent) -> None:
     if session is None or session.agent is not agent:
         return
     _current = None
+    session.second_interrupt.cancel()
     for owner, name, ours, torchs in session.replaced:
         if vars(owner)[name] is ours:  # not if somebody has put theirs in its place since
             setattr(owner, name, torchs)
@@ -115,8 +119,20 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> list[_R
 
 
 def _hook_into_futures() -> list[_Replaced]:
-    """Lets each callback of a future begin and end in a clean thread state where the engine runs it."""
-    return _replace(Future, {"then": _C.future_then, "add_done_callback": _C.future_add_done_callback})
+    """Two changes of what futures and RRefs do, and what torch waits with.
+
+    Their waits let Python run the handlers of signals meanwhile. Each callback of a future begins and ends in a clean
+    thread state where the engine runs it.
+    """
+    future = {
+        "add_done_callback": _C.future_add_done_callback,
+        "then": _C.future_then,
+        "wait": _C.future_wait,
+    }
+    rref = {"local_value": _C.rref_local_value, "to_here": _C.rref_to_here}
+    delete = "_delete_all_user_and_unforked_owner_rrefs"
+    waits = {delete: functools.partial(_waiting.interruptibly, getattr(api, delete))}
+    return _replace(Future, future) + _replace(PyRRef, rref) + _replace(api, waits)
 
 
 def _replace(owner: Any, names: Mapping[str, Any]) -> list[_Replaced]:

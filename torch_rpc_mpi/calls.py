@@ -54,8 +54,8 @@ def rpc_sync(
 
 def announced(agent: _C.MPIAgent, call: Callable[[], Future[Any]]) -> Future[Any]:
     """Makes a call whose future goes to ``agent.wait()`` next, which drives progress until the answer has come."""
-    agent.expect_answer(True)
     try:
+        agent.expect_answer(True)  # in here, for a signal's handler may raise after it
         return call()
     except BaseException:
         agent.expect_answer(False)

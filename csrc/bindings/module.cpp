@@ -11,11 +11,15 @@
 #include "agent/autograd_sessions.h"
 #include "agent/engine_work.h"
 #include "agent/fork_guard.h"
+#include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "bindings/functions_module.h"
 #include "bindings/futures_module.h"
 #include "bindings/interpreter.h"
+#include "bindings/interruptible_wait.h"
 #include "bindings/request_callback.h"
+#include "bindings/second_interrupt.h"
+#include "bindings/signals.h"
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
 #include "mpi/pmi_server.h"
@@ -86,6 +90,7 @@ struct PyAgentOptions {
     options.spinTime = seconds(spinTime);
     options.maxSleep = seconds(maxSleep);
     options.threadHook = withPythonThreadState;
+    options.signals = kPythonSignals;
     return options;
   }
   static std::chrono::nanoseconds seconds(double value) {
@@ -125,6 +130,21 @@ std::shared_ptr<MpiAgent> makeAgent(
   return agent;
 }
 
+// For the length of a session. It waits for an answer, perhaps, who does nothing while some are missing.
+std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
+    const std::shared_ptr<MpiAgent>& agent,
+    const std::string& whereabouts) {
+  constexpr double kIdle = 0.1;
+  return std::make_unique<SecondInterrupt>(
+      whereabouts +
+          " ended by a second Ctrl-C, because the first cannot interrupt its main thread, which waits in C++ code that "
+          "lets no signal through (TorchScript that calls RPC, or distributed autograd)",
+      [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
+        const auto current = weak.lock();
+        return busy < kIdle && current != nullptr && current->awaitsAnswers();
+      });
+}
+
 // In a forked child there is nothing to shut down, and no thread that could be joined.
 void shutdownAgent(MpiAgent& agent) {
   if (!inForkedChild()) {
@@ -149,7 +169,11 @@ void bindMpi(py::module_& module) {
       .def("library_version", &MpiLibrary::libraryVersion);
   py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
       .def_static(
-          "duplicate", &Communicator::duplicate, py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
+          "duplicate",
+          [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout) {
+            return Communicator::duplicate(std::move(mpi), parent, timeout, kPythonSignals);
+          },
+          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
       .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), NoGil())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
@@ -160,7 +184,7 @@ void bindMpi(py::module_& module) {
             std::vector<std::string> all;
             {
               const py::gil_scoped_release noGil;
-              all = self.allgather(mine, timeout);
+              all = self.allgather(mine, timeout, kPythonSignals);
             }
             std::vector<py::bytes> result(all.begin(), all.end());
             return result;
@@ -218,6 +242,7 @@ void bindAgent(py::module_& module) {
           "wait",
           [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
             self.driveUntil(*future.fut);
+            serveUntilCompleted(kPythonSignals, *future.fut);
             return future.wait(); // takes the GIL for what it returns
           },
           py::arg("future"), NoGil())
@@ -230,6 +255,9 @@ void bindAgent(py::module_& module) {
       .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+  py::class_<SecondInterrupt>(module, "SecondInterrupt")
+      .def(py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"))
+      .def("cancel", &SecondInterrupt::cancel, NoGil());
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
 }
 
@@ -253,6 +281,7 @@ PYBIND11_MODULE(_C, module) {
   bindAgent(module);
   bindFunctions(module);
   bindFutures(module);
+  bindInterruptibleWaits(module);
   module.attr("__torch_version__") = TORCH_VERSION;
 }
 

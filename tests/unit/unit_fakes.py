@@ -125,6 +125,14 @@ class Neighbours:
     reaches_all = False
 
 
+class SecondInterrupt:
+    def __init__(self, agent: Any, whereabouts: str) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+
 class AgentOptions:
     """Any attribute can be set."""
 
@@ -182,6 +190,10 @@ def make_extension(directory: Path) -> ModuleType:
         "AgentOptions": AgentOptions,
         "Neighbours": Neighbours,
         "MPIAgent": Agent,
+        "SecondInterrupt": SecondInterrupt,
+        "future_wait": vars(torch._C.Future)["wait"],
+        "rref_local_value": vars(_distributed_rpc.PyRRef)["local_value"],
+        "rref_to_here": vars(_distributed_rpc.PyRRef)["to_here"],
         "forget_autograd_worker_id": lambda worker_id: None,
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
