@@ -198,7 +198,7 @@ def _reduce_script_module(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
 
 
 def _refuse(obj: Any) -> tuple[Any, ...]:
-    raise TypeError(f"cannot pickle {type(obj).__module__}.{type(obj).__qualname__!r} object")
+    raise TypeError(f"cannot pickle {_unsendable.name_of(type(obj))!r} object")  # as Python words it
 
 
 _OURS: dict[type, Callable[[Any], Any]] = {

@@ -95,6 +95,7 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[st
         "_invoke_rpc_builtin": _invoke_rpc_builtin,
         "_invoke_remote_builtin": _invoke_remote_builtin,
         "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
+        "_invoke_rpc_torchscript": entry_points.py_rpc_torchscript,
         "_invoke_remote_torchscript": _invoke_remote_torchscript,
     }
     if pickler is not None:

@@ -162,8 +162,8 @@ def exceptions_of_types_that_the_caller_lacks(world: World, api: Any) -> None:
         api(world.next, local_type)
 
     def of_a_passing_module() -> None:
-        module = types.ModuleType("passing")
-        sys.modules["passing"] = module
+        module = types.ModuleType(f"module_of_{rpc.get_worker_info().name}_alone")
+        sys.modules[module.__name__] = module
         exec("class Gone(LookupError): pass", module.__dict__)
         raise module.Gone("unknown to the caller")
 

@@ -213,18 +213,15 @@ def show(value: Any) -> Any:
 
 
 def attempt(action: Callable[[], Any], raises: type[Exception] | None = None) -> Any:
-    """How it ends. Errors of calls that raise this are the same if they are of the type, or name it as torch's do."""
+    """How it ends. What a function raises must be of its type, or name it before the text, as torch's do."""
     try:
         return show(action())
     except Exception as error:
-        text = str(error)
-        if raises is not None and type(error) is raises:
-            text = f"{raises.__name__}: {error.args[0]}"
-        elif raises is not None and f"callback: {raises.__name__}: " in text.replace("RuntimeError: ", ""):
-            return RuntimeError, raises.__name__
-        if raises is not None and text.startswith(f"{raises.__name__}: "):
-            return raises, _VARYING.sub("…", text.removeprefix(f"{raises.__name__}: ")).splitlines()[:3]
-        return type(error), _VARYING.sub("…", text).splitlines()[:3]
+        kind, text = type(error), str(error)
+        if raises is not None and "On WorkerInfo(" in text and "Traceback (most recent call last)" in text:
+            named = f"{raises.__name__}: " in text.split("On WorkerInfo(")[0]
+            return "in a callback" if "the callback: " in text else "raised", kind is raises or named
+        return kind, _VARYING.sub("…", text).splitlines()[:3]
 
 
 def outcome(call: Call, api: Any, dst: Any) -> dict[str, Any]:
