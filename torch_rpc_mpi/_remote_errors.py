@@ -14,6 +14,10 @@ import cloudpickle
 from torch.distributed.rpc import internal
 
 
+class FunctionMissingError(AttributeError, RuntimeError):
+    """The callee lacks a name: an ``AttributeError`` as torch's ``to_here()``, a ``RuntimeError`` as its ``rpc_sync``."""
+
+
 def describe(error: BaseException, whereabouts: str, with_traceback: bool = True) -> Any:
     """Makes what is sent of an exception.
 

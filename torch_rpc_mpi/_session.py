@@ -163,6 +163,8 @@ def make_run_function(whereabouts: str) -> Callable[[Any], Any]:
             result = python_udf.func(*python_udf.args, **python_udf.kwargs)
         except Exception as error:
             result = _remote_errors.describe(error, whereabouts)
+            if error is python_udf:
+                result = result._replace(exception_type=_remote_errors.FunctionMissingError)
             with contextlib.suppress(Exception):  # the caller gets it whatever becomes of stderr
                 print(_remote_errors.text_of(result), file=sys.stderr)
         return result
