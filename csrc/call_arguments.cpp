@@ -84,7 +84,8 @@ void checkArguments(const c10::FunctionSchema& schema, const torch::jit::Stack& 
   for (size_t i = 0; i < stack.size(); ++i) {
     if (!canBeSent(stack[i])) {
       const bool named = i >= positional;
-      explain(stack[i], named ? c10::str("kwargs['", schema.arguments().at(i).name(), "']") : c10::str("args[", i, ']'));
+      explain(
+          stack[i], named ? c10::str("kwargs['", schema.arguments().at(i).name(), "']") : c10::str("args[", i, ']'));
     }
   }
 }

@@ -14,6 +14,7 @@
 #include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "base/error_text.h"
 #include "builtin_operator.h"
 #include "call_arguments.h"
 #include "plain_pickle.h"
@@ -171,6 +172,10 @@ void complete(JitFuture& pyFuture, const JitFuture& response) {
     pyFuture.setErrorIfNeeded(withoutPython(error));
   } catch (const python_error& error) {
     pyFuture.setErrorIfNeeded(withoutPython(error));
+  } catch (const std::exception& error) {
+    const bool saysNothing = *error.what() == '\0';
+    pyFuture.setErrorIfNeeded(
+        saysNothing ? std::make_exception_ptr(std::runtime_error(errorText(error))) : std::current_exception());
   } catch (...) {
     pyFuture.setErrorIfNeeded(std::current_exception());
   }

@@ -86,7 +86,7 @@ def _receive_storage(index: int) -> UntypedStorage:
 
 
 def _receive_typed_storage(storage: UntypedStorage, dtype: torch.dtype) -> TypedStorage:
-    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def _receive_rref(index: int) -> Any:

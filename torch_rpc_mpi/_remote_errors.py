@@ -15,7 +15,7 @@ from torch.distributed.rpc import internal
 
 
 class FunctionMissingError(AttributeError, RuntimeError):
-    """The callee lacks a name: an ``AttributeError`` as torch's ``to_here()``, a ``RuntimeError`` as its ``rpc_sync``."""
+    """The callee lacks a name: what torch's ``to_here()`` and its ``rpc_sync`` raise then, in one."""
 
 
 def describe(error: BaseException, whereabouts: str, with_traceback: bool = True) -> Any:
@@ -56,7 +56,7 @@ def text_of(remote: Any) -> str:
 
 def raise_again(remote: Any) -> None:
     """Raises the exception."""
-    internal._handle_exception(_readable(remote))
+    internal._handle_exception(_readable(remote))  # type: ignore[no-untyped-call]
 
 
 def short_text(kind: type[BaseException], value: Any) -> str:

@@ -176,7 +176,9 @@ void bindFunctions(py::module_& module) {
           py::arg("data"), py::arg("tensors"));
   module.def(
       "why_not_sent",
-      [](const at::Tensor& tensor, bool inCall) { return whyNotSent(tensor, inCall ? Place::kRequest : Place::kResult); },
+      [](const at::Tensor& tensor, bool inCall) {
+        return whyNotSent(tensor, inCall ? Place::kRequest : Place::kResult);
+      },
       py::arg("tensor"), py::arg("in_call"));
   module.def(
       "bytes_of_storage", [](const py::object& storage) { return bytesOf(torch::createStorage(storage.ptr())); },

@@ -203,8 +203,8 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
-          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"),
-          py::arg("pass_on"), py::arg("plain_pickler"))
+          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"), py::arg("pass_on"),
+          py::arg("plain_pickler"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())

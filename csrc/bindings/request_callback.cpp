@@ -143,8 +143,8 @@ c10::TypePtr messageType() {
 
 } // namespace
 
-// The session's Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python object,
-// holds the GIL.
+// The session's Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python
+// object, holds the GIL.
 struct PythonRequestCallback::PythonSide {
   PythonSide(py::object runFunction, py::object serialize, py::object passOn, py::object plainPickler)
       : runFunction(std::move(runFunction)),
@@ -212,7 +212,10 @@ PythonRequestCallback::PythonRequestCallback(
     py::object plainPickler)
     : python_(
           std::make_shared<PythonSide>(
-              std::move(runFunction), std::move(serialize), std::move(passOn), std::move(plainPickler))) {}
+              std::move(runFunction),
+              std::move(serialize),
+              std::move(passOn),
+              std::move(plainPickler))) {}
 
 // What takes the place of a command because it calls a Python function; null for other commands. One that wraps another
 // gets the wrapped one's replacement here.

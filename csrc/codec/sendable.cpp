@@ -8,8 +8,8 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-// A wrapper of other tensors (subclasses with __torch_dispatch__, FakeTensor, functorch's) has no storage, or one without
-// memory, or one that throws when asked for it. A zero tensor has none either, but is materialised.
+// A wrapper of other tensors (subclasses with __torch_dispatch__, FakeTensor, functorch's) has no storage, or one
+// without memory, or one that throws when asked for it. A zero tensor has none either, but is materialised.
 bool hasMemory(const at::Tensor& tensor) {
   try {
     if (!tensor.has_storage()) {
@@ -45,7 +45,8 @@ const char* memoryOf(const c10::Storage& storage, size_t bytes) {
   TORCH_CHECK(
       bytes <= storage.nbytes(), "a tensor shows ", bytes, " bytes of a storage that has only ", storage.nbytes());
   const auto* data = static_cast<const char*>(storage.data());
-  TORCH_CHECK(data != nullptr, "a tensor has a storage without memory, as wrappers of other tensors and fake ones have");
+  TORCH_CHECK(
+      data != nullptr, "a tensor has a storage without memory, as wrappers of other tensors and fake ones have");
   return data;
 }
 

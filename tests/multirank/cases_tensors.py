@@ -484,7 +484,9 @@ def storages(world: World) -> None:
         expected = x.clone()
         expected[:2] = 7.0
         for to in dict.fromkeys((world.next, world.name())):
-            y, untyped, typed_back = rpc.rpc_sync(to, change_storages, args=(x[: count - 1], x.untyped_storage(), typed))
+            y, untyped, typed_back = rpc.rpc_sync(
+                to, change_storages, args=(x[: count - 1], x.untyped_storage(), typed)
+            )
             equal(x[0].item(), 0.0)
             equal(y, expected[: count - 1])
             equal(typed_back.tolist(), expected.tolist())
