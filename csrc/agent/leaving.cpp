@@ -3,6 +3,7 @@
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "base/error_text.h"
 #include "transfer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -166,7 +167,7 @@ void MpiAgent::flush(std::exception_ptr& interrupted) {
           exchange_.poll(token);
         }
       } catch (const std::exception& error) {
-        LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << error.what();
+        LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << errorText(error);
         unfinished = false;
       }
     });
@@ -198,7 +199,7 @@ void MpiAgent::sayGoodbye() {
         }
       }
     } catch (const std::exception& error) {
-      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << error.what();
+      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << errorText(error);
     }
   });
 }
