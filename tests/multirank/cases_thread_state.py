@@ -9,6 +9,7 @@ import contextvars
 import decimal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -165,6 +166,15 @@ class WatchingFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 MODES: dict[str, Callable[[], Any]] = {
     "fake tensors": FakeTensorMode,
     "dispatch mode": Watching,
@@ -173,6 +183,7 @@ MODES: dict[str, Callable[[], Any]] = {
     "inference": torch.inference_mode,
     "device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu"),
+    "deterministic": deterministic,
     "functionalization": torch._subclasses.functional_tensor.FunctionalTensorMode,
     "saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
 }
@@ -185,6 +196,11 @@ class Holder:
         self.tensor = tensor
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # quantized types are deprecated
+    QUANTIZED = torch.quantize_per_tensor(torch.arange(6.0), 0.5, 0, torch.qint8)
+
+
 def tensors() -> dict[str, torch.Tensor]:
     return {
         "dense": torch.arange(6.0),
@@ -192,6 +208,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "view": torch.arange(1000.0)[3:9:2],
         "large": torch.ones(300_000),
         "complex": torch.ones(3, dtype=torch.complex64).conj(),
+        "quantized": QUANTIZED,
     }
 
 
@@ -204,7 +221,11 @@ def plain(answer: Any) -> torch.Tensor:
     assert type(tensor) is torch.Tensor, type(tensor)
     assert not tensor.is_inference()
     assert tensor.is_leaf
-    return tensor.resolve_conj().to_dense()
+    return values(tensor)
+
+
+def values(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor.resolve_conj().to_dense()
 
 
 def summed(value: Any) -> float:
@@ -216,7 +237,7 @@ def summed(value: Any) -> float:
 
 @case(each=MODES, sizes=(1, 2))
 def a_mode_sees_nothing_of_messages(world: World, mode: Any) -> None:
-    expected = {kind: tensor.resolve_conj().to_dense() for kind, tensor in tensors().items()}
+    expected = {kind: values(tensor) for kind, tensor in tensors().items()}
     given = tensors()
     for kind in given:
         for held in (False, True):
