@@ -2,6 +2,7 @@
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "base/error_text.h"
 #include "transfer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -116,7 +117,7 @@ void MpiAgent::shutdownImpl() {
         exchange_.poll(token);
       }
     } catch (const std::exception& error) {
-      LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << error.what();
+      LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << errorText(error);
     }
     exchange_.close(token, agreed);
     arrivals_.clear();
@@ -150,7 +151,7 @@ void MpiAgent::sayGoodbye() {
         }
       }
     } catch (const std::exception& error) {
-      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << error.what();
+      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << errorText(error);
     }
   });
 }

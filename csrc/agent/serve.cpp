@@ -4,6 +4,8 @@
 
 #include <thread>
 
+#include "base/error_text.h"
+
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
@@ -15,7 +17,7 @@ RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
 
 RpcMessage MpiAgent::responseOf(rpc::JitFuture& future, int64_t id) const {
   if (future.hasError()) {
-    return errorResponse(future.tryRetrieveErrorMessage(), id);
+    return errorResponse(errorText(future.exception_ptr()), id);
   }
   RpcMessage response = future.value().toCustomClass<rpc::Message>();
   response->setId(id);
@@ -30,7 +32,7 @@ void MpiAgent::serve(InboundMessage inbound) {
   try {
     request = decodeMessage(std::move(inbound));
   } catch (const std::exception& error) {
-    respond(peer, id, errorResponse(std::string("The request could not be read: ") + error.what(), id));
+    respond(peer, id, errorResponse(std::string("The request could not be read: ") + errorText(error), id));
     serving_.fetch_sub(1);
     return;
   }
@@ -71,7 +73,7 @@ void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& re
   try {
     future = process(*request);
   } catch (const std::exception& error) {
-    respond(errorResponse(error.what(), id));
+    respond(errorResponse(errorText(error), id));
     return;
   }
   if (future->completed()) {
@@ -101,12 +103,12 @@ void MpiAgent::respond(int peer, uint64_t id, RpcMessage response) {
     try {
       out = make(std::move(response));
     } catch (const std::exception& error) {
-      out = make(errorResponse(std::string("The response could not be sent: ") + error.what(), id));
+      out = make(errorResponse(std::string("The response could not be sent: ") + errorText(error), id));
     }
     submit(std::move(out), /*expectsReply=*/false);
   } catch (const std::exception& error) {
     // Only memory can be short here; the caller gets its timeout.
-    LOG(ERROR) << "RPC response of " << workers_[rank_] << " to " << workers_[peer] << " is lost: " << error.what();
+    LOG(ERROR) << "RPC response of " << workers_[rank_] << " to " << workers_[peer] << " is lost: " << errorText(error);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include "base/error_text.h"
 #include "engine/recent_work.h"
 
 namespace torch_rpc_mpi {
@@ -179,7 +180,7 @@ void Engine::lead() {
         turnOnce(tasks);
       }
     } catch (const std::exception& error) {
-      breakDown(error.what());
+      breakDown(errorText(error));
     }
     if (!tasks.empty()) {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -300,7 +301,7 @@ void Engine::submitted(bool expectsReply) {
       driver_.turn(*hold, tasks);
     } catch (const std::exception& error) {
       hold.release();
-      breakDown(error.what());
+      breakDown(errorText(error));
       break;
     }
   }

@@ -4,6 +4,7 @@
 
 #include <sched.h>
 
+#include "base/error_text.h"
 #include "engine/engine.h"
 
 namespace torch_rpc_mpi {
@@ -63,7 +64,7 @@ bool Engine::turnAsGuest(const void* awaited, TaskPtr& mine) {
     while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks)) {
     }
   } catch (const std::exception& error) {
-    breakDown(error.what());
+    breakDown(errorText(error));
   }
   const auto found =
       std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
