@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._C import Future
 from torch._C._distributed_c10d import Store
 from torch._C._distributed_rpc import PyRRef, RpcAgent, WorkerInfo
+from torch.storage import UntypedStorage
 
 class MPIRuntime:
     """The MPI library that mpi4py has loaded, reached through the shim of its ABI."""
@@ -83,6 +84,7 @@ class MPIAgent(RpcAgent):
         options: AgentOptions,
         run_function: Callable[[Any], Any],
         serialize: Callable[[Any], tuple[bytes, list[Tensor]]],
+        pass_on: Callable[[Any], Any],
         plain_pickler: PlainPickler | None,
     ) -> None: ...
     def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo: ...
@@ -96,6 +98,8 @@ class MPIAgent(RpcAgent):
     def expect_answer(self, expected: bool) -> None: ...
     def wait(self, future: Future[Any]) -> Any: ...
 
+def why_not_sent(tensor: Tensor, in_call: bool) -> str | None: ...
+def bytes_of_storage(storage: UntypedStorage) -> Tensor: ...
 def forget_autograd_worker_id(worker_id: int) -> None: ...
 
 # The entry points; documented in functions.py.

@@ -6,6 +6,7 @@ Imports the extension; import this module only once MPI is loaded.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import multiprocessing.util
@@ -13,7 +14,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler, calls
+from . import _C, _pickler, _remote_errors, calls
 from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -95,6 +95,7 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[st
         "_invoke_rpc_builtin": _invoke_rpc_builtin,
         "_invoke_remote_builtin": _invoke_remote_builtin,
         "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
+        "_invoke_rpc_torchscript": entry_points.py_rpc_torchscript,
         "_invoke_remote_torchscript": _invoke_remote_torchscript,
     }
     if pickler is not None:
@@ -148,7 +149,8 @@ def _invoke_remote_torchscript(dst: str, name: str, timeout: float, is_async: bo
 def make_run_function(whereabouts: str) -> Callable[[Any], Any]:
     """Makes what runs the functions that peers call.
 
-    It does what ``_run_function`` of ``torch.distributed.rpc.internal`` does, but its error text names rank and host.
+    It does what ``_run_function`` of ``torch.distributed.rpc.internal`` does, but the text of an exception arrives as
+    it was, and names rank and host.
 
     Args:
         whereabouts: who and where this worker is, for the text of exceptions that its callers see.
@@ -160,12 +162,33 @@ def make_run_function(whereabouts: str) -> Callable[[Any], Any]:
                 raise python_udf
             result = python_udf.func(*python_udf.args, **python_udf.kwargs)
         except Exception as error:
-            text = f"On {whereabouts}:\n{error!r}\n{traceback.format_exc()}"
-            print(text, file=sys.stderr)
-            result = internal.RemoteException(text, type(error))
+            result = _remote_errors.describe(error, whereabouts)
+            if error is python_udf:
+                result = result._replace(exception_type=_remote_errors.FunctionMissingError)
+            with contextlib.suppress(Exception):  # the caller gets it whatever becomes of stderr
+                print(_remote_errors.text_of(result), file=sys.stderr)
         return result
 
     return run_function
+
+
+def make_serialize(serialize: Callable[[Any], _pickler.Pickled], whereabouts: str) -> Callable[[Any], _pickler.Pickled]:
+    """Makes what pickles the results of functions that peers call, or instead the reason why one cannot be pickled.
+
+    Args:
+        serialize: what pickles values.
+        whereabouts: as for :func:`make_run_function`.
+    """
+
+    def serialize_result(value: Any) -> _pickler.Pickled:
+        try:
+            return serialize(value)
+        except Exception as error:
+            if isinstance(value, internal.RemoteException):  # of a type that cannot be sent
+                return serialize(value._replace(exception_type=RuntimeError))
+            return serialize(_remote_errors.describe(error, whereabouts, with_traceback=False))
+
+    return serialize_result
 
 
 # Note [Leaving without shutdown]

@@ -7,6 +7,7 @@ communicator is duplicated, an error on one rank is raised on all of them.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import platform
@@ -200,7 +201,7 @@ def init_backend(
         communicator.free()
         raise
     # Here and not above, because they import the extension.
-    from . import _pickler, _session
+    from . import _pickler, _remote_errors, _session
 
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
@@ -217,7 +218,8 @@ def init_backend(
                 [member.address for member in members],
                 _agent_options(extension, options, len({member.node for member in members})),
                 _session.make_run_function(whereabouts),
-                internal.serialize if pickler is None else pickler.serialize,
+                _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
+                functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
                 None if pickler is None else pickler.plain,
             )
         )

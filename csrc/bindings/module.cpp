@@ -17,6 +17,7 @@
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
 #include "mpi/pmi_server.h"
+#include "python_error.h"
 
 namespace py = pybind11;
 
@@ -96,6 +97,7 @@ std::shared_ptr<MpiAgent> makeAgent(
     const PyAgentOptions& options,
     py::object runFunction,
     py::object serialize,
+    py::object passOn,
     py::object plainPickler) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == addresses.size() &&
@@ -107,8 +109,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     members.push_back({names[rank], hosts[rank]});
   }
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
-  auto callback =
-      std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize), std::move(plainPickler));
+  auto callback = std::make_unique<PythonRequestCallback>(
+      std::move(runFunction), std::move(serialize), std::move(passOn), std::move(plainPickler));
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
@@ -201,7 +203,7 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
-          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"),
+          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"), py::arg("pass_on"),
           py::arg("plain_pickler"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
@@ -243,6 +245,7 @@ void translateExceptions() {
 
 PYBIND11_MODULE(_C, module) {
   translateExceptions();
+  translatePythonErrors();
   bindMpi(module);
   bindAgent(module);
   bindFunctions(module);

@@ -142,10 +142,11 @@ class Agent(rpc.TensorPipeAgent):
         options: Any,
         run_function: Any,
         serialize: Any,
+        pass_on: Any,
         plain_pickler: Any,
     ) -> None:
         self.names, self.hosts, self.options = names, hosts, options
-        self.run_function, self.serialize = run_function, serialize
+        self.run_function, self.serialize, self.pass_on = run_function, serialize, pass_on
         super().__init__(HashStore(), names[0], 0, 1, rpc.TensorPipeRpcBackendOptions(), {}, [])
 
     def expect_answer(self, expected: bool) -> None:
@@ -187,6 +188,8 @@ def make_extension(directory: Path) -> ModuleType:
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
         "PlainPickler": real.PlainPickler,
         "RESENDABLE": real.RESENDABLE,
+        "why_not_sent": real.why_not_sent,
+        "bytes_of_storage": real.bytes_of_storage,
         "__torch_version__": torch.__version__,
     }
     for name, value in members.items():
