@@ -8,7 +8,7 @@
 
 namespace torch_rpc_mpi {
 
-// Results are more than requests torch's own: it asks each tensor of theirs for a storage.
+// torch itself asks the tensors of a result, but not those of a request, for their storages.
 enum class Place { kRequest, kResult };
 
 // Why `tensor` cannot be sent, and what to send instead; nothing for what can be. A few ns for an ordinary tensor.
