@@ -7,6 +7,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "call_arguments.h"
+
 namespace py = pybind11;
 
 namespace torch_rpc_mpi {
@@ -260,6 +262,9 @@ BuiltinCall matchAmongAll(
       symbol.is_aten(), "Failed to match operator name ", opName, " and arguments (args: ", args, ", kwargs: ", kwargs,
       ") to a builtin operator");
   const Operators operators = torch::jit::getAllOperatorsFor(symbol);
+  TORCH_CHECK(
+      !operators.empty(), "There is no builtin operator ", opName, " (called with args: ", args, ", kwargs: ", kwargs,
+      "). An operator of an extension is there once the extension has been imported");
   const auto match = [&](bool c10) -> BuiltinCall {
     auto [op, stack] = torch::jit::getOpWithStack(select(operators, c10), args, kwargs);
     auto name = std::make_shared<BuiltinName>(*op);
@@ -272,9 +277,7 @@ BuiltinCall matchAmongAll(
   }
 }
 
-} // namespace
-
-BuiltinCall matchBuiltin(const std::string& opName, const py::args& args, const py::kwargs& kwargs) {
+BuiltinCall match(const std::string& opName, const py::args& args, const py::kwargs& kwargs) {
   const auto choice = choose(opName, args, kwargs);
   for (const auto& [op, name] : choice->possible) {
     try {
@@ -286,6 +289,14 @@ BuiltinCall matchBuiltin(const std::string& opName, const py::args& args, const 
   }
   // For torch's error, or what torch makes of an unexpected one.
   return matchAmongAll(choice->symbol, opName, args, kwargs);
+}
+
+} // namespace
+
+BuiltinCall matchBuiltin(const std::string& opName, const py::args& args, const py::kwargs& kwargs) {
+  BuiltinCall call = match(opName, args, kwargs);
+  checkArguments(call.op->schema(), call.stack, args.size());
+  return call;
 }
 
 BuiltinCall matchBuiltinAmongAll(const std::string& opName, const py::args& args, const py::kwargs& kwargs) {

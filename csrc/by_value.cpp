@@ -5,6 +5,8 @@
 
 #include <pybind11/stl.h>
 
+#include "bindings/user_code.h"
+
 namespace py = pybind11;
 
 namespace torch_rpc_mpi {
@@ -26,6 +28,7 @@ ByValue::ByValue(const py::object& how, const std::string& pickled, const std::v
 
 torch::distributed::rpc::SerializedPyObj ByValue::pickle() const {
   const py::gil_scoped_acquire gil;
+  const UserCode code;
   try {
     const py::object again = function_ != nullptr
         ? (*function_)()

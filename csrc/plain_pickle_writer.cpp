@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/rpc/py_rref.h>
 
+#include "codec/sendable.h"
 #include "plain_pickle.h"
 #include "plain_pickle_format.h"
 
@@ -86,10 +87,12 @@ class Writer {
       return dict(value, depth + 1);
     }
     if (type == reinterpret_cast<PyTypeObject*>(THPVariableClass)) {
-      if (!once(value) || !mayReceive(type, kReceiveTensor, tensorReceiver_)) {
+      const at::Tensor& tensor = THPVariable_Unpack(value);
+      if (!once(value) || !mayReceive(type, kReceiveTensor, tensorReceiver_) ||
+          whyNotSent(tensor, isCall_ ? Place::kRequest : Place::kResult)) {
         return false;
       }
-      pickle_.tensors.push_back(THPVariable_Unpack(value));
+      pickle_.tensors.push_back(tensor);
       return outOfBand(pickle_.tensors.size() - 1);
     }
     return isCall_ && (global(value) || rref(value));

@@ -14,11 +14,15 @@
 #include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "base/error_text.h"
+#include "bindings/user_code.h"
 #include "builtin_operator.h"
+#include "call_arguments.h"
 #include "plain_pickle.h"
+#include "python_error.h"
 #include "repeatable_call.h"
-#include "thread_state.h"
 #include "torch_compat/autograd.h"
+#include "torch_compat/thread_state.h"
 
 namespace py = pybind11;
 
@@ -36,6 +40,7 @@ using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 // GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
+  const NewThreadState state(/*alsoRecorded=*/true);
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
   const auto command = rpc::deserializeResponse(response, type);
   switch (type) {
@@ -56,8 +61,11 @@ c10::IValue toPyIValue(const rpc::Message& response) {
       const py::gil_scoped_acquire gil;
       py::object object = loadPlainResult(value);
       if (!object) {
+        const UserCode code; // of the classes of what it holds
         object = handler.deserialize(value);
-        handler.handleExceptionGILHeld(object); // raises what the function raised
+        if (handler.isRemoteException(object)) {
+          throw PythonError(std::move(object));
+        }
       }
       return torch::jit::toIValue(object, c10::PyObjectType::get());
     }
@@ -66,18 +74,11 @@ c10::IValue toPyIValue(const rpc::Message& response) {
   }
 }
 
-// A Python exception as one that may be rethrown in any thread, any number of times, without the GIL. torch keeps two
-// types; of others the text tells.
-std::exception_ptr withoutPython(const py::error_already_set& error) {
+// A Python exception as one that may be rethrown in any thread, any number of times, without the GIL.
+template <typename Error>
+std::exception_ptr withoutPython(const Error& error) {
   const py::gil_scoped_acquire gil;
-  const c10::SourceLocation here{__func__, __FILE__, static_cast<uint32_t>(__LINE__)};
-  if (error.matches(PyExc_ValueError)) {
-    return std::make_exception_ptr(c10::ValueError(here, error.what()));
-  }
-  if (error.matches(PyExc_TypeError)) {
-    return std::make_exception_ptr(c10::TypeError(here, error.what()));
-  }
-  return std::make_exception_ptr(std::runtime_error(error.what()));
+  return std::make_exception_ptr(PythonError::of(error));
 }
 
 JitFuturePtr send(const WorkerInfo& dst, MessagePtr message, bool forceGradRecording, float rpcTimeoutSeconds) {
@@ -172,6 +173,12 @@ void complete(JitFuture& pyFuture, const JitFuture& response) {
     pyFuture.markCompleted(toPyIValue(*message), response.storages());
   } catch (const py::error_already_set& error) {
     pyFuture.setErrorIfNeeded(withoutPython(error));
+  } catch (const python_error& error) {
+    pyFuture.setErrorIfNeeded(withoutPython(error));
+  } catch (const std::exception& error) {
+    const bool saysNothing = *error.what() == '\0';
+    pyFuture.setErrorIfNeeded(
+        saysNothing ? std::make_exception_ptr(std::runtime_error(errorText(error))) : std::current_exception());
   } catch (...) {
     pyFuture.setErrorIfNeeded(std::current_exception());
   }
@@ -190,6 +197,7 @@ struct ScriptFunctionCall {
     const py::gil_scoped_acquire gil;
     stack = torch::jit::createStackForSchema(
         schema, py::reinterpret_borrow<py::args>(args), py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
+    checkArguments(schema, stack, args.size());
   }
 
   c10::QualifiedName name;

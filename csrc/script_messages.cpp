@@ -52,7 +52,9 @@ class KnownOperators {
         return op;
       }
     }
-    TORCH_CHECK(false, "Cannot find matching operator for schema ", schema);
+    TORCH_CHECK(
+        false, "Cannot find matching operator for schema ", schema,
+        ". The library that registers it must be loaded at this worker too");
   }
 
  private:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._C import Future
 from torch._C._distributed_c10d import Store
 from torch._C._distributed_rpc import PyRRef, RpcAgent, WorkerInfo
+from torch.storage import UntypedStorage
 
 class MPIRuntime:
     """The MPI library that mpi4py has loaded, reached through the shim of its ABI."""
@@ -83,6 +84,7 @@ class MPIAgent(RpcAgent):
         options: AgentOptions,
         run_function: Callable[[Any], Any],
         serialize: Callable[[Any], tuple[bytes, list[Tensor]]],
+        pass_on: Callable[[Any], Any],
         plain_pickler: PlainPickler | None,
     ) -> None: ...
     def get_worker_info(self, worker: str | int | None = None) -> WorkerInfo: ...
@@ -96,6 +98,18 @@ class MPIAgent(RpcAgent):
     def expect_answer(self, expected: bool) -> None: ...
     def wait(self, future: Future[Any]) -> Any: ...
 
+class SecondInterrupt:
+    """Ends the process at a second Ctrl-C if the first could not interrupt the main thread's wait for an answer."""
+
+    def __init__(self, agent: MPIAgent, whereabouts: str) -> None: ...
+    def cancel(self) -> None: ...
+
+# Methods of torch.futures.Future and PyRRef that let Python run the handlers of signals while they wait.
+def future_wait(self: Future[Any]) -> Any: ...
+def rref_local_value(self: PyRRef[Any]) -> Any: ...
+def rref_to_here(self: PyRRef[Any], timeout: float = ...) -> Any: ...
+def why_not_sent(tensor: Tensor, in_call: bool) -> str | None: ...
+def bytes_of_storage(storage: UntypedStorage) -> Tensor: ...
 def forget_autograd_worker_id(worker_id: int) -> None: ...
 
 # The entry points; documented in functions.py.
@@ -178,3 +192,9 @@ class PlainPickler:
 def is_plain_result(pickled: bytes, tensors: Sequence[Tensor]) -> bool: ...
 
 __torch_version__: str
+
+def future_then(self: Future[Any], callback: Callable[[Future[Any]], Any]) -> Future[Any]:
+    """``torch._C.Future.then`` while a session lasts: a callback that the engine runs begins in a clean thread state."""
+
+def future_add_done_callback(self: Future[Any], callback: Callable[[Future[Any]], Any]) -> None:
+    """As :func:`future_then`, of ``torch._C.Future.add_done_callback``."""

@@ -31,8 +31,9 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import api, internal
+from torch.storage import TypedStorage, UntypedStorage
 
-from . import _C, _unsendable
+from . import _C, _remote_errors, _unsendable
 
 Pickled = tuple[bytes, list[Tensor]]
 
@@ -46,6 +47,7 @@ class _Tables(threading.local):
 
     tensors: list[Tensor] | None = None  # where it is pickled; received ones are in torch's own table
     rrefs: list[Any] | None = None  # RRefs where it is pickled, their forks where it is unpickled
+    is_call: bool = True  # or else a result, for which torch has further demands
 
 
 _sending = _Tables()
@@ -77,6 +79,14 @@ class Resendable(bytes):
 def _receive_tensor(index: int) -> Tensor:
     tensor: Tensor = internal._thread_local_tensor_tables.recv_tables[index]
     return tensor
+
+
+def _receive_storage(index: int) -> UntypedStorage:
+    return _receive_tensor(index).untyped_storage()
+
+
+def _receive_typed_storage(storage: UntypedStorage, dtype: torch.dtype) -> TypedStorage:
+    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def _receive_rref(index: int) -> Any:
@@ -139,7 +149,7 @@ def _missing_name(data: bytes) -> str | None:
 
 
 @contextmanager
-def _tables(side: threading.local, **tables: list[Any]) -> Iterator[None]:
+def _tables(side: threading.local, **tables: list[Any] | bool) -> Iterator[None]:
     """Sets tables of this thread, ours or torch's; unpickling may pickle, so they nest."""
     before = {name: getattr(side, name, _MISSING) for name in tables}
     for name, table in tables.items():
@@ -154,10 +164,25 @@ def _tables(side: threading.local, **tables: list[Any]) -> Iterator[None]:
                 setattr(side, name, value)
 
 
-def _reduce_tensor(tensor: Tensor) -> tuple[Any, ...]:
+def _out_of_band(tensor: Tensor) -> int:
     assert _sending.tensors is not None
+    if (why := _C.why_not_sent(tensor, _sending.is_call)) is not None:
+        raise TypeError(why)
     _sending.tensors.append(tensor)
-    return _receive_tensor, (len(_sending.tensors) - 1,)
+    return len(_sending.tensors) - 1
+
+
+def _reduce_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    return _receive_tensor, (_out_of_band(tensor),)
+
+
+def _reduce_storage(storage: UntypedStorage) -> tuple[Any, ...]:
+    # Among the message's tensors, those of the same storage share it at the receiver too.
+    return _receive_storage, (_out_of_band(_C.bytes_of_storage(storage)),)
+
+
+def _reduce_typed_storage(storage: TypedStorage) -> tuple[Any, ...]:
+    return _receive_typed_storage, (storage._untyped_storage, storage.dtype)
 
 
 def _reduce_rref(rref: Any) -> tuple[Any, ...]:
@@ -172,7 +197,22 @@ def _reduce_script_module(module: torch.jit.ScriptModule) -> tuple[Any, ...]:
     return _receive_script_module, (buffer.getvalue(),)
 
 
-_OUT_OF_BAND = {Tensor: _reduce_tensor, PyRRef: _reduce_rref, rpc.RRef: _reduce_rref}
+def _refuse(obj: Any) -> tuple[Any, ...]:
+    raise TypeError(f"cannot pickle {_unsendable.name_of(type(obj))!r} object")  # as Python words it
+
+
+_OURS: dict[type, Callable[[Any], Any]] = {
+    Tensor: _reduce_tensor,
+    UntypedStorage: _reduce_storage,
+    TypedStorage: _reduce_typed_storage,
+    PyRRef: _reduce_rref,
+    rpc.RRef: _reduce_rref,
+    internal.RemoteException: _remote_errors.reduce,
+    # cloudpickle would send an open file as a StringIO of what is in it (and sys.stdout as that of the callee), and a
+    # memoryview as bytes.
+    io.TextIOWrapper: _refuse,
+    memoryview: _refuse,
+}
 
 
 class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
@@ -182,6 +222,14 @@ class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
         super().__init__(file)
         self._reducers = reducers
         self._main_by_name = main_by_name
+
+    def dump(self, obj: Any) -> None:
+        try:
+            super().dump(obj)
+        except pickle.PicklingError as error:
+            if isinstance(error.__cause__, RecursionError):
+                raise error.__cause__ from None
+            raise
 
     def reducer_override(self, obj: Any) -> Any:
         reduce = self._reducers.get(type(obj))
@@ -224,6 +272,7 @@ class RpcPickler(internal._InternalRPCPickler):
         Raises:
             TypeError, AttributeError, RuntimeError or pickle.PicklingError: something in it cannot be sent; the text
                 names it and the path to it.
+            RecursionError: it is nested too deeply.
         """
         if self._always_by_value:
             return self._by_value(obj)
@@ -232,6 +281,8 @@ class RpcPickler(internal._InternalRPCPickler):
             # Plain results do not come here: see csrc/bindings/request_callback.cpp.
             plain = self.plain.dump_call(obj) if is_call else None
             data, tensors, rrefs = plain or self._by_reference(obj)
+        except RecursionError:
+            raise  # by value it would go no deeper
         except Exception:
             if not is_call:
                 return self._by_value(obj)
@@ -248,7 +299,7 @@ class RpcPickler(internal._InternalRPCPickler):
         torchs = internal._internal_rpc_pickler._class_reducer_dict
         origin = (len(copyreg.dispatch_table), len(torchs), len(self._class_reducer_dict))
         if self._table_of != origin:
-            self._table = {**copyreg.dispatch_table, **_OUT_OF_BAND, **torchs, **self._class_reducer_dict}
+            self._table = {**copyreg.dispatch_table, **_OURS, **torchs, **self._class_reducer_dict}
             self._table_of = origin
         if isinstance(obj, torch.jit.ScriptModule):
             return {**self._table, type(obj): _reduce_script_module}
@@ -260,7 +311,7 @@ class RpcPickler(internal._InternalRPCPickler):
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer)
         pickler.dispatch_table = self._reducers(obj)
-        with _tables(_sending, tensors=tensors, rrefs=rrefs):
+        with _tables(_sending, tensors=tensors, rrefs=rrefs, is_call=isinstance(obj, internal.PythonUDF)):
             pickler.dump(obj)
         return buffer.getvalue(), tensors, rrefs
 
@@ -269,16 +320,19 @@ class RpcPickler(internal._InternalRPCPickler):
         return _complete(data, rrefs, False), tensors
 
     def _dump_by_value(self, obj: Any, main_by_name: bool) -> tuple[bytes, list[Tensor], list[Any]]:
+        is_call = isinstance(obj, internal.PythonUDF)
         try:
-            return self._dump(obj, main_by_name)
+            return self._dump(obj, main_by_name, is_call)
+        except RecursionError:
+            raise  # as Python raises it; there is no path that anybody would read
         except Exception as error:
-            raise _unsendable.explain(obj, error, lambda part: self._dump(part, main_by_name)) from error
+            raise _unsendable.explain(obj, error, lambda part: self._dump(part, main_by_name, is_call)) from error
 
-    def _dump(self, obj: Any, main_by_name: bool) -> tuple[bytes, list[Tensor], list[Any]]:
+    def _dump(self, obj: Any, main_by_name: bool, is_call: bool) -> tuple[bytes, list[Tensor], list[Any]]:
         tensors: list[Tensor] = []
         rrefs: list[Any] = []
         buffer = io.BytesIO()
-        with _tables(_sending, tensors=tensors, rrefs=rrefs):
+        with _tables(_sending, tensors=tensors, rrefs=rrefs, is_call=is_call):
             _ByValue(buffer, self._reducers(obj), main_by_name).dump(obj)
         return buffer.getvalue(), tensors, rrefs
 

@@ -6,6 +6,7 @@ Imports the extension; import this module only once MPI is loaded.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import multiprocessing.util
@@ -13,15 +14,16 @@ import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch._C import Future
+from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler, calls
+from . import _C, _pickler, _remote_errors, _waiting, calls
 from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -43,25 +45,37 @@ class Agent(_C.MPIAgent):
             end(self)
 
 
+class _Replaced(NamedTuple):
+    """A name of torch's that means something of ours while the session lasts."""
+
+    owner: Any
+    name: str
+    ours: Any
+    torchs: Any
+
+
 @dataclass
 class _Session:
     agent: Agent
     pid: int
-    replaced: dict[str, tuple[Any, Any]]  # names in torch.distributed.rpc.api: ours, torch's
+    replaced: list[_Replaced]
+    second_interrupt: _C.SecondInterrupt
 
 
 _current: _Session | None = None
 
 
-def begin(agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
+def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -> None:
     """Starts the session of ``agent``, which has not started yet.
 
     Args:
         agent: the agent.
         pickler: what pickles the calls of this process from now on; None for torch's.
+        whereabouts: who and where this worker is, for the text of errors.
     """
     global _current
-    _current = _Session(agent, os.getpid(), _hook_into_api(agent, pickler))
+    replaced = _hook_into_api(agent, pickler) + _hook_into_futures()
+    _current = _Session(agent, os.getpid(), replaced, _C.SecondInterrupt(agent, whereabouts))
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -76,25 +90,24 @@ def end(agent: Agent) -> None:
     if session is None or session.agent is not agent:
         return
     _current = None
-    for name, (ours, torchs) in session.replaced.items():
-        if getattr(api, name) is ours:  # not if somebody has put theirs in its place since
-            setattr(api, name, torchs)
+    session.second_interrupt.cancel()
+    for owner, name, ours, torchs in session.replaced:
+        if vars(owner)[name] is ours:  # not if somebody has put theirs in its place since
+            setattr(owner, name, torchs)
 
 
-def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[str, tuple[Any, Any]]:
+def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> list[_Replaced]:
     """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and a pickler of ours.
 
     All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
     they are, as TorchScript knows them.
-
-    Returns:
-        By name, what was put there and what was there before.
     """
     ours: dict[str, Any] = {
         "_invoke_rpc": _make_invoke_rpc(agent, api._invoke_rpc),
         "_invoke_rpc_builtin": _invoke_rpc_builtin,
         "_invoke_remote_builtin": _invoke_remote_builtin,
         "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
+        "_invoke_rpc_torchscript": entry_points.py_rpc_torchscript,
         "_invoke_remote_torchscript": _invoke_remote_torchscript,
     }
     if pickler is not None:
@@ -103,9 +116,31 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[st
             "_default_pickler": pickler,
             "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
         }
-    replaced = {name: (value, getattr(api, name)) for name, value in ours.items()}
-    for name, value in ours.items():
-        setattr(api, name, value)
+    return _replace(api, ours)
+
+
+def _hook_into_futures() -> list[_Replaced]:
+    """Two changes of what futures and RRefs do, and what torch waits with.
+
+    Their waits let Python run the handlers of signals meanwhile. Each callback of a future begins and ends in a clean
+    thread state where the engine runs it.
+    """
+    future = {
+        "add_done_callback": _C.future_add_done_callback,
+        "then": _C.future_then,
+        "wait": _C.future_wait,
+    }
+    rref = {"local_value": _C.rref_local_value, "to_here": _C.rref_to_here}
+    delete = "_delete_all_user_and_unforked_owner_rrefs"
+    waits = {delete: functools.partial(_waiting.interruptibly, getattr(api, delete))}
+    return _replace(Future, future) + _replace(PyRRef, rref) + _replace(api, waits)
+
+
+def _replace(owner: Any, names: Mapping[str, Any]) -> list[_Replaced]:
+    """Sets names of a module or class, and returns what was there too."""
+    replaced = [_Replaced(owner, name, ours, vars(owner)[name]) for name, ours in names.items()]
+    for name, ours in names.items():
+        setattr(owner, name, ours)
     return replaced
 
 
@@ -148,7 +183,8 @@ def _invoke_remote_torchscript(dst: str, name: str, timeout: float, is_async: bo
 def make_run_function(whereabouts: str) -> Callable[[Any], Any]:
     """Makes what runs the functions that peers call.
 
-    It does what ``_run_function`` of ``torch.distributed.rpc.internal`` does, but its error text names rank and host.
+    It does what ``_run_function`` of ``torch.distributed.rpc.internal`` does, but the text of an exception arrives as
+    it was, and names rank and host.
 
     Args:
         whereabouts: who and where this worker is, for the text of exceptions that its callers see.
@@ -160,12 +196,33 @@ def make_run_function(whereabouts: str) -> Callable[[Any], Any]:
                 raise python_udf
             result = python_udf.func(*python_udf.args, **python_udf.kwargs)
         except Exception as error:
-            text = f"On {whereabouts}:\n{error!r}\n{traceback.format_exc()}"
-            print(text, file=sys.stderr)
-            result = internal.RemoteException(text, type(error))
+            result = _remote_errors.describe(error, whereabouts)
+            if error is python_udf:
+                result = result._replace(exception_type=_remote_errors.FunctionMissingError)
+            with contextlib.suppress(Exception):  # the caller gets it whatever becomes of stderr
+                print(_remote_errors.text_of(result), file=sys.stderr)
         return result
 
     return run_function
+
+
+def make_serialize(serialize: Callable[[Any], _pickler.Pickled], whereabouts: str) -> Callable[[Any], _pickler.Pickled]:
+    """Makes what pickles the results of functions that peers call, or instead the reason why one cannot be pickled.
+
+    Args:
+        serialize: what pickles values.
+        whereabouts: as for :func:`make_run_function`.
+    """
+
+    def serialize_result(value: Any) -> _pickler.Pickled:
+        try:
+            return serialize(value)
+        except Exception as error:
+            if isinstance(value, internal.RemoteException):  # of a type that cannot be sent
+                return serialize(value._replace(exception_type=RuntimeError))
+            return serialize(_remote_errors.describe(error, whereabouts, with_traceback=False))
+
+    return serialize_result
 
 
 # Note [Leaving without shutdown]

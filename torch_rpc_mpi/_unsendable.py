@@ -8,7 +8,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.rpc import internal
+
+from . import _C
 
 # Objects looked at: enough for any error that a person will read, and an end for graphs without one.
 _BUDGET = 2000
@@ -35,14 +38,16 @@ def explain(obj: Any, error: Exception, dump: Callable[[Any], object]) -> Except
         path, culprit = _search(roots, dump, set(), [_BUDGET]) or whole
     except RecursionError:
         path, culprit = whole
-    text = f"{path} (of type {_name(type(culprit))}) cannot be sent to another worker: {error}"
+    # A tensor that pickles in a way of its own, and fails, may have nothing to send in the first place.
+    why = _C.why_not_sent(culprit, True) if isinstance(culprit, Tensor) else None
+    text = f"{path} (of type {name_of(type(culprit))}) cannot be sent to another worker: {why or error}"
     try:
         return type(error)(text)
     except Exception:  # a type that takes other arguments
         return pickle.PicklingError(text)
 
 
-def _name(kind: type) -> str:
+def name_of(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -73,6 +78,8 @@ def _entries(path: str, mapping: Any) -> Iterator[tuple[str, Any]]:
 
 def _parts(path: str, obj: Any) -> Iterator[tuple[str, Any]]:
     """What an object is made of, with the paths by which a user knows it."""
+    if isinstance(obj, Tensor) and type(obj).__module__.partition(".")[0] == "torch":
+        return  # torch knows what is inside of its own
     if isinstance(obj, dict):
         yield from _entries(path, obj)
     elif isinstance(obj, tuple) and hasattr(obj, "_fields"):

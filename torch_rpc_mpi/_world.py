@@ -20,7 +20,6 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torch_rpc_mpi")
 
 _WARN_AFTER = 10.0  # seconds
+_LONGEST_PAUSE = 0.05  # seconds
 _FOR_EVER = 10.0 * 365 * 24 * 3600  # seconds
 
 # What launchers tell MPI. In a process that one of them started only indirectly, through torchrun or multiprocessing,
@@ -203,7 +203,7 @@ def _check_in(store: Store, me: Member, rank: int, size: int, deadline: float) -
     session.set(f"member/{rank}", me.to_json())
     try:
         _await_all(session, "member", size, deadline, "call init_rpc")
-    except TimeoutError:
+    except BaseException:  # the time is over, or a signal's handler has raised
         # Another attempt shall meet those that come late.
         session.delete_key(f"member/{rank}")
         store.add(f"{size}/{rank}", -1)
@@ -215,26 +215,27 @@ def _await_all(session: Store, stage: str, size: int, deadline: float, what: str
     """Waits for every rank's key of a stage, at which it has done ``what``."""
     keys = [f"{stage}/{rank}" for rank in range(size)]
     begin = time.monotonic()
-    pause = _WARN_AFTER
-    while True:
+    between_warnings = _WARN_AFTER
+    warn_at = begin + between_warnings
+    # Not the store's own wait(): no handler of a signal runs meanwhile, and a TCPStore logs each one that runs out.
+    while not session.check(keys):
         now = time.monotonic()
-        try:
-            session.wait(keys, timedelta(seconds=max(min(pause, deadline - now), 0.001)))
-            return
-        except RuntimeError:  # what stores raise when the time is over, and when they fail
+        waited = now - begin
+        if now >= min(warn_at, deadline):
             missing = [rank for rank, key in enumerate(keys) if not session.check([key])]
-        if not missing:
-            return
-        waited = time.monotonic() - begin
-        who = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {size}"
-        if _left(deadline) < 0.01:  # stores count in milliseconds
-            raise TimeoutError(
-                f"{who} did not {what} within {waited:.3g} s. Check that every process is given the same "
-                "world_size, a rank of its own and the same init_method, see their output for an earlier error, or "
-                "raise init_timeout."
-            )
-        logger.warning("still waiting after %.3g s for %s to %s", waited, who, what)
-        pause *= 2
+            who = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {size}"
+            if missing and now >= deadline:
+                raise TimeoutError(
+                    f"{who} did not {what} within {waited:.3g} s. Check that every process is given the same "
+                    "world_size, a rank of its own and the same init_method, see their output for an earlier error, or "
+                    "raise init_timeout."
+                )
+            if missing:
+                logger.warning("still waiting after %.3g s for %s to %s", waited, who, what)
+            between_warnings *= 2
+            warn_at += between_warnings
+        # So that looking prolongs no wait by more than an eighth, and late ranks do not flood the store.
+        time.sleep(min(max(waited / 8, 0.001), _LONGEST_PAUSE, _left(deadline)))
 
 
 def _check_fit(members: Sequence[Member]) -> None:

@@ -7,6 +7,7 @@ communicator is duplicated, an error on one rank is raised on all of them.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import platform
@@ -29,8 +30,8 @@ from torch._C._distributed_rpc import (
 from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
 from torch.distributed.rpc import api, internal
 
-from . import __version__, _agreement, _mpi, _world
-from .options import MPIRpcBackendOptions
+from . import __version__, _agreement, _mpi, _waiting, _world
+from .options import OPTIONS, MPIRpcBackendOptions
 
 if TYPE_CHECKING:
     from torch._C._distributed_rpc import RpcAgent
@@ -77,8 +78,13 @@ class _UnusableOptions(MPIRpcBackendOptions):
 def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
     """Torch's handler of ``mpi://``.
 
-    Where MPI brings the ranks together, a store of this process alone; else what ``env://`` gives.
+    Where MPI brings the ranks together, a store of this process alone; else what ``env://`` gives. ``mpi:URL`` gives
+    what the URL does, see :func:`_with_interruptible_rendezvous`.
     """
+    inner = url.removeprefix("mpi:")
+    if urlsplit(inner).scheme:
+        yield _waiting.interruptibly(lambda: next(torchs_rendezvous(inner)))
+        return
     query = dict(parse_qsl(urlsplit(url).query))
     rank, world_size = int(query.get("rank", -1)), int(query.get("world_size", -1))
     # init_process_group passes its timeout here, init_rpc passes nothing.
@@ -105,7 +111,7 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
     if _store is not None and _world.is_formed():
         return _store
     try:
-        _store, _, _ = next(torchs_rendezvous("env://", rank, world_size))
+        _store, _, _ = _waiting.interruptibly(lambda: next(torchs_rendezvous("env://", rank, world_size)))
         return _store
     except ValueError as error:
         raise RuntimeError(
@@ -134,6 +140,8 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
     rank = _integer("rank", -1 if rank is None else rank)
     world_size = _integer("world_size", -1 if world_size is None else world_size)
     rank, world_size = _complete_place(options, rank, world_size)
+    if _without_launcher(options, rank, world_size):
+        options = _with_interruptible_rendezvous(options)
     _mpi.load_extension().forget_autograd_worker_id(rank)
     return InitCall(name, rank, world_size, options)
 
@@ -154,6 +162,14 @@ def _complete_place(options: MPIRpcBackendOptions, rank: int, world_size: int) -
     _check_launch(mpi, options, rank, world_size, comm.Get_size())
     _check_place(rank, world_size, comm.Get_rank(), comm.Get_size(), options)
     return comm.Get_rank(), comm.Get_size()
+
+
+def _with_interruptible_rendezvous(options: MPIRpcBackendOptions) -> MPIRpcBackendOptions:
+    """The options, with an ``init_method`` that lets the handlers of signals run while a TCPStore waits for others."""
+    if urlsplit(options.init_method).scheme not in ("tcp", "env"):
+        return options
+    values: Any = {option.name: getattr(options, option.name) for option in OPTIONS}
+    return MPIRpcBackendOptions(**{**values, "init_method": f"mpi:{options.init_method}"})
 
 
 def _without_launcher(options: MPIRpcBackendOptions, rank: int, world_size: int) -> bool:
@@ -200,14 +216,14 @@ def init_backend(
         communicator.free()
         raise
     # Here and not above, because they import the extension.
-    from . import _pickler, _session
+    from . import _pickler, _remote_errors, _session
 
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
+    names, hosts = [member.name for member in members], [member.host for member in members]
+    whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
 
     def make_agent() -> bool:
-        names, hosts = [member.name for member in members], [member.host for member in members]
-        whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
         agents.append(
             _session.Agent(
                 communicator,
@@ -217,7 +233,8 @@ def init_backend(
                 [member.address for member in members],
                 _agent_options(extension, options, len({member.node for member in members})),
                 _session.make_run_function(whereabouts),
-                internal.serialize if pickler is None else pickler.serialize,
+                _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
+                functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
                 None if pickler is None else pickler.plain,
             )
         )
@@ -228,7 +245,7 @@ def init_backend(
     if all(_on_all_ranks(communicator, options.init_timeout, make_agent)):
         neighbours.ring_each_other()
     agent = agents.pop()
-    _session.begin(agent, pickler)
+    _session.begin(agent, pickler, whereabouts)
     try:
         api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
     except BaseException:

@@ -42,8 +42,8 @@ def rpc_sync(
 
     Raises:
         RuntimeError: RPC is not initialized, there is no such worker, or the call failed or ran out of time.
-        TypeError: ``func`` is not callable.
-        Exception: what ``func`` raised, of the types that torch keeps.
+        TypeError: ``func`` is not callable, or something in the arguments cannot be sent.
+        Exception: what ``func`` raised; see docs/entry_points.md.
     """
     call = functools.partial(_call, internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout)
     agent = _get_current_rpc_agent() if _is_current_rpc_agent_set() else None
@@ -54,8 +54,8 @@ def rpc_sync(
 
 def announced(agent: _C.MPIAgent, call: Callable[[], Future[Any]]) -> Future[Any]:
     """Makes a call whose future goes to ``agent.wait()`` next, which drives progress until the answer has come."""
-    agent.expect_answer(True)
     try:
+        agent.expect_answer(True)  # in here, for a signal's handler may raise after it
         return call()
     except BaseException:
         agent.expect_answer(False)

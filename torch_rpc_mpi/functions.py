@@ -61,7 +61,8 @@ def py_rpc_builtin(
     """Runs a builtin operator at a worker (``pyRpcBuiltin``).
 
     Raises:
-        RuntimeError: no overload of the operator takes these arguments.
+        RuntimeError: there is no such operator, or no overload of it takes these arguments.
+        TypeError: a tensor among the arguments cannot be sent.
 
     Returns:
         The future of the operator's result.
@@ -79,8 +80,8 @@ def py_rpc_python_udf(
     """Runs a Python function at a worker (``pyRpcPythonUdf``).
 
     Returns:
-        The future of the function's result. What the function raised, its ``wait()`` raises as torch's does: as
-        ``ValueError`` or ``TypeError`` if it was that, else as ``RuntimeError`` with the type's name in the text.
+        The future of the function's result. What the function raised, its ``wait()`` raises too, of the same type
+        where that can be made from a text, else as ``RuntimeError``; see docs/entry_points.md.
     """
     by_value = getattr(pickled_python_udf, "by_value", None)
     return _C.py_rpc_python_udf(
@@ -100,6 +101,7 @@ def py_rpc_torchscript(
 
     Raises:
         RuntimeError: the function is not known here, the arguments do not fit its schema, or there is no such worker.
+        TypeError: a tensor among the arguments cannot be sent.
 
     Returns:
         The future of the function's result, of the type that the function declares: scripts can wait for it.
@@ -119,7 +121,8 @@ def py_remote_builtin(
     """Runs a builtin operator at a worker and keeps its result there (``pyRemoteBuiltin``).
 
     Raises:
-        RuntimeError: no overload of the operator takes these arguments.
+        RuntimeError: there is no such operator, or no overload of it takes these arguments.
+        TypeError: a tensor among the arguments cannot be sent.
 
     Returns:
         An RRef to the result; the worker owns it, this process too if it is the worker.
@@ -157,6 +160,7 @@ def py_remote_torchscript(
 
     Raises:
         RuntimeError: the function is not known here, the arguments do not fit its schema, or there is no such worker.
+        TypeError: a tensor among the arguments cannot be sent.
 
     Returns:
         An RRef to the result, of the type that the function declares.

@@ -3,7 +3,9 @@
 
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "agent/engine_work.h"
 #include "agent/fork_guard.h"
+#include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 
@@ -18,6 +20,8 @@ constexpr double kLongestTimeout = 1e9;
 
 // The call that this thread made last and will drive.
 thread_local JitFuturePtr awaited;
+// Whether send() is to wait for it; see AnswerInSend.
+thread_local bool answersInSend = false;
 
 std::string timeoutText(std::chrono::milliseconds timeout) {
   std::string text = rpc::kRpcTimeoutErrorStr;
@@ -68,15 +72,19 @@ JitFuturePtr MpiAgent::send(
   call.peer = peer.id_;
   call.timeout = timeoutOf(rpcTimeoutSeconds);
   JitFuturePtr future = call.future;
-  if (peer.id_ == rank_) {
-    Engine::announceGuest(false); // another thread runs it, and is there as soon as this one would be
-  } else if (Engine::guestAnnounced()) {
+  // A call to oneself another thread runs, and is there as soon as this one would be.
+  const bool announced = Engine::guestAnnounced();
+  const bool drives = announced && peer.id_ != rank_;
+  if (drives) {
     awaited = future;
+  } else if (announced) {
+    Engine::announceGuest(false);
   }
   const uint64_t id = calls_.add(std::move(call), Clock::now());
   TORCH_CHECK(id != 0, notRunningText(message->type()));
   message->setId(static_cast<int64_t>(id));
   try {
+    const EngineWork work;
     if (peer.id_ == rank_) {
       sendToSelf(id, std::move(message));
     } else {
@@ -86,7 +94,25 @@ JitFuturePtr MpiAgent::send(
     calls_.take(id);
     throw;
   }
+  if (announced) {
+    // Here, and not when it is waited for: a signal's handler may see to it that this never happens.
+    Engine::announceGuest(false);
+    if (std::exchange(answersInSend, false)) {
+      driveUntil(*future);
+      serveUntilCompleted(options_.signals, *future);
+    }
+  }
   return future;
+}
+
+MpiAgent::AnswerInSend::AnswerInSend(MpiAgent& agent) : agent_(agent) {
+  agent_.expectAnswer(true);
+  answersInSend = Engine::guestAnnounced();
+}
+
+MpiAgent::AnswerInSend::~AnswerInSend() {
+  agent_.expectAnswer(false);
+  answersInSend = false;
 }
 
 void MpiAgent::expectAnswer(bool expected) {
@@ -99,6 +125,7 @@ void MpiAgent::expectAnswer(bool expected) {
 
 void MpiAgent::driveUntil(const rpc::JitFuture& future) {
   if (const JitFuturePtr call = std::exchange(awaited, nullptr)) {
+    const EngineWork work;
     engine_->driveFor(call.get(), [&] { return future.completed(); });
   }
 }

@@ -1,7 +1,9 @@
 // How the agent ends: by agreement (join, then shutdown) or on its own (shutdown without join, exit).
+#include "agent/engine_work.h"
 #include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "base/error_text.h"
 #include "transfer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -12,6 +14,14 @@ namespace {
 constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
 // Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
 constexpr auto kFlushLimit = std::chrono::milliseconds(500);
+
+// seconds: 0 for none; a thousand years are none either.
+Clock::time_point deadlineAfter(float seconds) {
+  if (seconds == 0 || seconds > 3e10F) {
+    return Clock::time_point::max();
+  }
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
 
 // Agents some of whose threads outlive them.
 void keepForEver(std::shared_ptr<MpiAgent> agent) {
@@ -67,11 +77,12 @@ void MpiAgent::join(bool shutdown, float timeout) {
   joinRequested_ = true;
   engine_->wake();
   const auto over = [&] { return agreements_ != before || !joinFailure_.empty(); };
-  bool finished = true;
-  if (timeout > 0) {
-    finished = joinCv_.wait_for(lock, std::chrono::duration<float>(timeout), over);
-  } else {
-    joinCv_.wait(lock, over);
+  bool finished = false;
+  try {
+    finished = waitServing(options_.signals, lock, joinCv_, deadlineAfter(timeout), over);
+  } catch (...) {
+    joining_ = false;
+    throw;
   }
   joining_ = false;
   TORCH_CHECK(finished, "The graceful shutdown of RPC timed out after ", timeout, " s: ", whatJoinWaitsFor());
@@ -104,20 +115,15 @@ void MpiAgent::shutdownImpl() {
   if (inForkedChild() || !started_.exchange(false)) {
     return;
   }
+  const EngineWork work;
   const bool agreed = agreed_;
-  const bool stopped = engine_->stop(kRunningTasksLimit);
+  std::exception_ptr interrupted;
+  const bool stopped = stopEngine(interrupted);
   if (!agreed) {
     sayGoodbye();
   }
+  flush(interrupted);
   engine_->withToken([&](ProgressToken& token) {
-    try {
-      const auto limit = Clock::now() + kFlushLimit;
-      while (exchange_.counts().unfinishedSends > 0 && Clock::now() < limit) {
-        exchange_.poll(token);
-      }
-    } catch (const std::exception& error) {
-      LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << error.what();
-    }
     exchange_.close(token, agreed);
     arrivals_.clear();
   });
@@ -131,6 +137,49 @@ void MpiAgent::shutdownImpl() {
     } else {
       (void)engine_->stop(std::chrono::hours(24 * 365)); // in the destructor: they still use this object
     }
+  }
+  if (interrupted != nullptr) {
+    std::rethrow_exception(interrupted);
+  }
+}
+
+bool MpiAgent::stopEngine(std::exception_ptr& interrupted) {
+  if (!options_.signals.here()) {
+    return engine_->stop(kRunningTasksLimit);
+  }
+  const auto limit = Clock::now() + kRunningTasksLimit;
+  bool stopped = engine_->stop(kSignalInterval);
+  while (!stopped && interrupted == nullptr && Clock::now() < limit) {
+    serveSignals(interrupted);
+    stopped = engine_->stop(kSignalInterval);
+  }
+  return stopped;
+}
+
+void MpiAgent::flush(std::exception_ptr& interrupted) {
+  const auto limit = Clock::now() + kFlushLimit;
+  bool unfinished = true;
+  while (unfinished && interrupted == nullptr && Clock::now() < limit) {
+    const auto pause = std::min<Clock::time_point>(limit, Clock::now() + kSignalInterval);
+    engine_->withToken([&](ProgressToken& token) {
+      try {
+        while ((unfinished = exchange_.counts().unfinishedSends > 0) && Clock::now() < pause) {
+          exchange_.poll(token);
+        }
+      } catch (const std::exception& error) {
+        LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << errorText(error);
+        unfinished = false;
+      }
+    });
+    serveSignals(interrupted);
+  }
+}
+
+void MpiAgent::serveSignals(std::exception_ptr& interrupted) {
+  try {
+    options_.signals.serve();
+  } catch (...) {
+    interrupted = std::current_exception();
   }
 }
 
@@ -150,7 +199,7 @@ void MpiAgent::sayGoodbye() {
         }
       }
     } catch (const std::exception& error) {
-      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << error.what();
+      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << errorText(error);
     }
   });
 }

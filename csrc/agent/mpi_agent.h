@@ -2,6 +2,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,6 +15,7 @@
 #include "agent/drain.h"
 #include "codec/message_codec.h"
 #include "engine/engine.h"
+#include "signal_service.h"
 #include "transfer/exchange.h"
 #include "transport/transport.h"
 
@@ -31,6 +33,7 @@ struct AgentOptions {
   std::chrono::nanoseconds maxRest = EngineOptions().maxRest;
   std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
+  SignalService signals; // of threads that wait here
 };
 
 // Who is in the group, by rank.
@@ -67,11 +70,12 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
       const torch::distributed::rpc::DeviceMap& deviceMap = {}) override;
 
   // Waits until no call is in flight between any two ranks, all of which must call it. timeout: seconds, 0 for none.
-  // Throws when a peer has left, and on timeout.
+  // Throws when a peer has left, on timeout, and what a signal throws; it can then be called again.
   void join(bool shutdown = false, float timeout = 0) override;
   void sync() override {}
   void startImpl() override;
-  // After join(shutdown=true): frees everything. Without: says goodbye to the peers and stops; local and bounded.
+  // After join(shutdown=true): frees everything. Without: says goodbye to the peers and stops; local and bounded. What
+  // a signal throws meanwhile is thrown when all is done.
   void shutdownImpl() override;
 
   // For a call that its thread will wait for at once, see Note [Guests]: expectAnswer(true) before it is sent, then
@@ -79,6 +83,22 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   // an engine thread, which is no guest.
   void expectAnswer(bool expected);
   void driveUntil(const torch::distributed::rpc::JitFuture& future);
+
+  // While it lives, send() returns the answer to the first call that this thread makes, not before it is there. For
+  // code of torch that sends one and waits at once, in its own way: so the thread drives progress and serves signals.
+  class AnswerInSend {
+   public:
+    explicit AnswerInSend(MpiAgent& agent);
+    ~AnswerInSend();
+    AnswerInSend(const AnswerInSend&) = delete;
+    AnswerInSend& operator=(const AnswerInSend&) = delete;
+
+   private:
+    MpiAgent& agent_;
+  };
+
+  // Whether calls of this process are unanswered.
+  bool awaitsAnswers() const override;
 
   // Throws in a child process made by fork().
   void checkNotForked() const;
@@ -102,7 +122,6 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   bool turn(ProgressToken& token, std::vector<TaskPtr>& tasks) override;
   bool hasQueued() const override;
   Clock::time_point nextDeadline() const override;
-  bool awaitsAnswers() const override;
   bool rests() const override;
   void onBroken(const std::string& reason) noexcept override;
   // ExchangeListener
@@ -135,6 +154,10 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   void advanceDrain(ProgressToken& token);
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
   void joinFailed(const std::string& reason);
+  // Of leaving; what a signal throws meanwhile cuts them short and is kept.
+  bool stopEngine(std::exception_ptr& interrupted); // whether all its threads have ended
+  void flush(std::exception_ptr& interrupted);
+  void serveSignals(std::exception_ptr& interrupted);
   void sayGoodbye();
   void failAllCalls(const std::string& reason);
   std::string whatJoinWaitsFor() const;

@@ -1,12 +1,32 @@
 // The callee's side of the agent: requests in, responses out.
+#include "agent/engine_work.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "torch_compat/new_thread.h"
 
 #include <thread>
+
+#include "base/error_text.h"
 
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+// A function of TorchScript can set modes of its thread, too. (What one of Python sets ends with it: see UserCode.)
+struct NoModesLeft {
+  NoModesLeft() = default;
+  ~NoModesLeft() {
+    if (!modesAsInNewThread()) { // also of a profiler there is nothing left: torch has ended what it began
+      ThreadState::setNew();
+    }
+  }
+  NoModesLeft(const NoModesLeft&) = delete;
+  NoModesLeft& operator=(const NoModesLeft&) = delete;
+};
+
+} // namespace
 
 RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
   const std::string text = c10::str("On ", getWorkerInfo(), " (rank ", rank_, " on host ", hosts_[rank_], "):\n", what);
@@ -15,7 +35,7 @@ RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
 
 RpcMessage MpiAgent::responseOf(rpc::JitFuture& future, int64_t id) const {
   if (future.hasError()) {
-    return errorResponse(future.tryRetrieveErrorMessage(), id);
+    return errorResponse(errorText(future.exception_ptr()), id);
   }
   RpcMessage response = future.value().toCustomClass<rpc::Message>();
   response->setId(id);
@@ -30,7 +50,7 @@ void MpiAgent::serve(InboundMessage inbound) {
   try {
     request = decodeMessage(std::move(inbound));
   } catch (const std::exception& error) {
-    respond(peer, id, errorResponse(std::string("The request could not be read: ") + error.what(), id));
+    respond(peer, id, errorResponse(std::string("The request could not be read: ") + errorText(error), id));
     serving_.fetch_sub(1);
     return;
   }
@@ -44,6 +64,7 @@ void MpiAgent::serve(InboundMessage inbound) {
 
 JitFuturePtr MpiAgent::process(rpc::Message& request) {
   if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
+    const NoModesLeft end;
     return (*cb_)(request, {});
   }
   // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's
@@ -71,7 +92,7 @@ void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& re
   try {
     future = process(*request);
   } catch (const std::exception& error) {
-    respond(errorResponse(error.what(), id));
+    respond(errorResponse(errorText(error), id));
     return;
   }
   if (future->completed()) {
@@ -79,7 +100,9 @@ void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& re
     return;
   }
   servingAsync_.fetch_add(1);
+  // Run by whoever completes the future, a user's thread perhaps.
   future->addCallback([weak = weak_from_this(), respond, id](rpc::JitFuture& done) {
+    const EngineWork work;
     if (const auto agent = weak.lock()) {
       agent->servingAsync_.fetch_sub(1);
       respond(agent->responseOf(done, id));
@@ -101,12 +124,12 @@ void MpiAgent::respond(int peer, uint64_t id, RpcMessage response) {
     try {
       out = make(std::move(response));
     } catch (const std::exception& error) {
-      out = make(errorResponse(std::string("The response could not be sent: ") + error.what(), id));
+      out = make(errorResponse(std::string("The response could not be sent: ") + errorText(error), id));
     }
     submit(std::move(out), /*expectsReply=*/false);
   } catch (const std::exception& error) {
     // Only memory can be short here; the caller gets its timeout.
-    LOG(ERROR) << "RPC response of " << workers_[rank_] << " to " << workers_[peer] << " is lost: " << error.what();
+    LOG(ERROR) << "RPC response of " << workers_[rank_] << " to " << workers_[peer] << " is lost: " << errorText(error);
   }
 }
 

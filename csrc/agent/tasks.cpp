@@ -1,5 +1,7 @@
 #include "agent/tasks.h"
 
+#include "base/error_text.h"
+
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
@@ -29,7 +31,7 @@ void MpiAgent::ResponseTask::run() noexcept {
   try {
     complete(call, decodeMessage(std::move(inbound_)));
   } catch (const std::exception& error) {
-    fail(call, std::string("The response could not be read: ") + error.what());
+    fail(call, std::string("The response could not be read: ") + errorText(error));
   }
 }
 

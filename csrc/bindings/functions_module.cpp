@@ -3,7 +3,10 @@
 #include <memory>
 #include <sstream>
 
+#include <torch/csrc/DynamicTypes.h>
+
 #include "builtin_operator.h"
+#include "codec/sendable.h"
 #include "plain_pickle.h"
 #include "plain_pickle_format.h"
 #include "python_functions.h"
@@ -171,6 +174,15 @@ void bindFunctions(py::module_& module) {
             return inTuple(loadPlainResult({std::move(data), std::move(tensors)}));
           },
           py::arg("data"), py::arg("tensors"));
+  module.def(
+      "why_not_sent",
+      [](const at::Tensor& tensor, bool inCall) {
+        return whyNotSent(tensor, inCall ? Place::kRequest : Place::kResult);
+      },
+      py::arg("tensor"), py::arg("in_call"));
+  module.def(
+      "bytes_of_storage", [](const py::object& storage) { return bytesOf(torch::createStorage(storage.ptr())); },
+      py::arg("storage"));
   module.def(
       "is_plain_result",
       [](std::string pickled, Tensors tensors) {

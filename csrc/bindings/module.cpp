@@ -9,14 +9,21 @@
 #include <torch/version.h>
 
 #include "agent/autograd_sessions.h"
+#include "agent/engine_work.h"
 #include "agent/fork_guard.h"
+#include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "bindings/functions_module.h"
+#include "bindings/futures_module.h"
 #include "bindings/interpreter.h"
+#include "bindings/interruptible_wait.h"
 #include "bindings/request_callback.h"
+#include "bindings/second_interrupt.h"
+#include "bindings/signals.h"
 #include "bindings/watchdog.h"
 #include "mpi/mpi_transport.h"
 #include "mpi/pmi_server.h"
+#include "python_error.h"
 
 namespace py = pybind11;
 
@@ -28,11 +35,15 @@ namespace rpc = torch::distributed::rpc;
 
 // Note [Python thread state]
 // Engine threads acquire the GIL for every call that runs Python. Making and destroying a thread state each time costs
-// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL.
+// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL. What users' code
+// sets in it ends with that code: see user_code.h.
 void withPythonThreadState(const std::function<void()>& body) {
   const PyGILState_STATE gil = PyGILState_Ensure();
   PyThreadState* state = PyEval_SaveThread();
-  body();
+  {
+    const EngineWork work;
+    body();
+  }
   // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
   if (interpreterRuns()) {
     PyEval_RestoreThread(state);
@@ -80,6 +91,7 @@ struct PyAgentOptions {
     options.spinTime = seconds(spinTime);
     options.maxSleep = seconds(maxSleep);
     options.threadHook = withPythonThreadState;
+    options.signals = kPythonSignals;
     return options;
   }
   static std::chrono::nanoseconds seconds(double value) {
@@ -96,6 +108,7 @@ std::shared_ptr<MpiAgent> makeAgent(
     const PyAgentOptions& options,
     py::object runFunction,
     py::object serialize,
+    py::object passOn,
     py::object plainPickler) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == addresses.size() &&
@@ -107,8 +120,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     members.push_back({names[rank], hosts[rank]});
   }
   const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
-  auto callback =
-      std::make_unique<PythonRequestCallback>(std::move(runFunction), std::move(serialize), std::move(plainPickler));
+  auto callback = std::make_unique<PythonRequestCallback>(
+      std::move(runFunction), std::move(serialize), std::move(passOn), std::move(plainPickler));
   auto& requests = *callback;
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
@@ -117,6 +130,21 @@ std::shared_ptr<MpiAgent> makeAgent(
       torch::impl::destroy_without_gil<MpiAgent>);
   requests.setAgent(*agent);
   return agent;
+}
+
+// For the length of a session. It waits for an answer, perhaps, who does nothing while some are missing.
+std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
+    const std::shared_ptr<MpiAgent>& agent,
+    const std::string& whereabouts) {
+  constexpr double kIdle = 0.1;
+  return std::make_unique<SecondInterrupt>(
+      whereabouts +
+          " ended by a second Ctrl-C, because the first cannot interrupt its main thread, which waits in C++ code that "
+          "lets no signal through (TorchScript that calls RPC, or distributed autograd)",
+      [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
+        const auto current = weak.lock();
+        return busy < kIdle && current != nullptr && current->awaitsAnswers();
+      });
 }
 
 // In a forked child there is nothing to shut down, and no thread that could be joined.
@@ -143,7 +171,11 @@ void bindMpi(py::module_& module) {
       .def("library_version", &MpiLibrary::libraryVersion);
   py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
       .def_static(
-          "duplicate", &Communicator::duplicate, py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
+          "duplicate",
+          [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout) {
+            return Communicator::duplicate(std::move(mpi), parent, timeout, kPythonSignals);
+          },
+          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
       .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), NoGil())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
@@ -154,7 +186,7 @@ void bindMpi(py::module_& module) {
             std::vector<std::string> all;
             {
               const py::gil_scoped_release noGil;
-              all = self.allgather(mine, timeout);
+              all = self.allgather(mine, timeout, kPythonSignals);
             }
             std::vector<py::bytes> result(all.begin(), all.end());
             return result;
@@ -201,7 +233,7 @@ void bindAgent(py::module_& module) {
   py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
-          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"),
+          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"), py::arg("pass_on"),
           py::arg("plain_pickler"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
@@ -212,6 +244,7 @@ void bindAgent(py::module_& module) {
           "wait",
           [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
             self.driveUntil(*future.fut);
+            serveUntilCompleted(kPythonSignals, *future.fut);
             return future.wait(); // takes the GIL for what it returns
           },
           py::arg("future"), NoGil())
@@ -224,6 +257,9 @@ void bindAgent(py::module_& module) {
       .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+  py::class_<SecondInterrupt>(module, "SecondInterrupt")
+      .def(py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"))
+      .def("cancel", &SecondInterrupt::cancel, NoGil());
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
 }
 
@@ -243,9 +279,12 @@ void translateExceptions() {
 
 PYBIND11_MODULE(_C, module) {
   translateExceptions();
+  translatePythonErrors();
   bindMpi(module);
   bindAgent(module);
   bindFunctions(module);
+  bindFutures(module);
+  bindInterruptibleWaits(module);
   module.attr("__torch_version__") = TORCH_VERSION;
 }
 

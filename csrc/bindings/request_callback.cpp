@@ -1,8 +1,5 @@
 #include "bindings/request_callback.h"
 
-#include <cxxabi.h>
-#include <unistd.h>
-
 #include <c10/core/StreamGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
@@ -16,8 +13,11 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include "agent/mpi_agent.h"
+#include "base/error_text.h"
 #include "bindings/interpreter.h"
+#include "bindings/user_code.h"
 #include "plain_pickle.h"
+#include "python_error.h"
 #include "python_functions.h"
 #include "script_messages.h"
 #include "torch_compat/profiler.h"
@@ -61,6 +61,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
       if (plain != nullptr && (function = plain->loadCall(pickled))) {
         return;
       }
+      const UserCode code;
       function = handler.deserialize(pickled);
       if (PyExceptionInstance_Check(function.ptr())) { // it could not be unpickled
         const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
@@ -72,7 +73,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
       }
     } catch (const std::exception& error) {
       function = py::object();
-      throw std::runtime_error(error.what()); // a Python exception must go with the GIL held
+      throw std::runtime_error(errorText(error)); // a Python exception must go with the GIL held
     }
   }
   ~PythonFunction() override {
@@ -93,27 +94,6 @@ class PythonFunction final : public rpc::RpcCommandBase {
   const bool isAsync;
   std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
 };
-
-// Note [Functions that outlive Python]
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// A process may leave while a function that a peer called is still running. Until version 3.14, Python ends such a
-// thread when it next asks for the GIL: the stack is unwound as if by an exception, through destructors that then use
-// an interpreter that is gone, and the process crashes. This frame, the innermost that is ours, catches the unwinding
-// and keeps the thread where it is until the process has ended, as Python 3.14 does.
-py::object runToTheEndOfPython(const py::object& runFunction, const py::object& function) {
-  PyObject* result = nullptr;
-  try {
-    result = PyObject_CallFunctionObjArgs(runFunction.ptr(), function.ptr(), nullptr);
-  } catch (abi::__forced_unwind&) {
-    for (;;) {
-      pause();
-    }
-  }
-  if (result == nullptr) {
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(result);
-}
 
 // What a function of @rpc.functions.async_execution returned. With the GIL.
 JitFuturePtr futureIn(const py::object& result) {
@@ -141,12 +121,13 @@ c10::TypePtr messageType() {
 
 } // namespace
 
-// The session's two Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python
+// The session's Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python
 // object, holds the GIL.
 struct PythonRequestCallback::PythonSide {
-  PythonSide(py::object runFunction, py::object serialize, py::object plainPickler)
+  PythonSide(py::object runFunction, py::object serialize, py::object passOn, py::object plainPickler)
       : runFunction(std::move(runFunction)),
         serializeFunction(std::move(serialize)),
+        passOnFunction(std::move(passOn)),
         plainPicklerObject(std::move(plainPickler)),
         plainPickler(plainPicklerObject.is_none() ? nullptr : &plainPicklerObject.cast<const PlainPickler&>()) {}
   ~PythonSide() {
@@ -154,18 +135,22 @@ struct PythonRequestCallback::PythonSide {
       const py::gil_scoped_acquire gil;
       runFunction = py::object();
       serializeFunction = py::object();
+      passOnFunction = py::object();
       plainPicklerObject = py::object();
     } else {
       runFunction.release();
       serializeFunction.release();
+      passOnFunction.release();
       plainPicklerObject.release();
     }
   }
   PythonSide(const PythonSide&) = delete;
   PythonSide& operator=(const PythonSide&) = delete;
 
-  py::object run(const py::object& function) const {
-    return runToTheEndOfPython(runFunction, function);
+  py::object run(py::object function) const {
+    const UserCode code;
+    const py::object arguments = std::move(function); // they end in it, too
+    return callToTheEndOfPython(runFunction, arguments);
   }
   rpc::SerializedPyObj serialize(const py::object& result) const {
     if (plainPickler != nullptr) {
@@ -173,14 +158,22 @@ struct PythonRequestCallback::PythonSide {
         return {std::move(plain->data), std::move(plain->tensors)};
       }
     }
+    const UserCode code;
     auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
     return {std::move(data), std::move(tensors)};
   }
-  // Takes the GIL.
-  rpc::SerializedPyObj serialize(c10::IValue value) const {
+  // Its value, or its error if that is an exception of Python (which another worker sent). Takes the GIL.
+  rpc::SerializedPyObj serialize(rpc::JitFuture& future) const {
+    c10::IValue value;
+    std::optional<PythonError> failure;
+    try {
+      value = future.value();
+    } catch (const PythonError& error) {
+      failure = error;
+    }
     const py::gil_scoped_acquire gil;
     try {
-      return serialize(torch::jit::toPyObject(std::move(value)));
+      return serialize(failure ? passOnFunction(failure->remote()) : torch::jit::toPyObject(std::move(value)));
     } catch (const py::error_already_set& error) {
       throw std::runtime_error(error.what());
     }
@@ -188,12 +181,22 @@ struct PythonRequestCallback::PythonSide {
 
   py::object runFunction;
   py::object serializeFunction;
+  py::object passOnFunction;
   py::object plainPicklerObject;
   const PlainPickler* const plainPickler; // of that object, or null
 };
 
-PythonRequestCallback::PythonRequestCallback(py::object runFunction, py::object serialize, py::object plainPickler)
-    : python_(std::make_shared<PythonSide>(std::move(runFunction), std::move(serialize), std::move(plainPickler))) {}
+PythonRequestCallback::PythonRequestCallback(
+    py::object runFunction,
+    py::object serialize,
+    py::object passOn,
+    py::object plainPickler)
+    : python_(
+          std::make_shared<PythonSide>(
+              std::move(runFunction),
+              std::move(serialize),
+              std::move(passOn),
+              std::move(plainPickler))) {}
 
 // What takes the place of a command because it calls a Python function; null for other commands. One that wraps another
 // gets the wrapped one's replacement here.
@@ -255,9 +258,9 @@ JitFuturePtr PythonRequestCallback::processMessage(rpc::Message& request, std::v
           return processRpcWithErrors(*call, type, streams);
         },
         messageType());
-  } catch (const std::exception& error) {
+  } catch (...) {
     context.clearRecordedPendingRRefsOnError();
-    return asFuture(handleError(error, type, request.id()));
+    throw; // the agent answers for it, as for any error
   }
 }
 
@@ -281,7 +284,7 @@ JitFuturePtr PythonRequestCallback::run(
     const py::object result = python_->run(std::exchange(call.function, py::object()));
     return call.isAsync && !handler.isRemoteException(result) ? futureIn(result) : keep(result);
   } catch (const std::exception& error) {
-    return failed(error.what(), type);
+    return failed(errorText(error), type);
   }
 }
 
@@ -302,7 +305,7 @@ JitFuturePtr PythonRequestCallback::processPythonCall(
   }
   return later->then(
       [python = python_](rpc::JitFuture& future) {
-        return withStorages(rpc::PythonResp(python->serialize(future.value())).toMessage());
+        return withStorages(rpc::PythonResp(python->serialize(future)).toMessage());
       },
       messageType());
 }
@@ -335,7 +338,7 @@ JitFuturePtr PythonRequestCallback::processPythonRRefFetchCall(rpc::RpcCommandBa
   return retrieveOwnerRRef(fetch.rrefId())
       ->then(
           [python = python_](rpc::JitFuture& future) {
-            return withStorages(rpc::PythonRRefFetchRet(python->serialize(future.value()).toIValues()).toMessage());
+            return withStorages(rpc::PythonRRefFetchRet(python->serialize(future).toIValues()).toMessage());
           },
           messageType());
 }

@@ -24,8 +24,13 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
   // runFunction: takes a torch.distributed.rpc.internal.PythonUDF, returns its result, or its exception as a
   // RemoteException; as torch.distributed.rpc.internal._run_function.
   // serialize: takes a result, returns its bytes and its tensors; as torch.distributed.rpc.internal.serialize.
+  // passOn: takes a RemoteException that another worker sent, returns the one to send on.
   // plainPickler: a PlainPickler, so that it need not be called for what is plain; or None.
-  PythonRequestCallback(pybind11::object runFunction, pybind11::object serialize, pybind11::object plainPickler);
+  PythonRequestCallback(
+      pybind11::object runFunction,
+      pybind11::object serialize,
+      pybind11::object passOn,
+      pybind11::object plainPickler);
 
   // The agent that owns this: it is told how long threads waited for the GIL, if it wants to know.
   void setAgent(MpiAgent& agent) {

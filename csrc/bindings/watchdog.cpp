@@ -10,6 +10,9 @@ InitWatchdog::InitWatchdog(std::string what, double warnAfter, double abortAfter
     : what_(std::move(what)),
       warnAfter_(warnAfter),
       abortAfter_(abortAfter),
+      secondInterrupt_(
+          "ended by a second Ctrl-C, because the first cannot interrupt " + what_,
+          [](double) { return true; }),
       thread_([this] { watch(); }) {}
 
 InitWatchdog::~InitWatchdog() {
@@ -25,6 +28,7 @@ void InitWatchdog::cancel() {
   if (thread_.joinable()) {
     thread_.join();
   }
+  secondInterrupt_.cancel();
 }
 
 void InitWatchdog::watch() {

@@ -8,14 +8,16 @@
 #include <string>
 #include <thread>
 
+#include "bindings/second_interrupt.h"
+
 namespace torch_rpc_mpi {
 
 // Members: mutex_ guards cancelled_; the rest is immutable.
 class InitWatchdog {
  public:
-  // After warnAfter seconds it says on stderr what is being waited for, and again at growing intervals; after
-  // abortAfter seconds (0: never) it ends the process with exit status 1, since a blocked MPI_Init cannot be left in
-  // any other way.
+  // With the GIL. After warnAfter seconds it says on stderr what is being waited for, and again at growing intervals;
+  // after abortAfter seconds (0: never) it ends the process with exit status 1, since a blocked MPI_Init cannot be left
+  // in any other way. So does a second Ctrl-C, see Note [A second Ctrl-C].
   InitWatchdog(std::string what, double warnAfter, double abortAfter);
   ~InitWatchdog();
   void cancel();
@@ -28,6 +30,7 @@ class InitWatchdog {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool cancelled_ = false;
+  SecondInterrupt secondInterrupt_;
   std::thread thread_;
 };
 

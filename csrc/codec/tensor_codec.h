@@ -46,6 +46,7 @@ class TensorWriter {
     size_t last;  // one past
   };
   void addPlain(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain);
+  void addSlice(const c10::Storage& storage, size_t first, size_t last);
   void addPickled(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& indices);
   void groupByStorage(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain);
   void describe(const at::Tensor& original, const at::Tensor& sent, const Plain& place);

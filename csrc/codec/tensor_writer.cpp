@@ -5,6 +5,7 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 #include <torch/csrc/jit/serialization/pickler.h>
 
+#include "codec/sendable.h"
 #include "codec/tensor_codec.h"
 #include "codec/tensor_format.h"
 
@@ -15,11 +16,6 @@ namespace {
 constexpr size_t kWasteFactor = 2;
 constexpr size_t kSmall = 8192;     // bytes; in torch, too, small tensors keep their strides
 constexpr size_t kLargestItem = 16; // bytes, of complex128
-
-bool isPlain(const at::Tensor& tensor) {
-  return tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_quantized() && !tensor.is_mkldnn() &&
-      !tensor.is_nested();
-}
 
 // Whether a range of a storage is much more than the tensors in it show. See Note [What of a storage travels].
 bool wasteful(size_t rangeBytes, size_t shownBytes) {
@@ -46,11 +42,14 @@ size_t firstByte(const at::Tensor& tensor) {
   return static_cast<size_t>(tensor.storage_offset()) * tensor.itemsize();
 }
 
+void check(const at::Tensor& tensor) {
+  if (const auto why = whyNotSent(tensor, Place::kRequest)) {
+    TORCH_CHECK(false, "A tensor among the arguments or in the result cannot be sent: ", *why);
+  }
+}
+
 // The tensor to read bytes from: dense if the original wastes too much, materialised if it has no bytes at all.
 at::Tensor sendable(const at::Tensor& tensor) {
-  TORCH_CHECK(
-      tensor.device().is_cpu(), "The MPI RPC backend can send CPU tensors only, but an argument or result lies on ",
-      tensor.device(), ". Move it to the CPU before sending it (tensor.cpu())");
   if (tensor._is_zerotensor()) {
     return at::zeros(tensor.sizes(), tensor.options());
   }
@@ -72,7 +71,10 @@ void TensorWriter::add(const std::vector<at::Tensor>& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].defined()) {
       sent.emplace_back();
-    } else if (isPlain(tensors[i])) {
+      continue;
+    }
+    check(tensors[i]);
+    if (isPlain(tensors[i])) {
       sent.push_back(sendable(tensors[i]));
       plain.push_back({i, i, firstByte(sent[i]), firstByte(sent[i]) + spanBytes(sent[i])});
     } else {
@@ -100,10 +102,14 @@ void TensorWriter::addPlain(const std::vector<at::Tensor>& tensors, std::vector<
     groupByStorage(tensors, plain);
   } else if (plain.size() == 1) {
     plain[0].group = 0;
-    const char* base = static_cast<const char*>(tensors[plain[0].index].storage().data());
-    slices_.push_back({base + plain[0].first, plain[0].last - plain[0].first});
-    sliceFirst_.push_back(plain[0].first);
+    addSlice(tensors[plain[0].index].storage(), plain[0].first, plain[0].last);
   }
+}
+
+void TensorWriter::addSlice(const c10::Storage& storage, size_t first, size_t last) {
+  const char* memory = last > first ? memoryOf(storage, last) + first : nullptr;
+  slices_.push_back({memory, last - first});
+  sliceFirst_.push_back(first);
 }
 
 void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain) {
@@ -133,8 +139,7 @@ void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::v
       const size_t first = alone ? place.first : group.first;
       const size_t last = alone ? place.last : group.last;
       group.slice = slices_.size();
-      slices_.push_back({static_cast<const char*>(tensor.storage().data()) + first, last - first});
-      sliceFirst_.push_back(first);
+      addSlice(tensor.storage(), first, last);
     }
     place.group = group.slice;
   }
@@ -167,9 +172,6 @@ void TensorWriter::describe(const at::Tensor& original, const at::Tensor& sent, 
 void TensorWriter::addPickled(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& indices) {
   std::vector<at::Tensor> chosen;
   for (const size_t index : indices) {
-    TORCH_CHECK(
-        tensors[index].device().is_cpu(),
-        "The MPI RPC backend can send CPU tensors only, but an argument or result lies on ", tensors[index].device());
     chosen.push_back(tensors[index]);
   }
   std::string pickle;
@@ -183,8 +185,7 @@ void TensorWriter::addPickled(const std::vector<at::Tensor>& tensors, const std:
   descriptions_ += pickle;
   for (const at::Tensor& component : pickler.tensorData()) {
     keptAlive_.push_back(component);
-    slices_.push_back({static_cast<const char*>(component.storage().data()), component.storage().nbytes()});
-    sliceFirst_.push_back(0);
+    addSlice(component.storage(), 0, component.storage().nbytes());
   }
 }
 

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include "base/error_text.h"
 #include "engine/recent_work.h"
 
 namespace torch_rpc_mpi {
@@ -19,14 +20,6 @@ constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local const Engine* currentEngine = nullptr;
-
-// See Note [Sharing cores]. Not for processes that a user's function starts, nor where the user has chosen a policy.
-void letOthersFinish() {
-  const sched_param none{};
-  if (sched_getscheduler(0) == SCHED_OTHER) {
-    (void)sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none); // refused: it works without
-  }
-}
 
 // What this engine thread runs.
 thread_local struct {
@@ -49,6 +42,7 @@ bool Engine::onEngineThread() const {
 
 void Engine::start() {
   const std::lock_guard<std::mutex> lock(mutex_);
+  attributes_.emplace();
   // One leads, one stands by; more come when tasks need them.
   if (!spawn() || !spawn()) {
     throw std::runtime_error("RPC cannot start its threads: this process may have no more");
@@ -60,7 +54,7 @@ bool Engine::spawn() {
   try {
     std::thread([self = shared_from_this()] {
       pthread_setname_np(pthread_self(), "rpc_mpi");
-      letOthersFinish();
+      self->attributes_->adopt();
       currentEngine = self.get();
       self->options_.threadHook([&] { self->threadMain(); });
       const std::lock_guard<std::mutex> lock(self->mutex_);
@@ -79,6 +73,7 @@ void Engine::threadMain() {
   while (TaskPtr task = nextTask(lock)) {
     currentTask = {task->kind(), false};
     lock.unlock();
+    ThreadAttributes::runs();
     task->run();
     task.reset();
     lock.lock();
@@ -134,6 +129,7 @@ TaskPtr Engine::take() {
 }
 
 bool Engine::standBy(std::unique_lock<std::mutex>& lock) {
+  ThreadAttributes::waits();
   // Ticking is for the time when traffic flows (asleep_ says that it does not) or when tasks wait for others to end.
   if (!ticking_ && !broken_ && (!asleep_ || lanes_.backlog())) {
     ticking_ = true;
@@ -179,7 +175,7 @@ void Engine::lead() {
         turnOnce(tasks);
       }
     } catch (const std::exception& error) {
-      breakDown(error.what());
+      breakDown(errorText(error));
     }
     if (!tasks.empty()) {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -197,6 +193,7 @@ void Engine::lead() {
       nextSleep = kFirstSleep;
       spinning = true;
     } else if (options_.coresToSpare == 1 && othersWork.isMuch(now)) {
+      ThreadAttributes::waits();
       std::this_thread::sleep_for(kNap); // and not at the doorbell: see Note [Sharing cores]
       lastActivity = now;
       lastLook = Clock::now();
@@ -241,6 +238,7 @@ bool Engine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) 
     doorbell_.cancel();
     active = true;
   } else {
+    ThreadAttributes::waits();
     active = doorbell_.wait(ticket, limit);
   }
   asleep_ = false;
@@ -300,7 +298,7 @@ void Engine::submitted(bool expectsReply) {
       driver_.turn(*hold, tasks);
     } catch (const std::exception& error) {
       hold.release();
-      breakDown(error.what());
+      breakDown(errorText(error));
       break;
     }
   }

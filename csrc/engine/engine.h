@@ -27,8 +27,10 @@
 // kernel may go on with the thread that yields, and a leader that a peer's message wakes may take the core from the
 // very thread that was about to send more, spin there until it sleeps again, be woken by the next message, and so on,
 // with one message in each spin time. Three things prevent it.
-// - Engine threads have the policy SCHED_BATCH: they take an idle core when they are woken, but none from a thread that
-//   runs.
+// - Engine threads have the policy SCHED_BATCH while they wait: they take an idle core when they are woken, but none
+//   from a thread that runs. Not while they run tasks: SCHED_RESET_ON_FORK notwithstanding, the kernel passes it on to
+//   what a user's function starts, however that is done. Most tasks are run by a thread that has not waited since its
+//   last one, at no cost.
 // - Where cores are scarce, a leader that sees other threads of its process get much done, calls being made or tasks
 //   being run, sleeps for a moment between its looks, and finds more at each. Nobody rings for it meanwhile.
 // - A leader that was away from its core spins for a shorter time (SpinLimit).
@@ -42,6 +44,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,6 +53,7 @@
 #include "engine/spin_limit.h"
 #include "engine/task.h"
 #include "engine/task_lanes.h"
+#include "engine/thread_attributes.h"
 
 namespace torch_rpc_mpi {
 
@@ -95,7 +99,7 @@ struct EngineCounts {
 //   mutex_ guards lanes_, threads_, parked_, ticking_, called_, leads_;
 //   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ and
 //   spinLimit_ are the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress
-//   token; options_, driver_ and doorbell_ are immutable after construction.
+//   token; options_, driver_ and doorbell_ are immutable after construction, attributes_ after start().
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
   Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);
@@ -114,7 +118,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void submitted(bool expectsReply);
   // Any thread that is not the engine's, see Note [Guests]; engine/guests.cpp. From announceGuest() on it leads when it
   // waits; what it submits until then wakes nobody. driveFor() returns when the completion of `awaited` has run here or
-  // over() holds, or after the spin time, or at once if there is a guest already.
+  // over() holds, or after the spin time, or a few milliseconds in any case, or at once if there is a guest already.
   static void announceGuest(bool coming);
   static bool guestAnnounced();
   void driveFor(const void* awaited, const std::function<bool()>& over);
@@ -150,6 +154,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   EngineDriver& driver_;
   Doorbell doorbell_;
   TokenSource tokens_;
+  std::optional<ThreadAttributes> attributes_; // of the thread that called start(), for ours
 
   mutable std::mutex mutex_;
   std::condition_variable parkedCv_;  // idle threads without a duty

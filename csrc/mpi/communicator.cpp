@@ -1,6 +1,7 @@
 #include "mpi/communicator.h"
 
 #include <cstdint>
+#include <map>
 #include <sstream>
 #include <thread>
 
@@ -8,10 +9,17 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-// Polls `request` until it completes. False when the time is over; the operation is then still under way and its
-// buffers must stay.
-bool completeBy(const MpiLibrary& mpi, trm_handle& request, Clock::time_point deadline, const char* call) {
+// Polls `request` until it completes. When the time is over (then it returns false) or a signal throws, the operation
+// is still under way and its buffers must stay.
+bool completeBy(
+    const MpiLibrary& mpi,
+    trm_handle& request,
+    Clock::time_point deadline,
+    const SignalService& signals,
+    const char* call) {
   const auto start = Clock::now();
+  const bool serves = signals.here();
+  auto nextService = start + kSignalInterval;
   for (;;) {
     int done = 0;
     trm_status status{};
@@ -22,6 +30,10 @@ bool completeBy(const MpiLibrary& mpi, trm_handle& request, Clock::time_point de
     const auto now = Clock::now();
     if (now >= deadline) {
       return false;
+    }
+    if (serves && now >= nextService) {
+      signals.serve();
+      nextService = Clock::now() + kSignalInterval;
     }
     // Ranks usually come within milliseconds of each other; a late one may take a minute to import its libraries.
     if (now - start < std::chrono::milliseconds(5)) {
@@ -73,6 +85,14 @@ struct CheckIn {
   trm_handle request = 0;
 };
 
+// Those that are under way on each communicator: one that was given up goes on, and so does with it the next attempt.
+// Another one would not meet that of the ranks that come late, since a communicator's collectives meet in order. By
+// MPI's handle, which is not given to another communicator before that.
+std::map<trm_handle, std::unique_ptr<CheckIn>>& checkIns() {
+  static auto* all = new std::map<trm_handle, std::unique_ptr<CheckIn>>();
+  return *all;
+}
+
 } // namespace
 
 Communicator::Communicator(std::shared_ptr<MpiLibrary> mpi, trm_handle comm) : mpi_(std::move(mpi)), comm_(comm) {
@@ -84,7 +104,8 @@ Communicator::Communicator(std::shared_ptr<MpiLibrary> mpi, trm_handle comm) : m
 std::shared_ptr<Communicator> Communicator::duplicate(
     std::shared_ptr<MpiLibrary> library,
     intptr_t parentValue,
-    double timeout) {
+    double timeout,
+    const SignalService& signals) {
   const MpiLibrary& mpi = *library;
   trm_handle parent = 0;
   mpi.check(mpi->comm_from_int(parentValue, &parent), "MPI_Comm_f2c");
@@ -100,27 +121,32 @@ std::shared_ptr<Communicator> Communicator::duplicate(
   mpi.check(mpi->comm_size(parent, &size), "MPI_Comm_size");
 
   const auto deadline = deadlineAfter(timeout);
-  auto checkIn = std::make_unique<CheckIn>(size);
-  mpi.check(
-      mpi->ialltoallv(
-          checkIn->mine.data(), checkIn->counts.data(), checkIn->zeros.data(), checkIn->present.data(),
-          checkIn->counts.data(), checkIn->offsets.data(), parent, &checkIn->request),
-      "MPI_Ialltoallv");
-  if (!completeBy(mpi, checkIn->request, deadline, "MPI_Ialltoallv")) {
-    const std::string text = missingText(checkIn->present, timeout, "");
-    (void)checkIn.release(); // MPI still writes to it
-    throw MissingRanks(text);
+  auto& checkIn = checkIns()[parent];
+  if (checkIn == nullptr) {
+    auto begun = std::make_unique<CheckIn>(size);
+    mpi.check(
+        mpi->ialltoallv(
+            begun->mine.data(), begun->counts.data(), begun->zeros.data(), begun->present.data(), begun->counts.data(),
+            begun->offsets.data(), parent, &begun->request),
+        "MPI_Ialltoallv");
+    checkIn = std::move(begun);
   }
+  if (!completeBy(mpi, checkIn->request, deadline, signals, "MPI_Ialltoallv")) {
+    throw MissingRanks(missingText(checkIn->present, timeout, ""));
+  }
+  const std::vector<char> present = std::move(checkIn->present);
+  checkIns().erase(parent);
   trm_handle duplicated = mpi->comm_null;
   trm_handle request = mpi->request_null;
   // On the heap: MPI writes the new handle when the request completes, maybe after we gave up.
-  auto result = std::make_unique<trm_handle>(duplicated);
-  mpi.check(mpi->comm_idup(parent, result.get(), &request), "MPI_Comm_idup");
-  if (!completeBy(mpi, request, deadline, "MPI_Comm_idup")) {
-    (void)result.release();
-    throw MissingRanks(missingText(checkIn->present, timeout, " (it left while the group formed)"));
+  auto* const result = new trm_handle(duplicated);
+  mpi.check(mpi->comm_idup(parent, result, &request), "MPI_Comm_idup");
+  if (!completeBy(mpi, request, deadline, signals, "MPI_Comm_idup")) {
+    throw MissingRanks(missingText(present, timeout, " (it left while the group formed)"));
   }
-  return std::shared_ptr<Communicator>(new Communicator(std::move(library), *result));
+  duplicated = *result;
+  delete result;
+  return std::shared_ptr<Communicator>(new Communicator(std::move(library), duplicated));
 }
 
 std::shared_ptr<Communicator> Communicator::group(
@@ -136,20 +162,25 @@ std::shared_ptr<Communicator> Communicator::group(
   return std::shared_ptr<Communicator>(new Communicator(std::move(mpi), group));
 }
 
-std::vector<std::string> Communicator::allgather(const std::string& data, double timeout) {
+std::vector<std::string> Communicator::allgather(
+    const std::string& data,
+    double timeout,
+    const SignalService& signals) {
   const auto deadline = deadlineAfter(timeout);
   // Two rounds of equal pieces, so that one collective suffices: the lengths, then everything padded to the longest.
   auto gather = [&](const std::string& mine) {
-    auto buffers = std::make_unique<std::pair<std::string, std::string>>(mine, std::string(mine.size() * size_, '\0'));
+    // MPI uses them until the request completes; if that never happens, they stay.
+    auto* const buffers = new std::pair<std::string, std::string>(mine, std::string(mine.size() * size_, '\0'));
     trm_handle request = (*mpi_)->request_null;
     mpi_->check(
         (*mpi_)->iallgather(buffers->first.data(), buffers->second.data(), mine.size(), comm_, &request),
         "MPI_Iallgather");
-    if (!completeBy(*mpi_, request, deadline, "MPI_Iallgather")) {
-      (void)buffers.release();
+    if (!completeBy(*mpi_, request, deadline, signals, "MPI_Iallgather")) {
       throw MissingRanks(missingText(std::vector<char>(size_, 1), timeout, " (it left while the group formed)"));
     }
-    return std::move(buffers->second);
+    std::string gathered = std::move(buffers->second);
+    delete buffers;
+    return gathered;
   };
   const uint64_t length = data.size();
   const std::string lengths = gather(std::string(reinterpret_cast<const char*>(&length), sizeof(length)));

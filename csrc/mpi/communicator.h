@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "mpi/mpi_library.h"
+#include "signal_service.h"
 
 namespace torch_rpc_mpi {
 
@@ -25,8 +26,12 @@ class MissingRanks : public std::runtime_error {
 class Communicator {
  public:
   // Collective over `parent` (the integer form that mpi4py gives). Waits at most `timeout` seconds, 0 for no limit.
-  // Throws MissingRanks, MpiError, std::invalid_argument.
-  static std::shared_ptr<Communicator> duplicate(std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout);
+  // Throws MissingRanks, MpiError, std::invalid_argument, and what a signal throws.
+  static std::shared_ptr<Communicator> duplicate(
+      std::shared_ptr<MpiLibrary> mpi,
+      intptr_t parent,
+      double timeout,
+      const SignalService& signals);
   // Of `ranks` of the world, which has mpi4py's integer form `world`, in this order; only they call it. Others may be
   // idle or gone. Waits without a limit, so they must all be known to come.
   static std::shared_ptr<Communicator> group(
@@ -47,8 +52,8 @@ class Communicator {
     return mpi_;
   }
 
-  // Collective: every rank's bytes, in rank order. Throws MissingRanks, MpiError.
-  std::vector<std::string> allgather(const std::string& data, double timeout);
+  // Collective: every rank's bytes, in rank order. Throws MissingRanks, MpiError, and what a signal throws.
+  std::vector<std::string> allgather(const std::string& data, double timeout, const SignalService& signals);
   // Collective. Idempotent.
   void free();
 

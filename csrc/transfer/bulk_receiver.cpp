@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "base/error_text.h"
 #include "transfer/exchange.h"
 
 namespace torch_rpc_mpi {
@@ -105,7 +106,7 @@ void BulkReceiver::openParts(Inbound& inbound) {
     inbound.spans = message.target->parts;
   } catch (const std::exception& error) {
     // The chunks come all the same; the stream goes on behind them.
-    message.error = error.what();
+    message.error = errorText(error);
     inbound.discard = true;
     inbound.spans = std::move(sizes);
   }

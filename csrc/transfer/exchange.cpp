@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/error_text.h"
+
 namespace torch_rpc_mpi {
 
 namespace {
@@ -39,7 +41,7 @@ struct Exchange::FrameReceive final : Operation {
       exchange.postFrameReceive(token, this);
       exchange.onFrame(token, std::move(arrived), status);
     } catch (const std::exception& error) {
-      exchange.fatal_ = error.what();
+      exchange.fatal_ = errorText(error);
     }
   }
   Exchange& exchange;
@@ -144,7 +146,7 @@ void Exchange::transmit(ProgressToken& token, OutboundPtr owned) {
     try {
       owned->encode(*frames_);
     } catch (const std::exception& error) {
-      failed_.emplace_back(std::move(owned), error.what());
+      failed_.emplace_back(std::move(owned), errorText(error));
       return;
     }
   }

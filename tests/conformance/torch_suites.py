@@ -24,7 +24,7 @@ TIMEOUT = int(os.environ.setdefault("DISTRIBUTED_TESTS_DEFAULT_TIMEOUT", "100"))
 
 with warnings.catch_warnings():
     # torch.jit.script is deprecated, and hypothesis, which the suites do without, is missing.
-    warnings.filterwarnings("ignore", "`torch.jit.script")
+    warnings.filterwarnings("ignore", "`torch.jit.")
     warnings.simplefilter("ignore", ImportWarning)
     import torch
     from torch.testing._internal.distributed import rpc_utils

@@ -3,7 +3,9 @@
 #include <ATen/Functions.h>
 
 #include "agent/call_table.h"
+#include "base/error_text.h"
 #include "check.h"
+#include "codec/sendable.h"
 #include "transfer/receive_pool.h"
 
 using namespace torch_rpc_mpi;
@@ -90,6 +92,33 @@ TEST(codec_carries_sparse_and_quantized_tensors) {
   const at::Tensor arrived = throughTheWire(quantized);
   CHECK_THAT(at::equal(arrived.int_repr(), quantized.int_repr()));
   CHECK_EQUAL(arrived.q_scale(), quantized.q_scale());
+}
+
+TEST(codec_refuses_tensors_without_memory) {
+  const auto over = [](size_t bytes, at::DataPtr data) {
+    const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), nullptr, false);
+    return at::empty({0}).set_(storage, 0, {3}, {1});
+  };
+  CHECK_THROWS(throughTheWire(over(12, at::DataPtr(nullptr, c10::kCPU))), "no memory of its own");
+  const at::Tensor freed = at::ones({3});
+  freed.storage().unsafeGetStorageImpl()->set_nbytes(4);
+  CHECK_THROWS(throughTheWire(freed), "shows 12 bytes of a storage that has only 4");
+  CHECK_THROWS(throughTheWire(at::ones({3}, at::kMeta)), "on device \"meta\"");
+  CHECK_THROWS(throughTheWire(at::ones({4, 4}).to_sparse_bsr({2, 2})), "x.to_sparse()");
+  CHECK_THAT(at::equal(throughTheWire(at::_efficientzerotensor({3}, at::kFloat)), at::zeros({3})));
+  CHECK_EQUAL(throughTheWire(bytesOf(at::ones({3}).storage())).numel(), 12);
+}
+
+TEST(errors_always_say_something) {
+  struct Silent : std::exception {
+    const char* what() const noexcept override {
+      return "";
+    }
+  };
+  CHECK_EQUAL(errorText(std::runtime_error("a reason")), "a reason");
+  CHECK_THAT(errorText(Silent()).find("Silent") != std::string::npos);
+  CHECK_THAT(errorText(std::make_exception_ptr(Silent())).find("Silent") != std::string::npos);
+  CHECK_THAT(!errorText(std::make_exception_ptr(7)).empty());
 }
 
 TEST(codec_refuses_bodies_that_lie) {

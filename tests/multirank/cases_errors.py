@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 import threading
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.distributed.rpc as rpc
 from cases_calls import APIS, identity, script_scale_and_add
-from harness import World, case, equal
+from harness import World, case, equal, in_threads
+
+from torch_rpc_mpi import functions
 
 
 class DomainError(Exception):
@@ -60,15 +63,112 @@ EXCEPTIONS = (
 
 @case(each={kind.__name__: kind for kind in EXCEPTIONS})
 def exception_type(world: World, kind: type[Exception]) -> None:
-    """torch keeps ValueError and TypeError everywhere and every type in to_here(); otherwise the text names it."""
+    """Everywhere the type itself; TensorPipe keeps ValueError and TypeError, and every type in to_here()."""
     for to in (world.next, world.name()):
-        for api in ("sync", "async"):
+        for api in APIS.values():
             with pytest.raises((kind, RuntimeError, ValueError), match=kind.__name__) as caught:
-                APIS[api](to, raise_it, args=(kind, "my message"))
-            assert caught.type is kind or kind not in (ValueError, TypeError)
+                api(to, raise_it, args=(kind, "my message"))
+            assert caught.type is kind or not (world.mpi or kind in (ValueError, TypeError))
             assert "my message" in str(caught.value)
         with pytest.raises(kind, match="my message"):
             rpc.remote(to, raise_it, args=(kind, "my message")).to_here()
+    still_works(world)
+
+
+TEXTS = ("C:\\x", "\\N{", "\\u12", "\\", "Grüße 你好", "two\nlines\\", "lone \ud800", "x" * 100_000)
+
+
+@case(tensorpipe="torch sends the repr, and interprets what is in it")
+def exception_texts_arrive_as_they_were(world: World) -> None:
+    for to in (world.next, world.name()):
+        for text in TEXTS:
+            for api in APIS.values():
+                with pytest.raises(DomainError) as caught:
+                    api(to, raise_it, args=(DomainError, text))
+                assert f"DomainError: {text}\n" in caught.value.args[0], text[:20]
+                assert len(caught.value.args[0]) < len(text) + 4000
+
+
+def raise_from(text: str) -> None:
+    try:
+        raise KeyError(text)
+    except KeyError as error:
+        raise IndexError("outer") from error
+
+
+@case(tensorpipe="torch keeps two types")
+def exceptions_as_programs_meet_them(world: World) -> None:
+    """In the callbacks of futures, in asyncio, many times, beside others, with what they were raised from."""
+    future = rpc.rpc_async(world.next, raise_from, args=("inner",))
+    for _ in range(3):
+        with pytest.raises(IndexError, match="outer") as caught:
+            future.wait()
+        assert "KeyError: 'inner'" in str(caught.value)
+        assert "direct cause" in str(caught.value)
+    seen: list[BaseException] = []
+
+    def look(done: Any) -> str:
+        try:
+            done.wait()
+        except IndexError as error:
+            seen.append(error)
+        return "seen"
+
+    equal(future.then(look).wait(), "seen")
+    assert [type(error) for error in seen] == [IndexError]
+    with pytest.raises(RuntimeError, match="outer"):
+        future.then(lambda done: done.wait()).wait()
+    with pytest.raises(IndexError, match="outer"):
+        torch.futures.wait_all([rpc.rpc_async(world.next, identity, args=(1,)), future])
+
+    async def main() -> None:
+        await functions.as_asyncio(future)
+
+    with pytest.raises(IndexError, match="outer"):
+        asyncio.run(main())
+
+    def wait(_: int) -> None:
+        with pytest.raises(IndexError, match="outer"):
+            future.wait()
+
+    in_threads(8, wait)
+
+
+@rpc.functions.async_execution
+def raise_elsewhere(to: str, kind: type[BaseException]) -> torch.futures.Future[Any]:
+    return rpc.rpc_async(to, raise_it, args=(kind, "from afar"))
+
+
+@case(each=APIS, tensorpipe="torch keeps two types")
+def exceptions_keep_their_type_from_worker_to_worker(world: World, api: Any) -> None:
+    third = world.name(world.rank + 2)
+    for function in (raise_at, raise_elsewhere):
+        with pytest.raises(KeyError, match="from afar") as caught:
+            api(world.next, function, args=(third, KeyError))
+        text = caught.value.args[0]
+        assert text.index(world.next) < text.index(third) < text.index("from afar")
+
+
+def local_type() -> None:
+    class Local(LookupError):
+        pass
+
+    raise Local("of a local class")
+
+
+@case(each=APIS, tensorpipe="torch returns the error of unpickling the type as if it were the result")
+def exceptions_of_types_that_the_caller_lacks(world: World, api: Any) -> None:
+    with pytest.raises(LookupError, match="of a local class"):  # the type goes by value
+        api(world.next, local_type)
+
+    def of_a_passing_module() -> None:
+        module = types.ModuleType(f"module_of_{rpc.get_worker_info().name}_alone")
+        sys.modules[module.__name__] = module
+        exec("class Gone(LookupError): pass", module.__dict__)
+        raise module.Gone("unknown to the caller")
+
+    with pytest.raises(RuntimeError, match="Gone: unknown to the caller"):
+        api(world.next, of_a_passing_module)
     still_works(world)
 
 
@@ -148,6 +248,9 @@ def errors_among_successes(world: World) -> None:
 def wrong_arguments_of_operators(world: World) -> None:
     with pytest.raises(RuntimeError, match="failed to match any schema"):
         rpc.rpc_sync(world.next, torch.add, args=())
+    if world.mpi:
+        with pytest.raises(RuntimeError, match=r"no builtin operator aten::nonsense \(called with args: \(7,\)"):
+            functions.py_rpc_builtin(rpc.get_worker_info(world.next), "aten::nonsense", (7,))
     with pytest.raises(RuntimeError, match="must match the size"):
         rpc.rpc_sync(world.next, torch.add, args=(torch.ones(2), torch.ones(3)))
     with pytest.raises(RuntimeError, match="missing value for argument"):

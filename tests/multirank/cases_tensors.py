@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 from harness import World, case, equal, in_threads
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 EAGER_LIMIT = 16384  # the default of the option eager_limit: larger tensors take another way
 MIB = 2**20
@@ -388,3 +390,107 @@ def types_of_results(world: World) -> None:
     equal(type(rpc.rpc_sync(world.next, tagged)), Tagged)
     with dist_autograd.context():
         equal(type(rpc.rpc_sync(world.next, parameter)), torch.nn.Parameter)
+
+
+# Tensors that are not sent, and storages
+
+
+class NoMemory(torch.Tensor):
+    """A wrapper of another tensor: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return "NoMemory()"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return NoMemory, (self.inner,)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError("not for operators")
+
+
+def inner_of(x: NoMemory) -> Tensor:
+    assert type(x) is NoMemory
+    return x.inner
+
+
+@torch.jit.script
+def script_first(xs: list[Tensor], named: dict[str, tuple[int, Tensor]]) -> Tensor:
+    return xs[0] + named["a"][1]
+
+
+@case(sizes=(1, 2), tensorpipe="a process crashes")
+def tensors_without_memory(world: World) -> None:
+    """Subclasses without a storage, fake tensors and their kind are errors that name them, wherever they are met."""
+    x, bad = torch.ones(3), NoMemory(torch.ones(3))
+    fake = FakeTensorMode().from_tensor(torch.ones(3))
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    kind = r"\(of type cases_tensors.NoMemory\) cannot be sent to another worker: it has no memory"
+    for to in dict.fromkeys((world.next, world.name())):
+        for api in (rpc.rpc_sync, rpc.remote):
+            for function, arguments, path in (
+                (torch.neg, {"args": (bad,)}, r"args\[0\]"),
+                (torch.add, {"args": (x,), "kwargs": {"other": bad}}, r"kwargs\['other'\]"),
+                (torch.cat, {"args": ([x, bad],)}, r"args\[0\]\[1\]"),
+                (script_echo, {"args": (bad,)}, r"args\[0\]"),
+                (script_first, {"args": ([x], {"a": (1, bad)})}, r"args\[1\]\[a\]\[1\]"),
+            ):
+                with pytest.raises(TypeError, match=f"^{path} {kind}"):
+                    api(to, function, **arguments)
+            with pytest.raises(TypeError, match=r"^args\[0\] \(of type torch._subclasses.fake_tensor.FakeTensor\)"):
+                api(to, torch.neg, args=(fake,))
+            for function in (torch.neg, echo):
+                with pytest.raises(TypeError, match=r"^args\[0\] \(of type torch.Tensor\).*no memory"):
+                    api(to, function, args=(freed,))
+                with pytest.raises(TypeError, match=r'^args\[0\] \(of type torch.Tensor\).*on device "meta"'):
+                    api(to, function, args=(x.to("meta"),))
+        equal(rpc.rpc_sync(to, inner_of, args=(bad,)), x)  # a function gets it as it pickles itself
+        with pytest.raises(TypeError, match=r"result\[1\] .*FakeTensor|result\[1\].*meta"):
+            rpc.rpc_sync(to, results_without_memory, args=("fake",))
+        with pytest.raises(TypeError, match=r"result\[1\] .*no memory"):
+            rpc.rpc_sync(to, results_without_memory, args=("freed",))
+        equal(rpc.rpc_sync(to, torch.neg, args=(x,)), -x)
+
+
+def results_without_memory(kind: str) -> Any:
+    if kind == "fake":
+        return [1, torch.ones(3, device="meta")]
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    return [1, freed]
+
+
+def change_storages(x: Tensor, untyped: torch.UntypedStorage, typed: Any) -> Any:
+    typed[0] = 7.0
+    for i in range(4):
+        untyped[4 + i] = untyped[i]
+    return x, untyped, typed
+
+
+@case(sizes=(1, 2), tensorpipe="torch pickles storages by value")
+def storages(world: World) -> None:
+    """They arrive, and share with the tensors of their message what they shared before."""
+    for count in (3, 40_000):
+        x = torch.arange(float(count))
+        typed = torch.storage.TypedStorage(wrap_storage=x.untyped_storage(), dtype=x.dtype, _internal=True)
+        expected = x.clone()
+        expected[:2] = 7.0
+        for to in dict.fromkeys((world.next, world.name())):
+            y, untyped, typed_back = rpc.rpc_sync(
+                to, change_storages, args=(x[: count - 1], x.untyped_storage(), typed)
+            )
+            equal(x[0].item(), 0.0)
+            equal(y, expected[: count - 1])
+            equal(typed_back.tolist(), expected.tolist())
+            equal(y.data_ptr(), untyped.data_ptr())
+            equal(y.data_ptr(), typed_back._untyped_storage.data_ptr())
+            equal((type(untyped), untyped.nbytes()), (torch.UntypedStorage, 4 * count))
+        equal(both_ways(world, [x.untyped_storage()])[0].tolist()[:8], x.untyped_storage().tolist()[:8])

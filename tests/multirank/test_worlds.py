@@ -121,6 +121,14 @@ def test_scenario(run: Callable[..., None], tmp_path: Path, scenario: str, size:
 
 
 @mpich
+@pytest.mark.parametrize("method", ["file", "tcp", "env"])
+def test_interrupted(run: Callable[..., None], tmp_path: Path, method: str) -> None:
+    port = str(free_port())
+    methods = {"file": by_file(tmp_path), "tcp": ("--init-method", f"tcp://127.0.0.1:{port}"), "env": ()}
+    run(by_hand("interrupted", 2, *methods[method]), 2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+@mpich
 @pytest.mark.parametrize("scenario", ["dies", "dies_in_transfer"])
 def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scenario: str) -> None:
     run(by_hand(scenario, 3, *by_file(tmp_path)), 3, killed=True)

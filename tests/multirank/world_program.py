@@ -13,7 +13,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,30 @@ def late(process: Process) -> None:
     else:
         wait_for("missed")
     process.session()
+
+
+def interrupted(process: Process) -> None:
+    """Ctrl-C while a rank is missing; the next attempt succeeds."""
+    if process.rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sender = threading.Thread(target=interrupt_when_it_waits)
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            process.begin()
+        sender.join()
+        touch("interrupted")
+    else:
+        wait_for("interrupted")
+    process.session()
+
+
+def interrupt_when_it_waits() -> None:
+    main = threading.main_thread().ident
+    while not {"_await_all", "interruptibly"} & {
+        frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[main])
+    }:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def strangers(process: Process) -> None:

@@ -100,7 +100,8 @@ before = {name: getattr(api, name) for name in names}
 init(pickler="pickle")
 assert all(getattr(api, name) is before[name] for name in names)
 assert "pickle" in str(error_of(rpc.rpc_sync, "alone", lambda: 1))
-assert rpc.api._get_current_rpc_agent().serialize is internal.serialize
+message = rpc.api._get_current_rpc_agent().serialize([1, torch.ones(2)])
+assert message[0] == internal.serialize([1, torch.ones(2)])[0]
 rpc.shutdown()
 assert all(getattr(api, name) is before[name] for name in names)
 """
@@ -579,14 +580,145 @@ assert str(error).startswith("args[0]") and "cannot be sent to another worker: c
     )
 
 
-def test_nesting_too_deep_is_an_error_that_says_so(run_pickler: RunPython) -> None:
+def test_nesting_too_deep_is_pythons_own_error_at_once(run_pickler: RunPython) -> None:
     run_pickler(
         """
-deep = []
-for _ in range(5000):
-    deep = [deep]
-error = error_of(auto.serialize, call(max, deep))
-assert "cannot be sent to another worker" in str(error) and "recursion" in str(error), repr(error)[:300]
+deep, with_lambda = [], [lambda: 1]
+for _ in range(20_000):
+    deep, with_lambda = [deep], [with_lambda]
+dumps = []
+dump = RpcPickler._dump
+RpcPickler._dump = lambda *args: dumps.append(args) or dump(*args)
+for pickler in (auto, always):
+    for message in (call(max, deep), call(max, with_lambda), deep, with_lambda):
+        error = error_of(pickler.serialize, message)
+        assert type(error) is RecursionError and "maximum recursion depth" in str(error), repr(error)[:300]
+        no_tables()
+assert len(dumps) <= 8  # nothing was tried part by part
+"""
+    )
+
+
+def test_what_would_arrive_as_something_else_is_refused(run_pickler: RunPython) -> None:
+    run_pickler(
+        """
+pathlib.Path("text").write_text("content")
+text = open("text")
+for message, path, kind in (
+    (call(max, text), "args[0]", "_io.TextIOWrapper"),
+    (call(max, {"out": [sys.stdout]}), "args[0]['out'][0]", "_io.TextIOWrapper"),
+    (call(lambda: text), "function's global 'text'", "_io.TextIOWrapper"),
+    (call(max, memoryview(b"1")), "args[0]", "memoryview"),
+    ([text], "result[0]", "_io.TextIOWrapper"),
+    ({"a": (memoryview(b"1"),)}, "result['a'][0]", "memoryview"),
+):
+    for pickler in (auto, always):
+        error = error_of(pickler.serialize, message)
+        assert type(error) is TypeError, error
+        expected = f"{path} (of type {kind}) cannot be sent to another worker: cannot pickle '{kind}' object"
+        assert str(error) == expected, error
+"""
+    )
+
+
+def test_tensors_that_are_not_sent_are_named_with_a_remedy(run_pickler: RunPython) -> None:
+    run_pickler(
+        """
+from torch._subclasses.fake_tensor import FakeTensorMode
+import warnings
+warnings.simplefilter("ignore")
+eye = torch.eye(4)
+everywhere = {
+    "meta": (torch.ones(2, device="meta"), 'on device "meta"', "torch.empty_like"),
+    "csc": (eye.to_sparse_csc(), "SparseCsc", "to_sparse()"),
+    "bsr": (eye.to_sparse_bsr((2, 2)), "SparseBsr", "to_sparse()"),
+    "bsc": (eye.to_sparse_bsc((2, 2)), "SparseBsc", "to_sparse()"),
+    "nested": (torch.nested.nested_tensor([eye, eye[:2]]), "nested", "unbind()"),
+}
+if torch.backends.mkldnn.is_available():
+    everywhere["mkldnn"] = (eye.to_mkldnn(), "mkldnn", "to_dense()")
+for name, (tensor, what, remedy) in everywhere.items():
+    for message, path in ((call(max, [1, tensor]), "args[0][1]"), ((tensor,), "result[0]")):
+        for pickler in (auto, always):
+            error = error_of(pickler.serialize, message)
+            text = str(error)
+            assert type(error) is TypeError, (name, error)
+            assert text.startswith(f"{path} (of type torch.Tensor) cannot be sent to another worker: "), (name, text)
+            assert what.lower() in text.lower() and remedy in text, (name, text)
+            assert name == "meta" or ".cpu()" not in text, text
+fake = FakeTensorMode().from_tensor(eye)
+for message, path in ((call(max, [1, fake]), "args[0][1]"), ((fake,), "result[0]")):
+    error = error_of(auto.serialize, message)
+    text = f"{path} (of type torch._subclasses.fake_tensor.FakeTensor) cannot be sent to another worker: "
+    assert type(error) is TypeError and str(error).startswith(text + "it has no memory"), error
+csr = eye.to_sparse_csr()
+assert auto.serialize(call(max, csr))[1][0] is csr
+assert "x.crow_indices()" in str(error_of(auto.serialize, csr))
+no_tables()
+"""
+    )
+
+
+def test_storages_travel_beside_the_pickle(run_pickler: RunPython) -> None:
+    run_pickler(
+        """
+x = torch.arange(6.0)
+untyped = x.untyped_storage()
+typed = torch.storage.TypedStorage(wrap_storage=untyped, dtype=x.dtype, _internal=True)
+empty = torch.UntypedStorage(0)
+for pickler in (auto, always):
+    data, tensors = pickler.serialize(call(max, x, untyped, [typed, typed], empty))
+    assert [t.data_ptr() for t in tensors] == [x.data_ptr(), x.data_ptr(), 0], tensors  # no copies
+    assert len(data) < 2000
+    got, got_untyped, (got_typed, same), got_empty = received((data, tensors)).args
+    assert same is got_typed and type(got_typed) is type(typed) and got_typed.dtype is x.dtype
+    assert type(got_untyped) is torch.UntypedStorage and got_untyped.nbytes() == 24 and got_empty.nbytes() == 0
+    assert bytes(got_untyped) == bytes(untyped) and got_typed.tolist() == x.tolist()
+import warnings
+warnings.simplefilter("ignore")
+assert "meta" in str(error_of(auto.serialize, call(max, torch.UntypedStorage(4, device="meta"))))
+# Under the modes of the caller, which must not see how a storage is pickled.
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    data, tensors = auto.serialize([untyped])
+assert type(tensors[0]) is torch.Tensor
+no_tables()
+"""
+    )
+
+
+def test_exceptions_arrive_even_where_their_type_does_not(run_pickler: RunPython) -> None:
+    run_pickler(
+        """
+from torch_rpc_mpi import _remote_errors
+class Local(Exception):
+    pass
+class Silent(Exception):
+    def __init__(self, code):
+        super().__init__()
+class Greedy(Exception):
+    def __init__(self, code, text):
+        super().__init__(code, text)
+class Unpicklable(Exception, metaclass=type("Meta", (type,), {"__reduce__": None})):
+    pass
+module = types.ModuleType("passing")
+sys.modules["passing"] = module
+exec("class Gone(Exception): pass", module.__dict__)
+texts = ("plain", "C:\\\\x", "\\\\N{", "\\\\u12", "Grüße 你好", "two\\nlines\\\\", "\\ud800", "x" * 100_000)
+for text in texts:
+    for kind, expected in (
+        (ValueError, ValueError), (KeyError, KeyError), (Local, Local), (Silent, RuntimeError),
+        (module.Gone, RuntimeError),
+    ):
+        messages = [pickler.serialize(_remote_errors.of_type(kind, text)) for pickler in (auto, always)]
+        if kind is module.Gone:
+            del sys.modules["passing"]
+        for message in messages:
+            error = error_of(internal._handle_exception, received(message))
+            assert type(error) is expected and error.args == (text,), (error, text[:20])
+        sys.modules["passing"] = module
+error = error_of(internal._handle_exception, received(auto.serialize(_remote_errors.of_type(Greedy, "told"))))
+assert type(error) is RuntimeError and "Failed to create original exception type" in str(error) and "told" in str(error)
 no_tables()
 """
     )

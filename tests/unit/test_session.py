@@ -65,8 +65,30 @@ run_function = rpc.api._get_current_rpc_agent().run_function
 result = run_function(internal.PythonUDF(fail, ("here",), {}))
 assert result.exception_type is ValueError
 where = f"On WorkerInfo(id=0, name=alone) (rank 0 on host {socket.gethostname()}):"
-assert where + "\\nValueError('here')\\nTraceback (most recent call last):" in result.msg, result.msg
-assert 'in fail' in result.msg
+text = result.msg.encode().decode("unicode_escape")
+assert text.startswith(where + "\\nValueError: here\\n\\nTraceback (most recent call last):"), text
+assert 'in fail' in text and text.count("here") == 1, text
+def chained():
+    try:
+        fail("Grüße \\\\ inside")
+    except ValueError as error:
+        raise KeyError("outside") from error
+chained = run_function(internal.PythonUDF(chained, (), {}))
+text = chained.msg.encode().decode("unicode_escape")
+assert chained.exception_type is KeyError and text.startswith(where + "\\nKeyError: 'outside'"), text
+assert "ValueError: Grüße \\\\ inside\\n\\nThe above exception was the direct cause" in text, text
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+def mute():
+    raise Mute
+assert "Mute" in run_function(internal.PythonUDF(mute, (), {})).msg
+sys.stderr.close()
+assert "here" in run_function(internal.PythonUDF(fail, ("here",), {})).msg
+sys.stderr = sys.__stderr__ = sys.stdout
+passed_on = rpc.api._get_current_rpc_agent().pass_on(result)
+assert passed_on.exception_type is ValueError
+assert passed_on.msg.encode().decode("unicode_escape").startswith(f"{where}\\n{where}\\nValueError: here")
 rpc.shutdown()
 """
     )
@@ -77,7 +99,8 @@ def test_a_function_that_the_callee_lacks_is_reported_as_torch_does(run_session:
         """
 init()
 result = rpc.api._get_current_rpc_agent().run_function(AttributeError("no such function"))
-assert result.exception_type is AttributeError and "no such function" in result.msg
+assert issubclass(result.exception_type, AttributeError) and issubclass(result.exception_type, RuntimeError)
+assert "no such function" in result.msg
 rpc.shutdown()
 """
     )

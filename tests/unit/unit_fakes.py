@@ -125,6 +125,14 @@ class Neighbours:
     reaches_all = False
 
 
+class SecondInterrupt:
+    def __init__(self, agent: Any, whereabouts: str) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+
 class AgentOptions:
     """Any attribute can be set."""
 
@@ -142,10 +150,11 @@ class Agent(rpc.TensorPipeAgent):
         options: Any,
         run_function: Any,
         serialize: Any,
+        pass_on: Any,
         plain_pickler: Any,
     ) -> None:
         self.names, self.hosts, self.options = names, hosts, options
-        self.run_function, self.serialize = run_function, serialize
+        self.run_function, self.serialize, self.pass_on = run_function, serialize, pass_on
         super().__init__(HashStore(), names[0], 0, 1, rpc.TensorPipeRpcBackendOptions(), {}, [])
 
     def expect_answer(self, expected: bool) -> None:
@@ -182,11 +191,17 @@ def make_extension(directory: Path) -> ModuleType:
         "AgentOptions": AgentOptions,
         "Neighbours": Neighbours,
         "MPIAgent": Agent,
+        "SecondInterrupt": SecondInterrupt,
+        "future_wait": vars(torch._C.Future)["wait"],
+        "rref_local_value": vars(_distributed_rpc.PyRRef)["local_value"],
+        "rref_to_here": vars(_distributed_rpc.PyRRef)["to_here"],
         "forget_autograd_worker_id": lambda worker_id: None,
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
         "PlainPickler": real.PlainPickler,
         "RESENDABLE": real.RESENDABLE,
+        "why_not_sent": real.why_not_sent,
+        "bytes_of_storage": real.bytes_of_storage,
         "__torch_version__": torch.__version__,
     }
     for name, value in members.items():

@@ -1,0 +1,19 @@
+// What an exception says, for the texts of our own errors.
+#pragma once
+
+#include <exception>
+#include <optional>
+#include <string>
+
+namespace torch_rpc_mpi {
+
+// Its what(), or where that is empty, the name of its type. Never empty: a text that ends in ": " explains nothing.
+std::string errorText(const std::exception& error);
+std::string errorText(const std::exception_ptr& error);
+
+// Is asked first: for exceptions that have a text, but not in what(), as torch's python_error. Set once, before any
+// other thread runs.
+using ErrorTextSource = std::optional<std::string> (*)(const std::exception& error);
+void setErrorTextSource(ErrorTextSource source);
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,27 @@
+// torch's thread-local state as a thread begins with it.
+//
+// What an at::ThreadLocalState holds is private. Its parts are known of torch 2.6 to 2.14; each is asked after by the
+// function that torch has for it, and one that a version lacks is not asked after. With a version that is not known
+// here nothing is taken to be as in a new thread, which is right but slower: every state is kept and set as a whole.
+#pragma once
+
+#include <ATen/ThreadLocalState.h>
+
+namespace torch_rpc_mpi {
+
+// Whether this thread's state, but for its Python objects, is that of a new thread.
+bool asInNewThread();
+
+// As above for all that changes what an operator does. What is only looked at where something else is on as well (the
+// type that autocast casts to) is left out, for half of the cost.
+bool modesAsInNewThread();
+
+// Of these, whether there is no profiler.
+bool recordsAsInNewThread();
+
+// Whether Python code has stashed no objects in this thread's state.
+bool holdsNoPythonObjects();
+
+const at::ThreadLocalState& stateOfNewThread();
+
+} // namespace torch_rpc_mpi
