@@ -23,14 +23,24 @@ namespace {
 
 constexpr bool kKnown = TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 6 && TORCH_VERSION_MINOR <= 14;
 
-using AutocastTypes =
-    std::array<at::ScalarType, std::tuple_size_v<decltype(at::autocast::_AUTOCAST_SUPPORTED_DEVICES)>>;
+#if TORCH_VERSION_MINOR >= 11
+constexpr auto& kAutocastDevices = at::autocast::_AUTOCAST_SUPPORTED_DEVICES;
+#else
+// torch 2.6 does not say which devices have a type: all can be asked.
+const auto kAutocastDevices = [] {
+  std::array<at::DeviceType, at::COMPILE_TIME_MAX_DEVICE_TYPES> devices{};
+  for (size_t i = 0; i < devices.size(); ++i) {
+    devices[i] = static_cast<at::DeviceType>(i);
+  }
+  return devices;
+}();
+#endif
+
+using AutocastTypes = std::array<at::ScalarType, std::tuple_size_v<std::decay_t<decltype(kAutocastDevices)>>>;
 
 AutocastTypes autocastTypes() {
   AutocastTypes types;
-  std::transform(
-      at::autocast::_AUTOCAST_SUPPORTED_DEVICES.begin(), at::autocast::_AUTOCAST_SUPPORTED_DEVICES.end(), types.begin(),
-      at::autocast::get_autocast_dtype);
+  std::transform(kAutocastDevices.begin(), kAutocastDevices.end(), types.begin(), at::autocast::get_autocast_dtype);
   return types;
 }
 

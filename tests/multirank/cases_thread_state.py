@@ -48,8 +48,17 @@ def state() -> dict[str, Any]:
 
 def hooked() -> bool | str:
     """Whether what is saved for a backward goes through a hook; the reason if hooks are forbidden."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() or top is not None
+    reason = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    if reason or hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return reason or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    # torch 2.6 cannot be asked, but what has hooks refuses others.
+    with torch.inference_mode(False), torch.enable_grad():
+        y = torch.ones(1, requires_grad=True).exp()
+    try:
+        y.grad_fn._raw_saved_result.register_hooks(unchanged, unchanged)
+    except RuntimeError:
+        return True
+    return False
 
 
 class PassingOn(TorchFunctionMode):
