@@ -57,7 +57,11 @@ MpiAgent::MpiAgent(
 
 MpiAgent::~MpiAgent() {
   if (!inForkedChild() && rpcAgentRunning_.load()) {
-    shutdown();
+    try {
+      shutdown();
+    } catch (const std::exception& error) { // of a signal's handler
+      LOG(WARNING) << "RPC on " << describe(rank_) << " has ended, and meanwhile: " << error.what();
+    }
   }
 }
 

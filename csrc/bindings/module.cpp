@@ -140,7 +140,7 @@ std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
   return std::make_unique<SecondInterrupt>(
       whereabouts +
           " ended by a second Ctrl-C, because the first cannot interrupt its main thread, which waits in C++ code that "
-          "lets no signal through (TorchScript that calls RPC, or distributed autograd)",
+          "lets no signal through (TorchScript or distributed autograd, for instance)",
       [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
         const auto current = weak.lock();
         return busy < kIdle && current != nullptr && current->awaitsAnswers();

@@ -43,6 +43,38 @@ class EchoCallback final : public rpc::RequestCallback {
   }
 };
 
+// Signals of the thread that makes one, as Python's: each time they are asked for, the next of the given handlers runs.
+class Signals {
+ public:
+  explicit Signals(std::vector<std::function<void()>> handlers) : handlers_(std::move(handlers)) {
+    current = this;
+  }
+  ~Signals() {
+    current = nullptr;
+  }
+  static SignalService service() {
+    return {[] { return current != nullptr; }, [] { current->serve(); }};
+  }
+  size_t served() const {
+    return served_;
+  }
+
+ private:
+  void serve() {
+    if (served_ < handlers_.size()) {
+      handlers_[served_++]();
+    }
+  }
+  static thread_local Signals* current;
+  std::vector<std::function<void()>> handlers_;
+  size_t served_ = 0;
+};
+thread_local Signals* Signals::current = nullptr;
+
+void interrupt() {
+  throw std::runtime_error("interrupted");
+}
+
 struct Group {
   explicit Group(int size, AgentOptions options = {}, const std::function<void(FakeNetwork&)>& prepare = nullptr)
       : network(std::make_shared<FakeNetwork>(size)) {
@@ -274,4 +306,43 @@ TEST(agent_fails_calls_to_a_process_that_has_ended) {
   CHECK_THROWS(answer(group.call(0, 1, "hello")), "its process has ended without leaving");
   CHECK_EQUAL(textOf(answer(group.call(0, 2, "hello"))), "hello");
   CHECK_EQUAL(textOf(answer(group.call(2, 0, "hello"))), "hello");
+}
+
+TEST(agent_serves_signals_while_it_waits_to_join) {
+  AgentOptions options;
+  options.signals = Signals::service();
+  Group group(2, options);
+  std::thread other;
+  {
+    Signals signals({[] {}, interrupt, [] {}, [&] { other = std::thread([&] { group.agents[1]->join(true, 30); }); }});
+    CHECK_THROWS(group.agents[0]->join(true, 30), "interrupted");
+    CHECK_EQUAL(signals.served(), size_t{2});
+    group.agents[0]->join(true, 30); // once more
+    CHECK_EQUAL(signals.served(), size_t{4});
+  }
+  other.join();
+}
+
+TEST(agent_serves_signals_while_send_waits_for_the_answer) {
+  AgentOptions options;
+  options.signals = Signals::service();
+  Group group(2, options);
+  const auto callAndWait = [&](const std::string& text) {
+    const MpiAgent::AnswerInSend answered(*group.agents[0]);
+    return group.call(0, 1, text);
+  };
+  CHECK_EQUAL(textOf(callAndWait("at once")->value().toCustomClass<rpc::Message>()), "at once");
+  {
+    Signals signals({[&] { CHECK_EQUAL(textOf(answer(group.call(0, 1, "meanwhile"))), "meanwhile"); }, interrupt});
+    CHECK_THROWS(callAndWait("hold"), "interrupted");
+    CHECK_EQUAL(signals.served(), size_t{2});
+  }
+  CHECK_EQUAL(textOf(callAndWait("again")->value().toCustomClass<rpc::Message>()), "again");
+  CHECK_THAT(!group.call(0, 1, "hold")->completed()); // nobody waits for it in send()
+  for (const JitFuturePtr& held : group.callbacks[1]->held) {
+    held->markCompleted(
+        at::IValue(
+            c10::make_intrusive<rpc::Message>(
+                std::vector<char>{}, std::vector<at::Tensor>{}, rpc::MessageType::SCRIPT_RET)));
+  }
 }

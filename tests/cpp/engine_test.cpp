@@ -261,6 +261,45 @@ TEST(engine_leads_again_when_a_guest_gives_up) {
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
+TEST(engine_a_guest_leaves_however_much_there_is_to_do) {
+  Running running(2);
+  const int awaited = 0;
+  std::atomic<bool> over{false};
+  std::thread busy([&] { // a peer that always sends
+    while (!over) {
+      running.driver.put(Task::Kind::kCompletion, [] {});
+    }
+  });
+  running.engine->driveFor(&awaited, [] { return false; });
+  over = true;
+  busy.join();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_runs_tasks_with_the_attributes_of_the_thread_that_started_it) {
+  std::atomic<int> others{0};
+  std::atomic<int> blocked{0};
+  Running running(4);
+  for (int i = 0; i < 3; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(3)); // in which its threads probably wait
+    std::latch done(4);
+    for (int task = 0; task < 4; ++task) {
+      running.request([&] {
+        others += sched_getscheduler(0) != SCHED_OTHER;
+        std::thread([&] { others += sched_getscheduler(0) != SCHED_OTHER; }).join();
+        sigset_t signals;
+        pthread_sigmask(SIG_SETMASK, nullptr, &signals);
+        blocked += sigismember(&signals, SIGUSR2);
+        done.arrive_and_wait(); // so each has a thread of its own
+      });
+    }
+    done.wait();
+  }
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+  CHECK_EQUAL(others, 0);
+  CHECK_EQUAL(blocked, 0);
+}
+
 TEST(engine_wakes_from_sleep) {
   Running running(2);
   for (int i = 0; i < 5; ++i) {
