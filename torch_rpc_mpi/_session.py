@@ -98,15 +98,12 @@ def _replace(ours: list[tuple[Any, str, Any]]) -> list[tuple[Any, str, Any, Any]
 
 def _interruptible_waits() -> list[tuple[Any, str, Any]]:
     """What waits as torch's does, but lets Python run the handlers of signals meanwhile (where, name, value)."""
+    delete_rrefs = "_delete_all_user_and_unforked_owner_rrefs"
     return [
         (torch._C.Future, "wait", _C.future_wait),
         (PyRRef, "to_here", _C.rref_to_here),
         (PyRRef, "local_value", _C.rref_local_value),
-        (
-            api,
-            "_delete_all_user_and_unforked_owner_rrefs",
-            functools.partial(_waiting.interruptibly, api._delete_all_user_and_unforked_owner_rrefs),
-        ),
+        (api, delete_rrefs, functools.partial(_waiting.interruptibly, vars(api)[delete_rrefs])),
     ]
 
 
