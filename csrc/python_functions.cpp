@@ -14,6 +14,7 @@
 #include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "agent/engine_work.h"
 #include "base/error_text.h"
 #include "bindings/user_code.h"
 #include "builtin_operator.h"
@@ -40,7 +41,8 @@ using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 // GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
   rpc::MessageType type = response.type();
-  const NewThreadState state(/*alsoRecorded=*/true);
+  // Also where the answer was there before the call had returned to its thread, which reads it then.
+  const EngineWork work(/*alsoRecorded=*/true);
   // Also attaches the autograd function of the tensors received, and unpacks profiling.
   const auto command = rpc::deserializeResponse(response, type);
   switch (type) {

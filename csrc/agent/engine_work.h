@@ -12,7 +12,8 @@ namespace torch_rpc_mpi {
 // bindings/user_code.h), not as a part of what the thread ran before.
 class EngineWork {
  public:
-  EngineWork() = default;
+  // alsoRecorded: see NewThreadState.
+  explicit EngineWork(bool alsoRecorded = false) : state_(alsoRecorded) {}
   ~EngineWork() {
     underWay() = before_;
   }

@@ -171,7 +171,9 @@ void MpiAgent::flush(std::exception_ptr& interrupted) {
         unfinished = false;
       }
     });
-    serveSignals(interrupted);
+    if (unfinished && options_.signals.here()) {
+      serveSignals(interrupted);
+    }
   }
 }
 
