@@ -194,7 +194,7 @@ def is_plain_result(pickled: bytes, tensors: Sequence[Tensor]) -> bool: ...
 __torch_version__: str
 
 def future_then(self: Future[Any], callback: Callable[[Future[Any]], Any]) -> Future[Any]:
-    """``torch._C.Future.then`` while a session lasts: a callback that the engine runs begins in a clean thread state."""
+    """``torch._C.Future.then`` during a session: a callback that the engine runs begins in a clean thread state."""
 
 def future_add_done_callback(self: Future[Any], callback: Callable[[Future[Any]], Any]) -> None:
     """As :func:`future_then`, of ``torch._C.Future.add_done_callback``."""
