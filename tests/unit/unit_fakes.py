@@ -192,6 +192,8 @@ def make_extension(directory: Path) -> ModuleType:
         "Neighbours": Neighbours,
         "MPIAgent": Agent,
         "SecondInterrupt": SecondInterrupt,
+        "future_add_done_callback": vars(torch._C.Future)["add_done_callback"],
+        "future_then": vars(torch._C.Future)["then"],
         "future_wait": vars(torch._C.Future)["wait"],
         "rref_local_value": vars(_distributed_rpc.PyRRef)["local_value"],
         "rref_to_here": vars(_distributed_rpc.PyRRef)["to_here"],
