@@ -74,8 +74,10 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -
         whereabouts: who and where this worker is, for the text of errors.
     """
     global _current
-    replaced = _hook_into_api(agent, pickler) + _hook_into_futures()
-    _current = _Session(agent, os.getpid(), replaced, _C.SecondInterrupt(agent, whereabouts))
+    # First: should the handler of a signal raise in what follows, agent.shutdown() puts back what was replaced by then.
+    _current = _Session(agent, os.getpid(), [], _C.SecondInterrupt(agent, whereabouts))
+    _hook_into_api(_current.replaced, agent, pickler)
+    _hook_into_futures(_current.replaced)
     # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
     # that left an earlier session ungracefully has counted one less, and all would wait for each other.
     with api._all_gather_dict_lock:
@@ -96,7 +98,7 @@ def end(agent: Agent) -> None:
             setattr(owner, name, torchs)
 
 
-def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> list[_Replaced]:
+def _hook_into_api(replaced: list[_Replaced], agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
     """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and a pickler of ours.
 
     All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
@@ -116,10 +118,10 @@ def _hook_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> list[_R
             "_default_pickler": pickler,
             "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
         }
-    return _replace(api, ours)
+    _replace(replaced, api, ours)
 
 
-def _hook_into_futures() -> list[_Replaced]:
+def _hook_into_futures(replaced: list[_Replaced]) -> None:
     """Two changes of what futures and RRefs do, and what torch waits with.
 
     Their waits let Python run the handlers of signals meanwhile. Each callback of a future begins and ends in a clean
@@ -133,15 +135,16 @@ def _hook_into_futures() -> list[_Replaced]:
     rref = {"local_value": _C.rref_local_value, "to_here": _C.rref_to_here}
     delete = "_delete_all_user_and_unforked_owner_rrefs"
     waits = {delete: functools.partial(_waiting.interruptibly, getattr(api, delete))}
-    return _replace(Future, future) + _replace(PyRRef, rref) + _replace(api, waits)
+    _replace(replaced, Future, future)
+    _replace(replaced, PyRRef, rref)
+    _replace(replaced, api, waits)
 
 
-def _replace(owner: Any, names: Mapping[str, Any]) -> list[_Replaced]:
-    """Sets names of a module or class, and returns what was there too."""
-    replaced = [_Replaced(owner, name, ours, vars(owner)[name]) for name, ours in names.items()]
+def _replace(replaced: list[_Replaced], owner: Any, names: Mapping[str, Any]) -> None:
+    """Sets names of a module or class, and notes what was there."""
     for name, ours in names.items():
+        replaced.append(_Replaced(owner, name, ours, vars(owner)[name]))
         setattr(owner, name, ours)
-    return replaced
 
 
 class _Answer:

@@ -245,8 +245,8 @@ def init_backend(
     if all(_on_all_ranks(communicator, options.init_timeout, make_agent)):
         neighbours.ring_each_other()
     agent = agents.pop()
-    _session.begin(agent, pickler, whereabouts)
     try:
+        _session.begin(agent, pickler, whereabouts)
         api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
     except BaseException:
         agent.shutdown()

@@ -115,7 +115,6 @@ void MpiAgent::shutdownImpl() {
   if (inForkedChild() || !started_.exchange(false)) {
     return;
   }
-  const EngineWork work;
   const bool agreed = agreed_;
   std::exception_ptr interrupted;
   const bool stopped = stopEngine(interrupted);
@@ -123,11 +122,14 @@ void MpiAgent::shutdownImpl() {
     sayGoodbye();
   }
   flush(interrupted);
-  engine_->withToken([&](ProgressToken& token) {
-    exchange_.close(token, agreed);
-    arrivals_.clear();
-  });
-  failAllCalls(shutDownText());
+  {
+    const EngineWork work;
+    engine_->withToken([&](ProgressToken& token) {
+      exchange_.close(token, agreed);
+      arrivals_.clear();
+    });
+    failAllCalls(shutDownText());
+  }
   ReceivePool::instance().trim(Clock::time_point::max());
   if (!stopped) {
     LOG(WARNING) << "RPC on " << describe(rank_) << " was shut down while " << engine_->counts().busy
@@ -144,14 +146,18 @@ void MpiAgent::shutdownImpl() {
 }
 
 bool MpiAgent::stopEngine(std::exception_ptr& interrupted) {
+  const auto stop = [&](std::chrono::milliseconds limit) {
+    const EngineWork work; // the calls of tasks that are dropped fail here
+    return engine_->stop(limit);
+  };
   if (!options_.signals.here()) {
-    return engine_->stop(kRunningTasksLimit);
+    return stop(kRunningTasksLimit);
   }
   const auto limit = Clock::now() + kRunningTasksLimit;
-  bool stopped = engine_->stop(kSignalInterval);
+  bool stopped = stop(kSignalInterval);
   while (!stopped && interrupted == nullptr && Clock::now() < limit) {
     serveSignals(interrupted);
-    stopped = engine_->stop(kSignalInterval);
+    stopped = stop(kSignalInterval);
   }
   return stopped;
 }

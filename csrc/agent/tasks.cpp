@@ -43,8 +43,12 @@ void MpiAgent::LocalRequestTask::run() noexcept {
       return;
     }
     if (auto call = agent->calls_.take(id)) {
-      if (response->type() != rpc::MessageType::EXCEPTION) {
-        response = copyMessage(*response);
+      try {
+        if (response->type() != rpc::MessageType::EXCEPTION) {
+          response = copyMessage(*response);
+        }
+      } catch (const std::exception& error) {
+        response = agent->errorResponse(std::string("The response could not be sent: ") + errorText(error), id);
       }
       ResponseTask::complete(*call, response);
     }

@@ -7,7 +7,6 @@
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "bindings/signals.h"
-#include "torch_compat/thread_state.h"
 
 namespace py = pybind11;
 
@@ -55,7 +54,6 @@ py::object toHere(const rpc::PyRRef& rref, float timeout) {
     return rref.toHere(timeout);
   }
   const MpiAgent::AnswerInSend fetched(*agent);
-  const NewThreadState state(/*alsoRecorded=*/true); // torch reads the answer in this thread
   return rref.toHere(timeout);
 }
 

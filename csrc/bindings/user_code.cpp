@@ -3,6 +3,7 @@
 #include <atomic>
 #include <utility>
 
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/distributed/autograd/context/container.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -52,6 +53,7 @@ UserCode::Held UserCode::exchange(Held held) {
 #endif
   std::swap(thread->async_gen_firstiter, held.firstIteration);
   std::swap(thread->async_gen_finalizer, held.finalizer);
+  std::swap(thread->coroutine_origin_tracking_depth, held.trackingDepth);
   return held;
 }
 
@@ -70,6 +72,7 @@ void UserCode::drop(Held& held) {
 UserCode::Outside::Outside()
     : traced(PyThreadState_Get()->c_tracefunc != nullptr),
       profiled(PyThreadState_Get()->c_profilefunc != nullptr),
+      autocastCaches(at::autocast::is_autocast_cache_enabled()),
       autogradContext(DistAutogradContainer::currentContextId()) {
   held.id = newThreadId();
   held = exchange(held);
@@ -86,6 +89,7 @@ UserCode::Outside::~Outside() {
   if (!profiled && PyThreadState_Get()->c_profilefunc != nullptr) {
     PyEval_SetProfile(nullptr, nullptr);
   }
+  at::autocast::set_autocast_cache_enabled(autocastCaches); // no part of an at::ThreadLocalState
   DistAutogradContainer::forceCurrentContextId(autogradContext);
   Held inside = exchange(Held{newThreadId()});
   drop(inside);

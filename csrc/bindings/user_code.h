@@ -46,6 +46,7 @@ class UserCode {
 #endif
     PyObject* firstIteration = nullptr; // sys.set_asyncgen_hooks()
     PyObject* finalizer = nullptr;
+    decltype(PyThreadState::coroutine_origin_tracking_depth) trackingDepth = 0; // of the origins of coroutines
   };
   struct Outside {
     Outside();
@@ -56,6 +57,7 @@ class UserCode {
     Held held;
     bool traced;
     bool profiled;
+    bool autocastCaches;
     int64_t autogradContext;
     KeptThreadState torch;
     KeptFloatControl floats;

@@ -8,6 +8,18 @@ namespace torch_rpc_mpi {
 
 namespace {
 
+// Whether what operators do with it is decided in Python or by functorch, as for subclasses with __torch_dispatch__.
+bool isWrapper(const at::Tensor& tensor) {
+  return tensor.key_set().has_any(
+      c10::DispatchKeySet(
+          {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+           c10::DispatchKey::Functionalize}));
+}
+
+constexpr const char* kNoMemory =
+    "it has no memory of its own, as wrappers of other tensors and fake tensors have none. Send an ordinary tensor, or "
+    "the ones that it is made of";
+
 // A wrapper of other tensors (subclasses with __torch_dispatch__, FakeTensor, functorch's) has no storage, or one
 // without memory, or one that throws when asked for it. A zero tensor has none either, but is materialised.
 bool hasMemory(const at::Tensor& tensor) {
@@ -15,7 +27,8 @@ bool hasMemory(const at::Tensor& tensor) {
     if (!tensor.has_storage()) {
       return false;
     }
-    return tensor.storage().data() != nullptr || tensor.numel() == 0 || tensor._is_zerotensor();
+    // An empty tensor needs none, but an empty wrapper is no ordinary tensor either.
+    return tensor.storage().data() != nullptr || (tensor.numel() == 0 && !isWrapper(tensor)) || tensor._is_zerotensor();
   } catch (const std::exception&) {
     return false;
   }
@@ -75,11 +88,13 @@ std::optional<std::string> whyNotSent(const at::Tensor& tensor, Place place) {
       if (hasMemory(tensor)) {
         return std::nullopt;
       }
-      return "it has no memory of its own, as wrappers of other tensors and fake tensors have none. Send an ordinary "
-             "tensor, or the ones that it is made of";
+      return kNoMemory;
     case at::kSparse:
-      return std::nullopt;
+      return isWrapper(tensor) ? std::optional<std::string>(kNoMemory) : std::nullopt;
     case at::kSparseCsr:
+      if (isWrapper(tensor)) {
+        return kNoMemory;
+      }
       if (place == Place::kRequest) {
         return std::nullopt;
       }

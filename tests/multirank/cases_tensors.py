@@ -430,7 +430,8 @@ def script_first(xs: list[Tensor], named: dict[str, tuple[int, Tensor]]) -> Tens
 def tensors_without_memory(world: World) -> None:
     """Subclasses without a storage, fake tensors and their kind are errors that name them, wherever they are met."""
     x, bad = torch.ones(3), NoMemory(torch.ones(3))
-    fake = FakeTensorMode().from_tensor(torch.ones(3))
+    originals = (torch.ones(3), torch.ones(0), torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr())
+    fakes = [FakeTensorMode().from_tensor(original) for original in originals]
     freed = torch.ones(3)
     freed.untyped_storage().resize_(0)
     kind = r"\(of type cases_tensors.NoMemory\) cannot be sent to another worker: it has no memory"
@@ -445,8 +446,9 @@ def tensors_without_memory(world: World) -> None:
             ):
                 with pytest.raises(TypeError, match=f"^{path} {kind}"):
                     api(to, function, **arguments)
-            with pytest.raises(TypeError, match=r"^args\[0\] \(of type torch._subclasses.fake_tensor.FakeTensor\)"):
-                api(to, torch.neg, args=(fake,))
+            for shape in fakes:
+                with pytest.raises(TypeError, match=r"^args\[0\] \(of type torch._subclasses.fake_tensor.FakeTensor\)"):
+                    api(to, torch.neg, args=(shape,))
             for function in (torch.neg, echo):
                 with pytest.raises(TypeError, match=r"^args\[0\] \(of type torch.Tensor\).*no memory"):
                     api(to, function, args=(freed,))
@@ -457,6 +459,8 @@ def tensors_without_memory(world: World) -> None:
             rpc.rpc_sync(to, results_without_memory, args=("fake",))
         with pytest.raises(TypeError, match=r"result\[1\] .*no memory"):
             rpc.rpc_sync(to, results_without_memory, args=("freed",))
+        with pytest.raises(RuntimeError, match='on device "meta"'):
+            rpc.rpc_sync(to, torch.empty, args=([2],), kwargs={"device": "meta"})
         equal(rpc.rpc_sync(to, torch.neg, args=(x,)), -x)
 
 

@@ -292,6 +292,8 @@ def settings() -> dict[str, Any]:
         "tracing": sys.gettrace(),
         "profiling": sys.getprofile(),
         "generator hooks": sys.get_asyncgen_hooks()[0],
+        "coroutines": sys.get_coroutine_origin_tracking_depth(),
+        "autocast cache": torch.is_autocast_cache_enabled(),
         "denormals": sys.float_info.min / len("four") > 0,
         "device": str(torch.get_default_device()),
         **state(),
@@ -305,6 +307,8 @@ def spoil(*_: Any) -> None:
     numpy.seterr(divide="raise")
     asyncio._set_running_loop(asyncio.new_event_loop())
     sys.set_asyncgen_hooks(firstiter=lambda _: None)
+    sys.set_coroutine_origin_tracking_depth(5)
+    torch.set_autocast_cache_enabled(False)
     torch.set_flush_denormal(True)
     torch.set_default_device("meta")
     torch.set_grad_enabled(False)
