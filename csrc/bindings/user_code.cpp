@@ -9,6 +9,7 @@
 
 #include "agent/engine_work.h"
 #include "bindings/interpreter.h"
+#include "engine/thread_attributes.h"
 
 namespace py = pybind11;
 
@@ -74,6 +75,7 @@ UserCode::Outside::Outside()
       profiled(PyThreadState_Get()->c_profilefunc != nullptr),
       autocastCaches(at::autocast::is_autocast_cache_enabled()),
       autogradContext(DistAutogradContainer::currentContextId()) {
+  ThreadAttributes::runs(); // it may start processes
   held.id = newThreadId();
   held = exchange(held);
 }

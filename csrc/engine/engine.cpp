@@ -73,7 +73,9 @@ void Engine::threadMain() {
   while (TaskPtr task = nextTask(lock)) {
     currentTask = {task->kind(), false};
     lock.unlock();
-    ThreadAttributes::runs();
+    if (currentTask.kind == Task::Kind::kRequest) { // a completion is short, and says so itself if a user's code is in it
+      ThreadAttributes::runs();
+    }
     task->run();
     task.reset();
     lock.lock();
