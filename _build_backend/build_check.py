@@ -62,22 +62,24 @@ def check_extension(extension: Path, torch: Path, directories: Iterable[str], co
             f"library), and torch brings the shared libstdc++.so.6. {remedy}, or another one that has libstdc++.so, "
             "and without -static-libstdc++ and -stdlib=libc++."
         )
-    child = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, extension, *directories],
-        cwd=extension.parent,  # not the sources, which are a package of the same name
-        # Without what pip puts there to hide the environment's packages, and without an installed version of ours.
-        env={**os.environ, "PYTHONPATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=_LIMIT,
-    )
-    output = child.stdout.strip()
-    if child.returncode == 0:
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, extension, *directories],
+            cwd=extension.parent,  # not the sources, which are a package of the same name
+            # Without what pip puts there to hide the environment's packages, and without an installed version of ours.
+            env={**os.environ, "PYTHONPATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_LIMIT,
+        )
+        status, printed = child.returncode, child.stdout
+    except subprocess.TimeoutExpired as expired:
+        status, printed = None, expired.stdout or b""
+    output = printed.decode(errors="replace").strip()
+    if status == 0:
         return
-    how = f"status {child.returncode}" if child.returncode > 0 else signal.Signals(-child.returncode).name
+    how = _ended(status)
     if "torch is imported" not in output:
         raise SystemExit(
             f"The torch in {torch}, for which the extension was built, cannot be imported ({how}):\n{output}\n"
@@ -87,6 +89,17 @@ def check_extension(extension: Path, torch: Path, directories: Iterable[str], co
         f"The extension {extension} does not work in the torch in {torch} ({how}):\n{output}\n{remedy}, or install a "
         "torch of that compiler's C++ library."
     )
+
+
+def _ended(status: int | None) -> str:
+    if status is None:
+        return f"ended after {_LIMIT} s"
+    if status > 0:
+        return f"status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-status}"
 
 
 def compiler_of(build_directory: Path) -> str:

@@ -1,5 +1,6 @@
 #include "call_arguments.h"
 
+#include <stdexcept>
 #include <string>
 
 #include <ATen/core/class_type.h>
@@ -37,7 +38,11 @@ bool anyPart(const c10::IValue& value, const Visit& visit) {
   }
   if (value.isGenericDict()) {
     for (const auto& entry : value.toGenericDict()) {
-      if (visit(entry.value(), [&] { return c10::str('[', entry.key(), ']'); })) {
+      const auto step = [&] {
+        const char* quote = entry.key().isString() ? "'" : "";
+        return c10::str('[', quote, entry.key(), quote, ']');
+      };
+      if (visit(entry.value(), step)) {
         return true;
       }
     }
@@ -52,11 +57,11 @@ bool anyPart(const c10::IValue& value, const Visit& visit) {
   return false;
 }
 
-bool canBeSent(const c10::IValue& value) {
+bool canBeSent(const c10::IValue& value, Place place) {
   if (value.isTensor()) {
-    return !whyNotSent(value.toTensor(), Place::kRequest);
+    return !whyNotSent(value.toTensor(), place);
   }
-  return !anyPart(value, [](const c10::IValue& part, const auto& /*step*/) { return !canBeSent(part); });
+  return !anyPart(value, [place](const c10::IValue& part, const auto& /*step*/) { return !canBeSent(part, place); });
 }
 
 std::string typeOf(const at::Tensor& tensor) {
@@ -64,29 +69,38 @@ std::string typeOf(const at::Tensor& tensor) {
   return py::str("{}.{}").format(type.attr("__module__"), type.attr("__qualname__"));
 }
 
-void explain(const c10::IValue& value, const std::string& path) {
+// Empty if all of it can be sent.
+std::string whyNotSent(const c10::IValue& value, Place place, const std::string& path) {
   if (value.isTensor()) {
-    if (const auto why = whyNotSent(value.toTensor(), Place::kRequest)) {
-      throw py::type_error(
-          c10::str(path, " (of type ", typeOf(value.toTensor()), ") cannot be sent to another worker: ", *why));
-    }
-    return;
+    const auto why = whyNotSent(value.toTensor(), place);
+    return why ? c10::str(path, " (of type ", typeOf(value.toTensor()), ") cannot be sent to another worker: ", *why)
+               : std::string();
   }
+  std::string text;
   anyPart(value, [&](const c10::IValue& part, const auto& step) {
-    explain(part, path + step());
-    return false;
+    text = whyNotSent(part, place, path + step());
+    return !text.empty();
   });
+  return text;
 }
 
 } // namespace
 
 void checkArguments(const c10::FunctionSchema& schema, const torch::jit::Stack& stack, size_t positional) {
   for (size_t i = 0; i < stack.size(); ++i) {
-    if (!canBeSent(stack[i])) {
+    if (!canBeSent(stack[i], Place::kRequest)) {
       const bool named = i >= positional;
-      explain(
-          stack[i], named ? c10::str("kwargs['", schema.arguments().at(i).name(), "']") : c10::str("args[", i, ']'));
+      throw py::type_error(whyNotSent(
+          stack[i], Place::kRequest,
+          named ? c10::str("kwargs['", schema.arguments().at(i).name(), "']") : c10::str("args[", i, ']')));
     }
+  }
+}
+
+void checkResult(const c10::IValue& result) {
+  if (!canBeSent(result, Place::kResult)) {
+    const py::gil_scoped_acquire gil;
+    throw std::runtime_error(whyNotSent(result, Place::kResult, "result"));
   }
 }
 

@@ -2,7 +2,6 @@
 #include "agent/engine_work.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
-#include "torch_compat/new_thread.h"
 
 #include <thread>
 
@@ -11,22 +10,6 @@
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
-
-namespace {
-
-// A function of TorchScript can set modes of its thread, too. (What one of Python sets ends with it: see UserCode.)
-struct NoModesLeft {
-  NoModesLeft() = default;
-  ~NoModesLeft() {
-    if (!modesAsInNewThread()) { // also of a profiler there is nothing left: torch has ended what it began
-      ThreadState::setNew();
-    }
-  }
-  NoModesLeft(const NoModesLeft&) = delete;
-  NoModesLeft& operator=(const NoModesLeft&) = delete;
-};
-
-} // namespace
 
 RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
   const std::string text = c10::str("On ", getWorkerInfo(), " (rank ", rank_, " on host ", hosts_[rank_], "):\n", what);
@@ -64,7 +47,6 @@ void MpiAgent::serve(InboundMessage inbound) {
 
 JitFuturePtr MpiAgent::process(rpc::Message& request) {
   if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
-    const NoModesLeft end;
     return (*cb_)(request, {});
   }
   // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's

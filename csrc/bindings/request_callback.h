@@ -14,7 +14,9 @@ class MpiAgent;
 // As torch's, a Python function is unpickled, run, and its result pickled. Three things differ: from the call to the
 // pickled result the GIL is held once, not taken again for each step; results are pickled as the session says; and a
 // function that is still running when the interpreter ends stops where it is (see Note [Functions that outlive
-// Python]). Of calls of builtin operators only the reading differs (see Note [Schemas in messages]).
+// Python]). Calls of builtin operators and of TorchScript functions are read in our way (see Note [Schemas in
+// messages]), and what in their results cannot be sent is named. Whatever a request leaves behind in its thread ends
+// with it.
 //
 // Any number of threads may use it: python_ never changes, agent_ is set before the first request.
 class PythonRequestCallback final : public torch::distributed::rpc::RequestCallbackImpl {
@@ -43,6 +45,15 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
   std::unique_ptr<torch::distributed::rpc::RpcCommandBase> deserializePythonRpcCommand(
       std::unique_ptr<torch::distributed::rpc::RpcCommandBase> command,
       const torch::distributed::rpc::MessageType& type) const override;
+
+  JitFuturePtr processScriptCall(
+      torch::distributed::rpc::RpcCommandBase& command,
+      const std::vector<c10::Stream>& streams) const override;
+
+  JitFuturePtr processRpcWithErrors(
+      torch::distributed::rpc::RpcCommandBase& command,
+      const torch::distributed::rpc::MessageType& type,
+      const std::vector<c10::Stream>& streams) const override;
 
   JitFuturePtr processPythonCall(
       torch::distributed::rpc::RpcCommandBase& command,

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <utility>
 
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/distributed/autograd/context/container.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -73,9 +72,10 @@ void UserCode::drop(Held& held) {
 UserCode::Outside::Outside()
     : traced(PyThreadState_Get()->c_tracefunc != nullptr),
       profiled(PyThreadState_Get()->c_profilefunc != nullptr),
-      autocastCaches(at::autocast::is_autocast_cache_enabled()),
       autogradContext(DistAutogradContainer::currentContextId()) {
   ThreadAttributes::runs(); // it may start processes
+  PyErr_GetExcInfo(&handledType, &handled, &handledTraceback);
+  PyErr_SetExcInfo(nullptr, nullptr, nullptr);
   held.id = newThreadId();
   held = exchange(held);
 }
@@ -84,6 +84,12 @@ UserCode::Outside::~Outside() {
   if (!interpreterRuns()) { // there is no Python left to put anything back into
     return;
   }
+  DistAutogradContainer::forceCurrentContextId(autogradContext);
+  end(held, traced, profiled);
+  PyErr_SetExcInfo(handledType, handled, handledTraceback);
+}
+
+void UserCode::end(Held next, bool traced, bool profiled) {
   const py::error_scope raised; // an exception may be on its way, and the values may have destructors
   if (!traced && PyThreadState_Get()->c_tracefunc != nullptr) {
     PyEval_SetTrace(nullptr, nullptr);
@@ -91,12 +97,52 @@ UserCode::Outside::~Outside() {
   if (!profiled && PyThreadState_Get()->c_profilefunc != nullptr) {
     PyEval_SetProfile(nullptr, nullptr);
   }
-  at::autocast::set_autocast_cache_enabled(autocastCaches); // no part of an at::ThreadLocalState
-  DistAutogradContainer::forceCurrentContextId(autogradContext);
   Held inside = exchange(Held{newThreadId()});
   drop(inside);
-  inside = exchange(held); // what the destructors set
+  inside = exchange(next); // what the destructors set
   drop(inside);
+}
+
+MaybeUserCode::MaybeUserCode() : engineWork_(EngineWork::underWay()) {
+  if (!engineWork_) {
+    return;
+  }
+  if (somethingHeld() && interpreterRuns()) {
+    const py::gil_scoped_acquire gil;
+    code_.emplace();
+  } else {
+    torch_.emplace();
+    floats_.emplace();
+  }
+}
+
+MaybeUserCode::~MaybeUserCode() {
+  if (!engineWork_ || !interpreterRuns()) {
+    return;
+  }
+  if (code_.has_value()) {
+    const py::gil_scoped_acquire gil;
+    code_.reset();
+  } else if (somethingHeld()) {
+    const py::gil_scoped_acquire gil;
+    UserCode::end(UserCode::Held{newThreadId()}, /*traced=*/false, /*profiled=*/false);
+  }
+}
+
+// A thread's own state, which no other thread changes: to look at it takes no GIL.
+bool MaybeUserCode::somethingHeld() {
+  const PyThreadState* const thread = PyGILState_GetThisThreadState();
+  if (thread == nullptr) {
+    return false;
+  }
+#if PY_VERSION_HEX >= 0x030D0000
+  const bool locals = thread->threading_local_key != nullptr || thread->threading_local_sentinel != nullptr;
+#else
+  const bool locals = false;
+#endif
+  return locals || thread->dict != nullptr || thread->context != nullptr || thread->async_gen_firstiter != nullptr ||
+      thread->async_gen_finalizer != nullptr || thread->coroutine_origin_tracking_depth != 0 ||
+      thread->c_tracefunc != nullptr || thread->c_profilefunc != nullptr;
 }
 
 } // namespace torch_rpc_mpi

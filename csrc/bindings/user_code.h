@@ -55,18 +55,43 @@ class UserCode {
     Outside& operator=(const Outside&) = delete;
 
     Held held;
+    PyObject* handledType; // by an `except` in which this thread is: what sys.exc_info() gives
+    PyObject* handled;
+    PyObject* handledTraceback;
     bool traced;
     bool profiled;
-    bool autocastCaches;
     int64_t autogradContext;
     KeptThreadState torch;
     KeptFloatControl floats;
   };
 
+  friend class MaybeUserCode;
+
   static Held exchange(Held held);
   static void drop(Held& held);
+  // What Python code of this thread has set ends; from now on the thread holds `next`.
+  static void end(Held next, bool traced, bool profiled);
 
   std::optional<Outside> outside_; // if this thread worked for the engine
+};
+
+// The same for code that runs without the GIL and seldom comes to Python: a TorchScript function (torch.jit.ignore,
+// operators that Python registered), a backward pass, the end of an RRef's value. Made and destroyed without the GIL,
+// which it takes only where Python code has left something. UserCode within it is a UserCode of its own.
+class MaybeUserCode {
+ public:
+  MaybeUserCode();
+  ~MaybeUserCode();
+  MaybeUserCode(const MaybeUserCode&) = delete;
+  MaybeUserCode& operator=(const MaybeUserCode&) = delete;
+
+ private:
+  static bool somethingHeld();
+
+  const bool engineWork_;
+  std::optional<UserCode> code_; // if this thread holds something already; engine threads hold nothing between tasks
+  std::optional<KeptThreadState> torch_;
+  std::optional<KeptFloatControl> floats_;
 };
 
 } // namespace torch_rpc_mpi

@@ -73,7 +73,8 @@ void Engine::threadMain() {
   while (TaskPtr task = nextTask(lock)) {
     currentTask = {task->kind(), false};
     lock.unlock();
-    if (currentTask.kind == Task::Kind::kRequest) { // a completion is short, and says so itself if a user's code is in it
+    if (currentTask.kind ==
+        Task::Kind::kRequest) { // a completion is short, and says so itself if a user's code is in it
       ThreadAttributes::runs();
     }
     task->run();

@@ -1,6 +1,5 @@
 // What torch's future waits with. Its own wait() knows no time limit, and a callback in its place would be called after
-// those that were added before, which may take long. The members have these names and types in torch 2.6 to 2.14; with
-// others this does not compile.
+// those that were added before, which may take long. The members have these names and types in torch 2.6 to 2.14.
 #pragma once
 
 #include <condition_variable>
@@ -8,15 +7,9 @@
 
 #include <ATen/core/ivalue.h>
 
-namespace torch_rpc_mpi::torch_compat {
+#include "torch_compat/private_member.h"
 
-// Naming a private member is allowed in an explicit instantiation, which hands it on.
-template <typename Member, typename Member::type pointer>
-struct GrantMember {
-  friend typename Member::type memberOf(Member) {
-    return pointer;
-  }
-};
+namespace torch_rpc_mpi::torch_compat {
 
 struct FutureMutex {
   using type = std::mutex c10::ivalue::Future::*;

@@ -8,6 +8,8 @@
 #include <ATen/autocast_mode.h>
 #include <torch/version.h>
 
+#include "torch_compat/private_member.h"
+
 #if __has_include(<ATen/DTensorState.h>) // torch 2.10
 #include <ATen/DTensorState.h>
 #define TORCH_RPC_MPI_HAS_DTENSOR_STATE
@@ -124,21 +126,19 @@ bool autogradAsInNewThread() {
       hooks.stack.empty() && !hooks.disabled_error_message.has_value() && !hooks.is_tracing;
 }
 
-// The objects that Python code has stashed by name cannot be counted through what torch offers. A template that is
-// instantiated explicitly may name a private member.
-using Objects = at::impl::ThreadLocalPythonObjects;
-using NamedObjects = std::unordered_map<std::string, std::shared_ptr<c10::SafePyObject>>;
-
-template <NamedObjects Objects::* Member>
-struct Opened {
-  friend const NamedObjects& namedObjects(const Objects& objects) {
-    return objects.*Member;
-  }
-};
-const NamedObjects& namedObjects(const Objects& objects);
-template struct Opened<&Objects::obj_dict_>;
-
 } // namespace
+
+namespace torch_compat {
+
+// The objects that Python code has stashed by name cannot be counted through what torch offers.
+struct NamedObjects {
+  using type =
+      std::unordered_map<std::string, std::shared_ptr<c10::SafePyObject>> at::impl::ThreadLocalPythonObjects::*;
+  friend type memberOf(NamedObjects);
+};
+template struct GrantMember<NamedObjects, &at::impl::ThreadLocalPythonObjects::obj_dict_>;
+
+} // namespace torch_compat
 
 bool recordsAsInNewThread() {
   const auto& records = at::get_record_function_tls_();
@@ -147,16 +147,12 @@ bool recordsAsInNewThread() {
 }
 
 bool holdsNoPythonObjects() {
-  return namedObjects(Objects::get_state()).empty();
-}
-
-bool modesAsInNewThread() {
-  return kKnown && dispatchAsInNewThread() && torchFunctionAsInNewThread() && autogradAsInNewThread() &&
-      recordsAsInNewThread();
+  return (at::impl::ThreadLocalPythonObjects::get_state().*memberOf(torch_compat::NamedObjects())).empty();
 }
 
 bool asInNewThread() {
-  return modesAsInNewThread() && detailsAsInNewThread();
+  return kKnown && dispatchAsInNewThread() && torchFunctionAsInNewThread() && autogradAsInNewThread() &&
+      recordsAsInNewThread() && detailsAsInNewThread();
 }
 
 const at::ThreadLocalState& stateOfNewThread() {

@@ -12,10 +12,6 @@ namespace torch_rpc_mpi {
 // Whether this thread's state, but for its Python objects, is that of a new thread.
 bool asInNewThread();
 
-// As above for all that changes what an operator does. What is only looked at where something else is on as well (the
-// type that autocast casts to) is left out, for half of the cost.
-bool modesAsInNewThread();
-
 // Of these, whether there is no profiler.
 bool recordsAsInNewThread();
 

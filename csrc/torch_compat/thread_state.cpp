@@ -1,5 +1,7 @@
 #include "torch_compat/thread_state.h"
 
+#include <ATen/autocast_mode.h>
+
 #include "torch_compat/new_thread.h"
 
 namespace torch_rpc_mpi {
@@ -33,7 +35,9 @@ void ThreadState::setNew() {
   }
 }
 
-KeptThreadState::KeptThreadState() : wasKnown_(std::exchange(knownAsNew(), false)) {
+KeptThreadState::KeptThreadState()
+    : wasKnown_(std::exchange(knownAsNew(), false)),
+      autocastCaches_(at::autocast::is_autocast_cache_enabled()) {
   if (!wasKnown_ || !recordsAsInNewThread()) {
     state_.emplace();
   }
@@ -45,6 +49,7 @@ KeptThreadState::~KeptThreadState() {
   } else {
     ThreadState::setNew();
   }
+  at::autocast::set_autocast_cache_enabled(autocastCaches_);
   knownAsNew() = wasKnown_;
 }
 

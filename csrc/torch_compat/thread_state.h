@@ -60,6 +60,7 @@ class KeptThreadState {
 
  private:
   const bool wasKnown_;
+  const bool autocastCaches_;        // no part of an at::ThreadLocalState
   std::optional<ThreadState> state_; // if not known
 };
 

@@ -298,6 +298,35 @@ def sparse_csr_as_argument(world: World) -> None:
         equal(rpc.rpc_sync(world.next, parts, args=(x,)), parts(x))
 
 
+@torch.jit.script
+def with_compressed_part(x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    return {"parts": [x, x.to_sparse_csr()]}
+
+
+@torch.jit.script
+def in_blocks(x: torch.Tensor) -> torch.Tensor:
+    return x.to_sparse_bsr([2, 2])
+
+
+@case(sizes=(2,))
+def what_a_script_returns_and_cannot_be_sent_is_named(world: World) -> None:
+    calls = {
+        "rpc_sync": lambda function: rpc.rpc_sync(world.next, function, args=(torch.eye(4),)),
+        "to_here": lambda function: rpc.remote(world.next, function, args=(torch.eye(4),)).to_here(),
+    }
+    for how, call in calls.items():
+        for function, path, remedy in (
+            (with_compressed_part, "result['parts'][1] (of type torch.Tensor)", "x.crow_indices()"),
+            (in_blocks, "result (of type torch.Tensor)", "x.to_sparse()"),
+        ):
+            with pytest.raises(RuntimeError) as caught:
+                call(function)
+            text = str(caught.value)
+            for part in (path, remedy, world.next):
+                assert part in text, f"{how}: {text}"
+            assert "frame #" not in text, f"{how}: {text}"
+
+
 # Sizes and numbers
 
 
@@ -442,7 +471,7 @@ def tensors_without_memory(world: World) -> None:
                 (torch.add, {"args": (x,), "kwargs": {"other": bad}}, r"kwargs\['other'\]"),
                 (torch.cat, {"args": ([x, bad],)}, r"args\[0\]\[1\]"),
                 (script_echo, {"args": (bad,)}, r"args\[0\]"),
-                (script_first, {"args": ([x], {"a": (1, bad)})}, r"args\[1\]\[a\]\[1\]"),
+                (script_first, {"args": ([x], {"a": (1, bad)})}, r"args\[1\]\['a'\]\[1\]"),
             ):
                 with pytest.raises(TypeError, match=f"^{path} {kind}"):
                     api(to, function, **arguments)

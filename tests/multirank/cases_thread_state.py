@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy
 import torch
@@ -244,6 +244,10 @@ def summed(value: Any) -> float:
     return float(tensor.sum().real)
 
 
+# An answer that comes in time is read by the caller's thread, another one by the engine's: both are to have their turn.
+CALLS_UNDER_A_MODE = 20
+
+
 @case(each=MODES, sizes=(1, 2))
 def a_mode_sees_nothing_of_messages(world: World, mode: Any) -> None:
     expected = {kind: values(tensor) for kind, tensor in tensors().items()}
@@ -251,14 +255,16 @@ def a_mode_sees_nothing_of_messages(world: World, mode: Any) -> None:
     for kind in given:
         for held in (False, True):
             argument = Holder(given[kind]) if held else given[kind]
+            rref = rpc.remote(world.next, made, args=(kind, held))
             with mode() as entered:
-                answers = [rpc.rpc_sync(world.next, made, args=(kind, held)) for _ in range(3)]
-                sums = [rpc.rpc_sync(world.next, summed, args=(argument,)) for _ in range(3)]
+                answers = [rpc.rpc_sync(world.next, made, args=(kind, held)) for _ in range(CALLS_UNDER_A_MODE)]
+                sums = [rpc.rpc_sync(world.next, summed, args=(argument,)) for _ in range(CALLS_UNDER_A_MODE)]
+                answers.append(rref.to_here())
                 called = list(getattr(entered, "called", []))
             equal(called if world.size > 1 else [], [])  # a call to oneself runs while the mode is on, elsewhere
             for answer in answers:
                 equal(plain(answer), expected[kind])
-            equal(sums, [float(expected[kind].sum().real)] * 3)
+            equal(sums, [float(expected[kind].sum().real)] * CALLS_UNDER_A_MODE)
 
 
 def doubled(value: torch.Tensor) -> torch.Tensor:
@@ -285,6 +291,7 @@ def settings() -> dict[str, Any]:
     """What code finds in its thread."""
     return {
         "context variable": _variable.get(),
+        "exception": sys.exc_info()[1],
         "decimal": decimal.getcontext().prec,
         "numpy": numpy.geterr()["divide"],
         "thread-local value": getattr(_local, "value", "new"),
@@ -362,6 +369,20 @@ def stop_recording(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def spoil_in_python(x: torch.Tensor) -> torch.Tensor:
+    spoil()
+    return x
+
+
+spoil_in_python.__annotations__ = get_type_hints(spoil_in_python)  # TorchScript reads none that are strings
+torch.jit.ignore(spoil_in_python)
+
+
+@torch.jit.script
+def spoil_in_script(x: torch.Tensor) -> torch.Tensor:
+    return spoil_in_python(x)
+
+
 def in_new_thread(function: Callable[[], Any]) -> Any:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(function()))
@@ -390,6 +411,7 @@ def settings_end_with_the_code_that_made_them(world: World) -> None:
         "functions of futures": lambda: rpc.rpc_async(world.next, spoil_later, args=(world.name(),)),
         "pickles": lambda: rpc.rpc_async(world.next, result_of, args=(Spoiling,)),
         "scripts": lambda: rpc.rpc_async(world.next, stop_recording, args=(torch.ones(1),)),
+        "scripts that call Python": lambda: rpc.rpc_async(world.next, spoil_in_script, args=(torch.ones(1),)),
         "values": lambda: rpc.remote(world.next, spoil)._get_future(),
     }
     all_clean("nothing")
@@ -398,6 +420,12 @@ def settings_end_with_the_code_that_made_them(world: World) -> None:
         all_clean(what)
     rpc.rpc_sync(world.next, result_of, args=(Spoiling,))  # read by this thread
     rpc.rpc_sync(world.next, unchanged, args=(None,))
+    try:
+        raise LookupError("is being handled while an answer is read")
+    except LookupError as handled:
+        seen_by_pickles = rpc.rpc_sync(world.next, result_of, args=(Observed,))
+        stays = sys.exc_info()[1] is handled
+    equal([seen_by_pickles, stays], [(new, new), True])
     assert settings() == before
 
 

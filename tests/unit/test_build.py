@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "_build_backend"))
+import build_check
 from build_check import check_extension, compiler_of
 from build_length import announcement
 
@@ -78,6 +80,14 @@ def test_extension_that_does_not_work(built: Built, extension: str, how: str) ->
         built.check(SHARED + extension)
     for part in (f"does not work in the torch in {built.torch}", how, "compiled by /opt/gcc/bin/g++", "CXX=g++"):
         assert part in str(error.value)
+
+
+def test_other_ends_of_the_process_that_loads_the_extension(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=rf"\(signal {signal.SIGRTMIN + 2}\)"):  # of a number that has no name
+        built.check(SHARED + CRASHES.replace("SIGSEGV", "SIGRTMIN + 2"))
+    monkeypatch.setattr(build_check, "_LIMIT", 2)
+    with pytest.raises(SystemExit, match=r"(?s)\(ended after 2 s\).*torch is imported"):
+        built.check(SHARED + "import time; time.sleep(600)")
 
 
 def test_torch_that_cannot_be_imported(built: Built) -> None:
