@@ -22,7 +22,7 @@ class Member:
     host: str
     node: str  # ranks of one node reach each other through its memory
     pid: int
-    address: str  # for its neighbours, see csrc/transport/neighbours.h
+    address: str  # for its neighbours, see csrc/host/neighbours.h
     agreed: dict[str, Hashable]  # values that must be the same everywhere; see disagreement()
     device_count: int = 0
     device_maps: dict[str, dict[torch.device, torch.device]] = field(default_factory=dict)

@@ -67,7 +67,7 @@ class Resendable(bytes):
 
     Attributes:
         by_value: what pickles the same call again, as it was when it was pickled first: a function; or True, if
-            :func:`again` does, given this pickle and its tensors. See csrc/by_value.h.
+            :func:`again` does, given this pickle and its tensors. See csrc/python/by_value.h.
     """
 
     by_value: Callable[[], Pickled] | Literal[True] = True
@@ -278,7 +278,7 @@ class RpcPickler(internal._InternalRPCPickler):
             return self._by_value(obj)
         is_call = isinstance(obj, internal.PythonUDF)
         try:
-            # Plain results do not come here: see csrc/bindings/request_callback.cpp.
+            # Plain results do not come here: see csrc/python/request_callback.cpp.
             plain = self.plain.dump_call(obj) if is_call else None
             data, tensors, rrefs = plain or self._by_reference(obj)
         except RecursionError:

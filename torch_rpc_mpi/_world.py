@@ -1,7 +1,7 @@
 """Worlds without a launcher: processes of torchrun, ``mp.spawn`` or several terminals become one ``MPI_COMM_WORLD``.
 
 The ranks check in with each other through the c10d store that ``init_rpc`` has, and then either form a world, each
-serving PMI to its own MPI from that store (``csrc/mpi/pmi_server.h``), or use again the one that they formed before.
+serving PMI to its own MPI from that store (``csrc/launch/pmi_server.h``), or use again the one that they formed before.
 The MPICH family can do this; Open MPI cannot.
 
 A world lasts as long as its processes: MPI is never finalised in it, because that would wait for ranks that have left.

@@ -16,8 +16,8 @@
 #include <optional>
 #include <string>
 
-#include "engine/progress_token.h"
-#include "transfer/frame.h"
+#include "peer/frame.h"
+#include "transport/progress_token.h"
 
 namespace torch_rpc_mpi {
 

@@ -9,7 +9,7 @@ namespace torch_rpc_mpi {
 
 // While one lives, this thread works for the engine, an engine thread or a user's that sends, waits or completes: under
 // the torch state of a new thread, and users' code that it comes to runs as in a thread of its own (UserCode in
-// bindings/user_code.h), not as a part of what the thread ran before.
+// python/user_code.h), not as a part of what the thread ran before.
 class EngineWork {
  public:
   // alsoRecorded: see NewThreadState.

@@ -1,7 +1,7 @@
 // The wait for a future, in which a thread serves signals.
 #pragma once
 
-#include "signal_service.h"
+#include "base/signal_service.h"
 #include "torch_compat/future_wait.h"
 
 namespace torch_rpc_mpi {

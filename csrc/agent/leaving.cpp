@@ -4,7 +4,7 @@
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 #include "base/error_text.h"
-#include "transfer/receive_pool.h"
+#include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
 

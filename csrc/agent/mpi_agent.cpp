@@ -3,7 +3,7 @@
 #include "agent/fork_guard.h"
 #include "agent/rref_sessions.h"
 #include "agent/tasks.h"
-#include "transfer/receive_pool.h"
+#include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
 

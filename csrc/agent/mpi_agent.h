@@ -13,10 +13,10 @@
 
 #include "agent/call_table.h"
 #include "agent/drain.h"
+#include "base/signal_service.h"
 #include "codec/message_codec.h"
 #include "engine/engine.h"
-#include "signal_service.h"
-#include "transfer/exchange.h"
+#include "peer/exchange.h"
 #include "transport/transport.h"
 
 namespace torch_rpc_mpi {

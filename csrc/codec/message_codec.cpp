@@ -1,6 +1,6 @@
 #include "codec/message_codec.h"
 
-#include "transfer/receive_pool.h"
+#include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
 

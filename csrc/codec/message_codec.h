@@ -7,7 +7,7 @@
 #include <torch/csrc/distributed/rpc/message.h>
 
 #include "codec/tensor_codec.h"
-#include "transfer/message.h"
+#include "peer/message.h"
 
 namespace torch_rpc_mpi {
 

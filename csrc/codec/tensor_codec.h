@@ -15,7 +15,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "transfer/frame.h"
+#include "peer/frame.h"
 
 namespace torch_rpc_mpi {
 

@@ -3,7 +3,7 @@
 
 #include "codec/tensor_codec.h"
 #include "codec/tensor_format.h"
-#include "transfer/receive_pool.h"
+#include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
 

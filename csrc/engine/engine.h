@@ -49,12 +49,12 @@
 #include <string>
 #include <vector>
 
-#include "engine/doorbell.h"
-#include "engine/progress_token.h"
 #include "engine/spin_limit.h"
 #include "engine/task.h"
 #include "engine/task_lanes.h"
 #include "engine/thread_attributes.h"
+#include "host/doorbell.h"
+#include "transport/progress_token.h"
 
 namespace torch_rpc_mpi {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "base/signal_service.h"
 #include "mpi/mpi_library.h"
-#include "signal_service.h"
 
 namespace torch_rpc_mpi {
 

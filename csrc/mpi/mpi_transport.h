@@ -4,8 +4,8 @@
 #include <deque>
 #include <vector>
 
+#include "host/neighbours.h"
 #include "mpi/communicator.h"
-#include "transport/neighbours.h"
 #include "transport/transport.h"
 
 namespace torch_rpc_mpi {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/doorbell.h"
-#include "engine/progress_token.h"
+#include "host/doorbell.h"
+#include "transport/progress_token.h"
 
 namespace torch_rpc_mpi {
 

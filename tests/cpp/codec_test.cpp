@@ -6,7 +6,7 @@
 #include "base/error_text.h"
 #include "check.h"
 #include "codec/sendable.h"
-#include "transfer/receive_pool.h"
+#include "peer/receive_pool.h"
 
 using namespace torch_rpc_mpi;
 namespace rpc = torch::distributed::rpc;

@@ -1,4 +1,4 @@
-#include "transfer/exchange.h"
+#include "peer/exchange.h"
 
 #include <numeric>
 

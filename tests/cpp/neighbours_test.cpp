@@ -1,5 +1,5 @@
 // Real processes and real shared memory.
-#include "transport/neighbours.h"
+#include "host/neighbours.h"
 
 #include <thread>
 

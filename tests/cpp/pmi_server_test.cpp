@@ -9,7 +9,7 @@
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 
 #include "check.h"
-#include "mpi/pmi_server.h"
+#include "launch/pmi_server.h"
 
 using namespace torch_rpc_mpi;
 

@@ -27,7 +27,7 @@ def call(function, *args, **kwargs):
 def received(message):
     result = internal.deserialize(*message)
     if isinstance(result, Exception) and (text := _pickler.missing_in_main(result, message[0])):
-        return MissingInMain(text)  # as csrc/bindings/request_callback.cpp finds it
+        return MissingInMain(text)  # as csrc/python/request_callback.cpp finds it
     return result
 
 def by_value(data, tensors):

@@ -1,4 +1,4 @@
-"""csrc/plain_pickle.h against Python: what it writes and reads, and what it leaves to Python's pickle."""
+"""csrc/python/pickle/plain_pickle.h against Python: what it writes and reads, and what it leaves to Python's pickle."""
 
 from __future__ import annotations
 

@@ -1,0 +1,158 @@
+#include "host/neighbours.h"
+
+#include <array>
+#include <cstring>
+#include <new>
+#include <random>
+#include <sstream>
+#include <system_error>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace torch_rpc_mpi {
+
+struct Neighbours::Page {
+  std::array<uint64_t, 2> mark;
+  alignas(64) BellWord bell;
+};
+
+namespace {
+
+constexpr size_t kPageBytes = 4096;
+constexpr const char* kName = "torch_rpc_mpi_bell";
+
+void* mapPage(int file) {
+  void* memory = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  return memory == MAP_FAILED ? nullptr : memory;
+}
+
+int openProcess(pid_t pid) {
+  return static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+}
+
+// A file of another process that is such a page by its name, or -1. In another container the ids of the address may
+// mean any file, which must not even be opened.
+int openPage(pid_t pid, int number) {
+  const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(number);
+  char target[64] = "";
+  if (readlink(path.c_str(), target, sizeof(target) - 1) < 0 ||
+      std::string(target).rfind(std::string("/memfd:") + kName, 0) != 0) {
+    return -1;
+  }
+  return open(path.c_str(), O_RDWR | O_CLOEXEC);
+}
+
+void closeFile(int file) {
+  if (file >= 0) {
+    close(file);
+  }
+}
+
+} // namespace
+
+Neighbours::Neighbours() {
+  static_assert(sizeof(Page) <= kPageBytes);
+  std::random_device random;
+  const std::array<uint64_t, 2> mark{(uint64_t{random()} << 32) | random(), (uint64_t{random()} << 32) | random()};
+  file_ = memfd_create(kName, MFD_CLOEXEC);
+  void* memory = file_ >= 0 && ftruncate(file_, kPageBytes) == 0 ? mapPage(file_) : nullptr;
+  if (memory == nullptr) { // then nobody else can ring
+    closeFile(std::exchange(file_, -1));
+    memory = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+      throw std::system_error(errno, std::generic_category(), "cannot map a page for the doorbell");
+    }
+  }
+  own_ = new (memory) Page{mark, {}};
+  watch_ = epoll_create1(EPOLL_CLOEXEC);
+}
+
+Neighbours::~Neighbours() {
+  for (Page* page : pages_) {
+    munmap(page, kPageBytes);
+  }
+  for (const int process : processes_) {
+    closeFile(process);
+  }
+  closeFile(watch_);
+  closeFile(file_);
+  munmap(own_, kPageBytes);
+}
+
+std::string Neighbours::address() const {
+  if (file_ < 0) {
+    return "";
+  }
+  std::ostringstream text;
+  text << getpid() << ' ' << file_ << ' ' << own_->mark[0] << ' ' << own_->mark[1];
+  return text.str();
+}
+
+BellWord& Neighbours::bell() {
+  return own_->bell;
+}
+
+void Neighbours::meet(const std::vector<std::string>& addresses, int self) {
+  bells_.assign(addresses.size(), nullptr);
+  processes_.assign(addresses.size(), -1);
+  reachesAll_ = file_ >= 0;
+  for (size_t rank = 0; rank < addresses.size(); ++rank) {
+    if (static_cast<int>(rank) != self) {
+      reachesAll_ = reach(static_cast<int>(rank), addresses[rank]) && reachesAll_;
+    }
+  }
+}
+
+bool Neighbours::reach(int rank, const std::string& address) {
+  std::istringstream text(address);
+  pid_t pid = 0;
+  int number = 0;
+  std::array<uint64_t, 2> mark{};
+  if (!(text >> pid >> number >> mark[0] >> mark[1])) {
+    return false;
+  }
+  // The process first: when the mark is found after that, the process is the one that wrote it.
+  const int process = openProcess(pid);
+  const int file = openPage(pid, number);
+  void* memory = file >= 0 ? mapPage(file) : nullptr;
+  closeFile(file);
+  auto* page = static_cast<Page*>(memory);
+  if (page == nullptr || page->mark != mark) {
+    if (page != nullptr) {
+      munmap(page, kPageBytes);
+    }
+    closeFile(process);
+    return false;
+  }
+  pages_.push_back(page);
+  bells_[rank] = &page->bell;
+  processes_[rank] = process;
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLONESHOT; // a process descriptor is readable when the process has ended
+  event.data.u32 = static_cast<uint32_t>(rank);
+  if (process >= 0) {
+    epoll_ctl(watch_, EPOLL_CTL_ADD, process, &event);
+  }
+  return true;
+}
+
+std::vector<int> Neighbours::takeEnded() {
+  std::array<epoll_event, 16> events;
+  std::vector<int> ended;
+  for (;;) {
+    const int count = epoll_wait(watch_, events.data(), static_cast<int>(events.size()), 0);
+    for (int i = 0; i < count; ++i) {
+      ended.push_back(static_cast<int>(events[i].data.u32));
+    }
+    if (count < static_cast<int>(events.size())) {
+      return ended;
+    }
+  }
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,66 @@
+// The other ranks of this host, reached without MPI: how to wake them, and whether they are still alive.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "host/doorbell.h"
+
+namespace torch_rpc_mpi {
+
+// Each process puts its doorbell into a page of memory that has no name, and gives the others an address by which they
+// can map it: a process id and a file descriptor of that process, plus a random mark that only the right page holds. So
+// nothing is left behind by a crash, and a process of another host or container, where the ids mean something else, is
+// merely no neighbour.
+//
+// meet() and ringEachOther() are called once, before threads share the object. After that: ring() and bell() by any
+// thread, takeEnded() by one at a time.
+class Neighbours {
+ public:
+  Neighbours();
+  ~Neighbours();
+  Neighbours(const Neighbours&) = delete;
+  Neighbours& operator=(const Neighbours&) = delete;
+
+  // For the other ranks; empty if this system cannot share the bell.
+  std::string address() const;
+  // Everybody's address, by rank. Maps those that can be reached. While it runs all of them must be alive.
+  void meet(const std::vector<std::string>& addresses, int self);
+
+  BellWord& bell();
+  // Wakes the rank if it is a neighbour and sleeps.
+  void ring(int rank) {
+    if (bells_[rank] != nullptr) {
+      Doorbell::ring(*bells_[rank]);
+    }
+  }
+  // Whether every other rank is a neighbour.
+  bool reachesAll() const {
+    return reachesAll_;
+  }
+  // To be called where all ranks reach all: then whoever sends here also rings.
+  void ringEachOther() {
+    allRing_ = true;
+  }
+  bool allRing() const {
+    return allRing_;
+  }
+  // The neighbours whose processes have ended since the last call.
+  std::vector<int> takeEnded();
+
+ private:
+  struct Page;
+  bool reach(int rank, const std::string& address);
+
+  int file_ = -1;
+  Page* own_ = nullptr;
+  int watch_ = -1; // epoll of the neighbours' process descriptors
+  bool reachesAll_ = false;
+  bool allRing_ = false;
+  std::vector<BellWord*> bells_; // by rank; null for this one and for those that cannot be reached
+  std::vector<Page*> pages_;     // mapped, to be unmapped
+  std::vector<int> processes_;   // descriptors, by rank; -1 for none
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,89 @@
+// Messages on their way out and in, as the exchange sees them: bytes with an owner. What they mean is the codec's.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "peer/frame.h"
+#include "transport/transport.h"
+
+namespace torch_rpc_mpi {
+
+// A frame to send, and the larger parts that follow it on the bulk channel, straight from where they lie.
+//
+// Life: made by any thread; given to the exchange, from then on touched by the token's holder alone; destroyed by
+// whoever takes the exchange's finished() or failed() list, outside the token, because what it owns may need the GIL.
+class OutboundMessage : public Operation {
+ public:
+  OutboundMessage(int peer, FrameKind kind, uint64_t callId) : peer_(peer) {
+    header_.kind = kind;
+    header_.callId = callId;
+  }
+
+  // Builds the frame, once. Called by the sender's thread when the message can leave at once, else by the token's
+  // holder when credit arrives: a waiting message holds no copy of its data. Throws what the codec throws.
+  void encode(FramePool& pool);
+  bool encoded() const {
+    return static_cast<bool>(frame_);
+  }
+  const FrameBuffer& frame() const {
+    return frame_;
+  }
+  int peer() const {
+    return peer_;
+  }
+  FrameHeader& header() {
+    return header_;
+  }
+  bool needsCredit() const {
+    return header_.kind == FrameKind::kRequest;
+  }
+  // Whether destroying it frees nothing but its own buffers.
+  virtual bool light() const = 0;
+  // It will not be sent. Called outside the token.
+  virtual void failed(const std::string& reason) noexcept = 0;
+
+  void complete(ProgressToken& token, const OperationStatus& status) noexcept final;
+
+ protected:
+  // Sets what of header() the kind needs and says how long the body is …
+  virtual size_t planBody(std::vector<ConstSpan>& parts) = 0;
+  // … then writes exactly that many bytes.
+  virtual void writeBody(char* body) = 0;
+
+ private:
+  friend class Exchange;
+  const int peer_;
+  FrameHeader header_;
+  FrameBuffer frame_;
+  std::unique_ptr<char[]> separateBody_; // when it does not fit the frame
+  std::vector<ConstSpan> parts_;         // on the bulk channel, a separate body first
+  // The exchange's bookkeeping, token only.
+  class Exchange* exchange_ = nullptr;
+  size_t unfinished_ = 0; // operations and parts still to complete
+};
+using OutboundPtr = std::unique_ptr<OutboundMessage>;
+
+// Where the bulk parts of a message are received to; the codec's subclass owns the memory.
+class BulkTarget {
+ public:
+  virtual ~BulkTarget() = default;
+  std::vector<MutableSpan> parts;
+};
+
+// A message that has arrived completely.
+struct InboundMessage {
+  int source = 0;
+  FrameHeader header;
+  FrameBuffer frame;                    // holds the body …
+  std::unique_ptr<char[]> separateBody; // … unless this does
+  std::unique_ptr<BulkTarget> target;   // null when there were no bulk parts
+  std::string error;                    // it could not be taken in (no memory, a body that makes no sense)
+
+  ConstSpan body() const {
+    return {separateBody != nullptr ? separateBody.get() : frame.body(), header.bodyBytes};
+  }
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,78 @@
+#include "python/interruptible_wait.h"
+
+#include <torch/csrc/distributed/rpc/py_rref.h>
+#include <torch/csrc/distributed/rpc/rref_impl.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include "agent/future_wait.h"
+#include "agent/mpi_agent.h"
+#include "python/signals.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+namespace rpc = torch::distributed::rpc;
+
+// All without the GIL. torch's own methods, called when there is nothing left to wait for, do everything else.
+
+py::object waitForFuture(torch::jit::PythonFutureWrapper& future) {
+  serveUntilCompleted(kPythonSignals, *future.fut);
+  return future.wait();
+}
+
+c10::intrusive_ptr<rpc::RRef> inside(const rpc::PyRRef& rref) {
+  return c10::static_intrusive_pointer_cast<rpc::RRef>(rref.toIValue().toRRef());
+}
+
+// An owner waits for the value to be made. Not if that is known to have run out of time: torch then says so at once.
+void waitForOwnValue(const c10::intrusive_ptr<rpc::RRef>& rref) {
+  if (!rref->getTimedOut()) {
+    serveUntilCompleted(kPythonSignals, *c10::static_intrusive_pointer_cast<rpc::OwnerRRef>(rref)->getFuture());
+  }
+}
+
+py::object localValue(const rpc::PyRRef& rref) {
+  if (rref.isOwner()) {
+    waitForOwnValue(inside(rref));
+  }
+  return rref.localValue();
+}
+
+// A user fetches the value, for which torch sends one request and waits.
+py::object toHere(const rpc::PyRRef& rref, float timeout) {
+  if (rref.isOwner()) {
+    waitForOwnValue(inside(rref));
+    return rref.toHere(timeout);
+  }
+  const auto agent = rpc::RpcAgent::isCurrentRpcAgentSet()
+      ? std::dynamic_pointer_cast<MpiAgent>(rpc::RpcAgent::getCurrentRpcAgent())
+      : nullptr;
+  if (agent == nullptr) {
+    return rref.toHere(timeout);
+  }
+  const MpiAgent::AnswerInSend fetched(*agent);
+  return rref.toHere(timeout);
+}
+
+// A method for a class that another module has made. Python finds it as it finds those, so that it costs the same.
+template <typename Function, typename... Extra>
+py::object methodOf(const py::handle& type, const char* name, Function function, const Extra&... extra) {
+  return py::cpp_function(
+      function, py::name(name), py::is_method(type), py::call_guard<py::gil_scoped_release>(), extra...);
+}
+
+} // namespace
+
+void bindInterruptibleWaits(py::module_& module) {
+  findPythonsMainThread();
+  const auto future = py::module_::import("torch._C").attr("Future");
+  const auto rref = py::module_::import("torch._C._distributed_rpc").attr("PyRRef");
+  module.attr("future_wait") = methodOf(future, "wait", waitForFuture);
+  module.attr("rref_local_value") = methodOf(rref, "local_value", localValue);
+  module.attr("rref_to_here") = methodOf(rref, "to_here", toHere, py::arg("timeout") = rpc::kUnsetRpcTimeout);
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,291 @@
+// The Python face of the core. With python_functions.cpp the only place that knows Python.
+#include <algorithm>
+#include <cmath>
+
+#include <sched.h>
+
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "agent/autograd_sessions.h"
+#include "agent/engine_work.h"
+#include "agent/fork_guard.h"
+#include "agent/future_wait.h"
+#include "agent/mpi_agent.h"
+#include "launch/pmi_server.h"
+#include "mpi/mpi_transport.h"
+#include "python/functions_module.h"
+#include "python/futures_module.h"
+#include "python/interpreter.h"
+#include "python/interruptible_wait.h"
+#include "python/python_error.h"
+#include "python/request_callback.h"
+#include "python/second_interrupt.h"
+#include "python/signals.h"
+#include "python/watchdog.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+namespace rpc = torch::distributed::rpc;
+
+// Note [Python thread state]
+// Engine threads acquire the GIL for every call that runs Python. Making and destroying a thread state each time costs
+// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL. What users' code
+// sets in it ends with that code: see user_code.h.
+void withPythonThreadState(const std::function<void()>& body) {
+  const PyGILState_STATE gil = PyGILState_Ensure();
+  PyThreadState* state = PyEval_SaveThread();
+  {
+    const EngineWork work;
+    body();
+  }
+  // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
+  if (interpreterRuns()) {
+    PyEval_RestoreThread(state);
+    PyGILState_Release(gil);
+  }
+}
+
+// Those that this process may use: launchers often bind a rank to a few.
+int availableCores() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : 1;
+}
+
+// AgentOptions as Python sees them: seconds.
+struct PyAgentOptions {
+  int numWorkerThreads = AgentOptions().numWorkerThreads;
+  double rpcTimeout = rpc::kDefaultRpcTimeoutSeconds;
+  size_t eagerLimit = ExchangeOptions().eagerLimit;
+  size_t bulkChunk = ExchangeOptions().bulkChunk;
+  double spinTime = 0.001;
+  double maxSleep = 0.001;
+  bool anySource = true;
+
+  AgentOptions toCore(int worldSize, int ranksOnHost) const {
+    AgentOptions options;
+    options.coresToSpare = std::clamp(availableCores() / std::max(ranksOnHost, 1) / 2, 1, 4);
+    options.crowded = ranksOnHost > availableCores();
+    options.ranksOnHost = std::max(ranksOnHost, 1);
+    options.numWorkerThreads = numWorkerThreads;
+    options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, 1e9) * 1000)); // 30 years
+    if (rpcTimeout > 0 && options.rpcTimeout.count() == 0) {
+      options.rpcTimeout = std::chrono::milliseconds(1); // 0 would mean none
+    }
+    options.exchange.eagerLimit = eagerLimit;
+    options.exchange.bulkChunk = bulkChunk;
+    // What all peers together may have waiting here stays bounded; each may always have something.
+    constexpr size_t kAllPeers = size_t{48} << 20;
+    constexpr size_t kOnePeer = size_t{16} << 20;
+    constexpr size_t kAtLeast = size_t{1} << 20;
+    const size_t eachPeer = kAllPeers / static_cast<size_t>(std::max(worldSize - 1, 1));
+    options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
+    options.exchange.windowRequests =
+        std::clamp(eachPeer / options.exchange.frameBytes(), size_t{32}, ExchangeOptions().windowRequests);
+    options.spinTime = seconds(spinTime);
+    options.maxSleep = seconds(maxSleep);
+    options.threadHook = withPythonThreadState;
+    options.signals = kPythonSignals;
+    return options;
+  }
+  static std::chrono::nanoseconds seconds(double value) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(value));
+  }
+};
+
+std::shared_ptr<MpiAgent> makeAgent(
+    const std::shared_ptr<Communicator>& communicator,
+    const std::vector<std::string>& names,
+    const std::vector<std::string>& hosts,
+    const std::shared_ptr<Neighbours>& neighbours,
+    const std::vector<std::string>& addresses,
+    const PyAgentOptions& options,
+    py::object runFunction,
+    py::object serialize,
+    py::object passOn,
+    py::object plainPickler) {
+  TORCH_CHECK(
+      names.size() == hosts.size() && names.size() == addresses.size() &&
+          names.size() == static_cast<size_t>(communicator->size()),
+      "one name, host and address are needed for each of the ", communicator->size(), " ranks");
+  neighbours->meet(addresses, communicator->rank());
+  std::vector<GroupMember> members;
+  for (size_t rank = 0; rank < names.size(); ++rank) {
+    members.push_back({names[rank], hosts[rank]});
+  }
+  const auto ranksOnHost = std::count(hosts.begin(), hosts.end(), hosts[communicator->rank()]);
+  auto callback = std::make_unique<PythonRequestCallback>(
+      std::move(runFunction), std::move(serialize), std::move(passOn), std::move(plainPickler));
+  auto& requests = *callback;
+  std::shared_ptr<MpiAgent> agent(
+      new MpiAgent(
+          std::make_unique<MpiTransport>(communicator, neighbours, options.anySource), std::move(members),
+          std::move(callback), options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
+      torch::impl::destroy_without_gil<MpiAgent>);
+  requests.setAgent(*agent);
+  return agent;
+}
+
+// For the length of a session. It waits for an answer, perhaps, who does nothing while some are missing.
+std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
+    const std::shared_ptr<MpiAgent>& agent,
+    const std::string& whereabouts) {
+  constexpr double kIdle = 0.1;
+  return std::make_unique<SecondInterrupt>(
+      whereabouts +
+          " ended by a second Ctrl-C, because the first cannot interrupt its main thread, which waits in C++ code that "
+          "lets no signal through (TorchScript or distributed autograd, for instance)",
+      [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
+        const auto current = weak.lock();
+        return busy < kIdle && current != nullptr && current->awaitsAnswers();
+      });
+}
+
+// In a forked child there is nothing to shut down, and no thread that could be joined.
+void shutdownAgent(MpiAgent& agent) {
+  if (!inForkedChild()) {
+    agent.shutdown();
+  }
+}
+
+rpc::WorkerInfo ownWorkerInfo(const MpiAgent& agent) {
+  agent.checkNotForked(); // much of torch's API passes here first, also what would only wait
+  return agent.getWorkerInfo();
+}
+
+void bindMpi(py::module_& module) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
+      .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
+      .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })
+      .def("initialized", &MpiLibrary::initialized)
+      .def("finalized", &MpiLibrary::finalized)
+      .def("thread_level", &MpiLibrary::threadLevel)
+      .def("initialize", &MpiLibrary::initialize, NoGil())
+      .def("library_version", &MpiLibrary::libraryVersion);
+  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
+      .def_static(
+          "duplicate",
+          [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout) {
+            return Communicator::duplicate(std::move(mpi), parent, timeout, kPythonSignals);
+          },
+          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
+      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), NoGil())
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("size", &Communicator::size)
+      .def(
+          "allgather",
+          [](Communicator& self, const py::bytes& data, double timeout) {
+            const std::string mine = data;
+            std::vector<std::string> all;
+            {
+              const py::gil_scoped_release noGil;
+              all = self.allgather(mine, timeout, kPythonSignals);
+            }
+            std::vector<py::bytes> result(all.begin(), all.end());
+            return result;
+          },
+          py::arg("data"), py::arg("timeout"))
+      .def("free", &Communicator::free, NoGil());
+  py::module_::import("torch._C._distributed_c10d"); // holds the class of stores
+  py::class_<PmiServer>(module, "PMIServer")
+      .def(
+          py::init([](c10d::Store& store, int rank, int size, std::string world, std::string mapping, double timeout) {
+            const auto limit = std::chrono::milliseconds(std::llround(timeout * 1000));
+            // By reference and not by its holder, which torch may choose differently in each release.
+            return std::make_unique<PmiServer>(
+                c10::intrusive_ptr<c10d::Store>::unsafe_reclaim_from_nonowning(&store),
+                PmiPlace{rank, size, std::move(world), std::move(mapping)}, limit);
+          }),
+          py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("world"), py::arg("mapping"), py::arg("timeout"))
+      .def_property_readonly("client_socket", &PmiServer::clientSocket)
+      .def("stop", &PmiServer::stop, NoGil());
+  py::class_<InitWatchdog>(module, "InitWatchdog")
+      .def(py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
+      .def("cancel", &InitWatchdog::cancel, NoGil());
+}
+
+void bindAgent(py::module_& module) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Neighbours, std::shared_ptr<Neighbours>>(module, "Neighbours")
+      .def(py::init<>())
+      .def_property_readonly("address", &Neighbours::address)
+      .def_property_readonly("reaches_all", &Neighbours::reachesAll)
+      .def("ring_each_other", &Neighbours::ringEachOther);
+  py::class_<PyAgentOptions>(module, "AgentOptions")
+      .def(py::init<>())
+      .def_readwrite("num_worker_threads", &PyAgentOptions::numWorkerThreads)
+      .def_readwrite("rpc_timeout", &PyAgentOptions::rpcTimeout)
+      .def_readwrite("eager_limit", &PyAgentOptions::eagerLimit)
+      .def_readwrite("bulk_chunk", &PyAgentOptions::bulkChunk)
+      .def_readwrite("spin_time", &PyAgentOptions::spinTime)
+      .def_readwrite("max_sleep", &PyAgentOptions::maxSleep)
+      .def_readwrite("any_source", &PyAgentOptions::anySource);
+
+  // torch's own module holds the base class; it must be known before ours.
+  py::module_::import("torch._C._distributed_rpc");
+  py::class_<MpiAgent, rpc::RpcAgent, std::shared_ptr<MpiAgent>>(module, "MPIAgent")
+      .def(
+          py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
+          py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"), py::arg("pass_on"),
+          py::arg("plain_pickler"))
+      .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
+      .def("shutdown", &shutdownAgent, NoGil())
+      .def("sync", &MpiAgent::sync, NoGil())
+      .def("leave", &shutdownAgent, NoGil())
+      .def("expect_answer", &MpiAgent::expectAnswer, py::arg("expected"))
+      .def(
+          "wait",
+          [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
+            self.driveUntil(*future.fut);
+            serveUntilCompleted(kPythonSignals, *future.fut);
+            return future.wait(); // takes the GIL for what it returns
+          },
+          py::arg("future"), NoGil())
+      .def("get_worker_info", &ownWorkerInfo, NoGil())
+      .def(
+          "get_worker_info", [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },
+          NoGil())
+      .def(
+          "get_worker_info", [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); }, NoGil())
+      .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
+      .def("get_metrics", &MpiAgent::getMetrics, NoGil())
+      .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+  py::class_<SecondInterrupt>(module, "SecondInterrupt")
+      .def(py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"))
+      .def("cancel", &SecondInterrupt::cancel, NoGil());
+  module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
+}
+
+void translateExceptions() {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) {
+        std::rethrow_exception(pointer);
+      }
+    } catch (const MissingRanks& error) {
+      PyErr_SetString(PyExc_TimeoutError, error.what());
+    }
+  });
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, module) {
+  translateExceptions();
+  translatePythonErrors();
+  bindMpi(module);
+  bindAgent(module);
+  bindFunctions(module);
+  bindFutures(module);
+  bindInterruptibleWaits(module);
+  module.attr("__torch_version__") = TORCH_VERSION;
+}
+
+} // namespace torch_rpc_mpi

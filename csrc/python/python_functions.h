@@ -1,0 +1,107 @@
+// The functions that torch keeps hidden in torch/csrc/distributed/rpc/python_functions.h: the same names, arguments and
+// behaviour, for whatever RpcAgent is current.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include <torch/csrc/distributed/rpc/py_rref.h>
+#include <torch/csrc/distributed/rpc/rpc_agent.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "python/by_value.h"
+
+namespace torch_rpc_mpi {
+
+using torch::distributed::rpc::JitFuture;
+using torch::distributed::rpc::PyRRef;
+using torch::distributed::rpc::WorkerInfo;
+
+// How the callee's error begins when it lacks a name of __main__ (torch_rpc_mpi._pickler.missing_in_main).
+inline constexpr const char* kMissingInMain = "torch_rpc_mpi callee lacks a name of __main__: ";
+
+// The future of a response as a future of the Python object in it, made on the thread that completes the former.
+// Without hasValue it has no value, and the response is not looked into; an error is passed on either way.
+c10::intrusive_ptr<JitFuture> toPyJitFuture(
+    const c10::intrusive_ptr<JitFuture>& messageJitFuture,
+    bool hasValue = true);
+
+// As in torch, the functions of builtin operators are called with the GIL and release it to send, and all others are
+// called without it. rpcTimeoutSeconds is in seconds: 0 for no timeout, kUnsetRpcTimeout for the agent's.
+
+c10::intrusive_ptr<JitFuture> pyRpcBuiltin(
+    const WorkerInfo& dst,
+    const std::string& opName,
+    const pybind11::args& args,
+    const pybind11::kwargs& kwargs,
+    float rpcTimeoutSeconds);
+
+// Takes pickledPythonUDF and the contents of tensors. byValue is for a call that names something of __main__: when the
+// callee says that its __main__ lacks a name, before anything has run, the call is pickled by value and sent again,
+// once.
+c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    ByValue byValue = {});
+
+c10::intrusive_ptr<JitFuture> pyRpcTorchscript(
+    const std::string& dstWorkerName,
+    const std::string& qualifiedNameStr,
+    const pybind11::tuple& argsTuple,
+    const pybind11::dict& kwargsDict,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution);
+
+PyRRef pyRemoteBuiltin(
+    const WorkerInfo& dst,
+    const std::string& opName,
+    float rpcTimeoutSeconds,
+    const pybind11::args& args,
+    const pybind11::kwargs& kwargs);
+
+// The arguments as for pyRpcPythonUdf.
+PyRRef pyRemotePythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    ByValue byValue = {});
+
+PyRRef pyRemoteTorchscript(
+    const std::string& dstWorkerName,
+    const std::string& qualifiedNameStr,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution,
+    const pybind11::args& args,
+    const pybind11::kwargs& kwargs);
+
+// The first halves of the pyRpc* functions: they return the future of the response, for toPyJitFuture().
+
+c10::intrusive_ptr<JitFuture> sendBuiltin(
+    const WorkerInfo& dst,
+    const std::string& opName,
+    const pybind11::args& args,
+    const pybind11::kwargs& kwargs,
+    float rpcTimeoutSeconds);
+
+c10::intrusive_ptr<JitFuture> sendPythonUdf(
+    const WorkerInfo& dst,
+    std::string& pickledPythonUDF,
+    std::vector<torch::Tensor>& tensors,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution);
+
+c10::intrusive_ptr<JitFuture> sendTorchscript(
+    const std::string& dstWorkerName,
+    const std::string& qualifiedNameStr,
+    const pybind11::tuple& argsTuple,
+    const pybind11::dict& kwargsDict,
+    float rpcTimeoutSeconds,
+    bool isAsyncExecution);
+
+} // namespace torch_rpc_mpi

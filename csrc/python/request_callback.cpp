@@ -1,0 +1,389 @@
+#include "python/request_callback.h"
+
+#include <c10/core/StreamGuard.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
+#include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_profiling_req.h>
+#include <torch/csrc/distributed/rpc/python_call.h>
+#include <torch/csrc/distributed/rpc/python_remote_call.h>
+#include <torch/csrc/distributed/rpc/python_resp.h>
+#include <torch/csrc/distributed/rpc/python_rpc_handler.h>
+#include <torch/csrc/distributed/rpc/rref_context.h>
+#include <torch/csrc/distributed/rpc/rref_proto.h>
+#include <torch/csrc/distributed/rpc/script_call.h>
+#include <torch/csrc/distributed/rpc/script_resp.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include "agent/mpi_agent.h"
+#include "base/error_text.h"
+#include "python/call_arguments.h"
+#include "python/interpreter.h"
+#include "python/pickle/plain_pickle.h"
+#include "python/python_error.h"
+#include "python/python_functions.h"
+#include "python/script_messages.h"
+#include "python/user_code.h"
+#include "torch_compat/profiler.h"
+
+namespace py = pybind11;
+
+namespace torch_rpc_mpi {
+
+namespace autograd = torch::distributed::autograd;
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+using JitFuturePtr = PythonRequestCallback::JitFuturePtr;
+
+class TimedGil {
+ public:
+  explicit TimedGil(MpiAgent* agent) {
+    if (agent == nullptr || !agent->isGILProfilingEnabled()) {
+      gil_.emplace();
+      return;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    gil_.emplace();
+    agent->addGilWaitTime(
+        std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start));
+  }
+
+ private:
+  std::optional<py::gil_scoped_acquire> gil_;
+};
+
+// A Python function that was unpickled, and for rpc.remote where its result belongs.
+class PythonFunction final : public rpc::RpcCommandBase {
+ public:
+  PythonFunction(MpiAgent* agent, const PlainPickler* plain, const rpc::SerializedPyObj& pickled, bool async)
+      : isAsync(async) {
+    auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
+    const TimedGil gil(agent);
+    try {
+      if (plain != nullptr && (function = plain->loadCall(pickled))) {
+        return;
+      }
+      const UserCode code;
+      function = handler.deserialize(pickled);
+      if (PyExceptionInstance_Check(function.ptr())) { // it could not be unpickled
+        const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
+        const py::object text = name(function, py::bytes(pickled.payload_));
+        if (!text.is_none()) {
+          missing = kMissingInMain + text.cast<std::string>();
+          function = py::object();
+        }
+      }
+    } catch (const std::exception& error) {
+      function = py::object();
+      throw std::runtime_error(errorText(error)); // a Python exception must go with the GIL held
+    }
+  }
+  ~PythonFunction() override {
+    if (function) {
+      const py::gil_scoped_acquire gil;
+      function = py::object();
+    }
+  }
+  PythonFunction(const PythonFunction&) = delete;
+  PythonFunction& operator=(const PythonFunction&) = delete;
+
+  c10::intrusive_ptr<rpc::Message> toMessageImpl() && override {
+    TORCH_INTERNAL_ASSERT(false, "an unpickled function is not sent");
+  }
+
+  py::object function;
+  std::string missing; // instead of the function: see torch_rpc_mpi._pickler.missing_in_main
+  const bool isAsync;
+  std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
+};
+
+// What a function of @rpc.functions.async_execution returned. With the GIL.
+JitFuturePtr futureIn(const py::object& result) {
+  try {
+    return result.cast<torch::jit::PythonFutureWrapper&>().fut;
+  } catch (const py::cast_error&) {
+    const auto type = py::type::of(result);
+    // As torch words it: programs may look for that.
+    throw std::runtime_error(
+        c10::str(
+            "Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got ",
+            type.attr("__module__").cast<std::string>(), ".", type.attr("__qualname__").cast<std::string>()));
+  }
+}
+
+JitFuturePtr failed(const std::string& error, const c10::TypePtr& type) {
+  auto future = c10::make_intrusive<rpc::JitFuture>(type);
+  future->setError(std::make_exception_ptr(std::runtime_error(error)));
+  return future;
+}
+
+c10::TypePtr messageType() {
+  return c10::getCustomClassType<c10::intrusive_ptr<rpc::Message>>();
+}
+
+} // namespace
+
+// The session's Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python
+// object, holds the GIL.
+struct PythonRequestCallback::PythonSide {
+  PythonSide(py::object runFunction, py::object serialize, py::object passOn, py::object plainPickler)
+      : runFunction(std::move(runFunction)),
+        serializeFunction(std::move(serialize)),
+        passOnFunction(std::move(passOn)),
+        plainPicklerObject(std::move(plainPickler)),
+        plainPickler(plainPicklerObject.is_none() ? nullptr : &plainPicklerObject.cast<const PlainPickler&>()) {}
+  ~PythonSide() {
+    if (interpreterRuns()) {
+      const py::gil_scoped_acquire gil;
+      runFunction = py::object();
+      serializeFunction = py::object();
+      passOnFunction = py::object();
+      plainPicklerObject = py::object();
+    } else {
+      runFunction.release();
+      serializeFunction.release();
+      passOnFunction.release();
+      plainPicklerObject.release();
+    }
+  }
+  PythonSide(const PythonSide&) = delete;
+  PythonSide& operator=(const PythonSide&) = delete;
+
+  py::object run(py::object function) const {
+    const UserCode code;
+    const py::object arguments = std::move(function); // they end in it, too
+    return callToTheEndOfPython(runFunction, arguments);
+  }
+  rpc::SerializedPyObj serialize(const py::object& result) const {
+    if (plainPickler != nullptr) {
+      if (auto plain = plainPickler->dumpResult(result)) {
+        return {std::move(plain->data), std::move(plain->tensors)};
+      }
+    }
+    const UserCode code;
+    auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
+    return {std::move(data), std::move(tensors)};
+  }
+  // Its value, or its error if that is an exception of Python (which another worker sent). Takes the GIL.
+  rpc::SerializedPyObj serialize(rpc::JitFuture& future) const {
+    c10::IValue value;
+    std::optional<PythonError> failure;
+    try {
+      value = future.value();
+    } catch (const PythonError& error) {
+      failure = error;
+    }
+    const py::gil_scoped_acquire gil;
+    try {
+      return serialize(failure ? passOnFunction(failure->remote()) : torch::jit::toPyObject(std::move(value)));
+    } catch (const py::error_already_set& error) {
+      throw std::runtime_error(error.what());
+    }
+  }
+
+  py::object runFunction;
+  py::object serializeFunction;
+  py::object passOnFunction;
+  py::object plainPicklerObject;
+  const PlainPickler* const plainPickler; // of that object, or null
+};
+
+PythonRequestCallback::PythonRequestCallback(
+    py::object runFunction,
+    py::object serialize,
+    py::object passOn,
+    py::object plainPickler)
+    : python_(
+          std::make_shared<PythonSide>(
+              std::move(runFunction),
+              std::move(serialize),
+              std::move(passOn),
+              std::move(plainPickler))) {}
+
+// What takes the place of a command because it calls a Python function; null for other commands. One that wraps another
+// gets the wrapped one's replacement here.
+std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
+    rpc::RpcCommandBase& command,
+    const rpc::MessageType& type) const {
+  const auto unpickleWrapped = [&](auto& wrapper) {
+    if (auto function = unpickle(wrapper.wrappedRpc(), wrapper.wrappedMessageType())) {
+      wrapper.setWrappedRpc(std::move(function));
+    }
+    return nullptr;
+  };
+  switch (type) {
+    case rpc::MessageType::PYTHON_CALL: {
+      const auto& call = static_cast<rpc::PythonCall&>(command);
+      return std::make_unique<PythonFunction>(
+          agent_, python_->plainPickler, call.serializedPyObj(), call.isAsyncExecution());
+    }
+    case rpc::MessageType::PYTHON_REMOTE_CALL: {
+      const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
+      auto function = std::make_unique<PythonFunction>(
+          agent_, python_->plainPickler, call.serializedPyObj(), call.isAsyncExecution());
+      function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
+      return function;
+    }
+    case rpc::MessageType::FORWARD_AUTOGRAD_REQ: {
+      auto& recorded = static_cast<autograd::RpcWithAutograd&>(command);
+      unpickleWrapped(recorded);
+      const auto* function = dynamic_cast<PythonFunction*>(&recorded.wrappedRpc());
+      if (function != nullptr && !function->missing.empty()) {
+        recorded.tensors().clear(); // see Note [Second attempts and distributed autograd]
+      }
+      return nullptr;
+    }
+    case rpc::MessageType::RUN_WITH_PROFILING_REQ:
+      return unpickleWrapped(static_cast<autograd::RpcWithProfilingReq&>(command));
+    default:
+      return nullptr;
+  }
+}
+
+JitFuturePtr PythonRequestCallback::processMessage(rpc::Message& request, std::vector<c10::Stream> streams) const {
+  const rpc::MessageType type = request.type();
+  std::optional<MaybeUserCode> code;
+  if (type != rpc::MessageType::PYTHON_CALL && type != rpc::MessageType::PYTHON_REMOTE_CALL) {
+    code.emplace();
+  }
+  const bool isScript = type == rpc::MessageType::SCRIPT_CALL || type == rpc::MessageType::SCRIPT_REMOTE_CALL;
+  // A profiler of the whole process records what runs in torch's own.
+  if (!isScript || wholeProcessIsProfiled()) {
+    return RequestCallbackImpl::processMessage(request, std::move(streams));
+  }
+  auto& context = rpc::RRefContext::getInstance();
+  try {
+    context.recordThreadLocalPendingRRefs();
+    const std::shared_ptr<rpc::RpcCommandBase> call = readScriptCall(request);
+    const JitFuturePtr argumentsReady = context.waitForThreadLocalPendingRRefs(); // never fails
+    if (argumentsReady->completed()) {
+      return processRpcWithErrors(*call, type, streams);
+    }
+    return argumentsReady->thenAsync(
+        [this, call, type, streams = std::move(streams)](rpc::JitFuture& /*arguments*/) {
+          return processRpcWithErrors(*call, type, streams);
+        },
+        messageType());
+  } catch (...) {
+    context.clearRecordedPendingRRefsOnError();
+    throw; // the agent answers for it, as for any error
+  }
+}
+
+std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::deserializePythonRpcCommand(
+    std::unique_ptr<rpc::RpcCommandBase> command,
+    const rpc::MessageType& type) const {
+  auto function = unpickle(*command, type);
+  return function ? std::move(function) : std::move(command);
+}
+
+JitFuturePtr PythonRequestCallback::processScriptCall(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams) const {
+  auto& call = static_cast<rpc::ScriptCall&>(command);
+  const JitFuturePtr result = call.hasOp()
+      ? runJitOperator(*call.op(), call.stackRef(), streams)
+      : runJitFunction(call.qualifiedName(), call.stackRef(), streams, call.isAsyncExecution());
+  return result->then(
+      [](rpc::JitFuture& done) {
+        checkResult(done.value());
+        return withStorages(rpc::ScriptResp(done.value()).toMessage());
+      },
+      messageType());
+}
+
+// The one command that torch lets nobody replace, and whose value may be one that cannot be sent.
+JitFuturePtr PythonRequestCallback::processRpcWithErrors(
+    rpc::RpcCommandBase& command,
+    const rpc::MessageType& type,
+    const std::vector<c10::Stream>& streams) const {
+  if (type != rpc::MessageType::SCRIPT_RREF_FETCH_CALL) {
+    return RequestCallbackImpl::processRpcWithErrors(command, type, streams);
+  }
+  try {
+    return retrieveOwnerRRef(static_cast<rpc::ScriptRRefFetchCall&>(command).rrefId())
+        ->then(
+            [](rpc::JitFuture& done) {
+              checkResult(done.value());
+              return withStorages(rpc::ScriptRRefFetchRet({done.value()}).toMessage());
+            },
+            messageType());
+  } catch (const std::exception& error) {
+    return failed(errorText(error), messageType());
+  }
+}
+
+JitFuturePtr PythonRequestCallback::run(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams,
+    const c10::TypePtr& type,
+    const std::function<JitFuturePtr(const py::object& result)>& keep) const {
+  auto& call = static_cast<PythonFunction&>(command);
+  const c10::MultiStreamGuard guard(streams);
+  auto& handler = rpc::PythonRpcHandler::getInstance();
+  const TimedGil gil(agent_);
+  try {
+    const py::object result = python_->run(std::exchange(call.function, py::object()));
+    return call.isAsync && !handler.isRemoteException(result) ? futureIn(result) : keep(result);
+  } catch (const std::exception& error) {
+    return failed(errorText(error), type);
+  }
+}
+
+JitFuturePtr PythonRequestCallback::processPythonCall(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams) const {
+  const auto& call = static_cast<PythonFunction&>(command);
+  if (!call.missing.empty()) {
+    return failed(call.missing, messageType());
+  }
+  std::optional<rpc::SerializedPyObj> pickled;
+  const JitFuturePtr later = run(command, streams, messageType(), [&](const py::object& result) {
+    pickled = python_->serialize(result);
+    return JitFuturePtr();
+  });
+  if (pickled) { // the response is made without the GIL
+    return asFuture(rpc::PythonResp(std::move(*pickled)).toMessage());
+  }
+  return later->then(
+      [python = python_](rpc::JitFuture& future) {
+        return withStorages(rpc::PythonResp(python->serialize(future)).toMessage());
+      },
+      messageType());
+}
+
+JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams) const {
+  const auto& call = static_cast<PythonFunction&>(command);
+  if (!call.missing.empty()) { // before the RRef is made: the caller sends the call again, with the same ids
+    return failed(call.missing, messageType());
+  }
+  // The OwnerRRef is there before the function runs (torch makes it after). If the caller gives the call up meanwhile,
+  // it tells to delete an RRef that is known here; of one that is not, the value would stay for ever.
+  const auto value = c10::make_intrusive<rpc::JitFuture>(c10::PyObjectType::get());
+  JitFuturePtr response = assignOwnerRRef(call.result->first, call.result->second, value);
+  run(command, streams, value->elementType(), [this](const py::object& result) {
+    return asFuture(torch::jit::toIValue(result, c10::PyObjectType::get()), c10::PyObjectType::get());
+  })->addCallback([value](rpc::JitFuture& done) {
+    if (done.hasError()) {
+      value->setError(done.exception_ptr());
+    } else {
+      value->markCompleted(done.value(), done.storages());
+    }
+  });
+  return response;
+}
+
+JitFuturePtr PythonRequestCallback::processPythonRRefFetchCall(rpc::RpcCommandBase& command) const {
+  auto& fetch = static_cast<rpc::PythonRRefFetchCall&>(command);
+  return retrieveOwnerRRef(fetch.rrefId())
+      ->then(
+          [python = python_](rpc::JitFuture& future) {
+            return withStorages(rpc::PythonRRefFetchRet(python->serialize(future).toIValues()).toMessage());
+          },
+          messageType());
+}
+
+} // namespace torch_rpc_mpi
