@@ -255,6 +255,16 @@ void bindAgent(py::module_& module) {
       .def(
           "get_worker_info", [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); }, NoGil())
       .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
+      .def(
+          "lost_workers",
+          [](const MpiAgent& self) {
+            std::vector<std::pair<int, std::string>> lost;
+            for (Membership::Loss& loss : self.lostWorkers()) {
+              lost.emplace_back(loss.rank, std::move(loss.reason));
+            }
+            return lost;
+          },
+          NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
   py::class_<SecondInterrupt>(module, "SecondInterrupt")

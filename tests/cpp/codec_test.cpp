@@ -2,7 +2,6 @@
 
 #include <ATen/Functions.h>
 
-#include "agent/call_table.h"
 #include "base/error_text.h"
 #include "check.h"
 #include "codec/sendable.h"
@@ -158,45 +157,6 @@ TEST(codec_refuses_bodies_that_lie) {
     } catch (const std::exception&) {
     }
   }
-}
-
-TEST(call_table_takes_each_call_once_and_late_ids_find_nothing) {
-  CallTable table;
-  const auto now = Clock::now();
-  const auto make = [](int peer, int timeout) {
-    return PendingCall{
-        c10::make_intrusive<c10::ivalue::Future>(at::AnyClassType::get()), peer, std::chrono::milliseconds(timeout)};
-  };
-  const uint64_t first = table.add(make(1, 0), now);
-  CHECK_THAT(table.take(first).has_value());
-  CHECK_THAT(!table.take(first).has_value());
-  const uint64_t second = table.add(make(2, 0), now); // reuses the slot
-  CHECK_THAT(!table.take(first).has_value());
-  CHECK_THAT(table.take(second).has_value());
-  CHECK_THAT(!table.take(12345).has_value());
-}
-
-TEST(call_table_expires_in_order_of_deadlines) {
-  CallTable table;
-  const auto now = Clock::now();
-  std::vector<uint64_t> ids;
-  for (int i = 0; i < 100; ++i) {
-    ids.push_back(table.add(
-        {c10::make_intrusive<c10::ivalue::Future>(at::AnyClassType::get()), i % 4,
-         std::chrono::milliseconds(i % 20 == 0 ? 0 : i)},
-        now));
-  }
-  CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(1));
-  CHECK_THAT(table.takeExpired(now).empty());
-  CHECK_EQUAL(table.takeExpired(now + std::chrono::milliseconds(50)).size(), 48U);
-  CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(51));
-  CHECK_EQUAL(table.takeAllOf(0).size() + table.takeAllOf(1).size(), 27U);
-  table.close();
-  CHECK_EQUAL(table.size(), 0U);
-  CHECK_EQUAL(table.add({c10::make_intrusive<c10::ivalue::Future>(at::AnyClassType::get())}, now), 0U);
-  CHECK_EQUAL(table.size(), 0U);
-  CHECK_THAT(table.takeExpired(now + std::chrono::hours(1)).empty());
-  CHECK_THAT(table.nextDeadline() == Clock::time_point::max());
 }
 
 TEST(receive_pool_reuses_bounds_and_trims) {
