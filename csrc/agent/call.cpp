@@ -4,10 +4,10 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "agent/engine_work.h"
-#include "agent/fork_guard.h"
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "host/fork_guard.h"
 
 namespace torch_rpc_mpi {
 

@@ -1,9 +1,9 @@
 // How the agent ends: by agreement (join, then shutdown) or on its own (shutdown without join, exit).
 #include "agent/engine_work.h"
-#include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 #include "base/error_text.h"
+#include "host/fork_guard.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {

@@ -1,8 +1,8 @@
 #include "agent/mpi_agent.h"
 
-#include "agent/fork_guard.h"
 #include "agent/rref_sessions.h"
 #include "agent/tasks.h"
+#include "host/fork_guard.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {

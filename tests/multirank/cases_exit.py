@@ -299,6 +299,14 @@ def bad_name_on_one_rank(world: World) -> None:
     world.init("a bad name" if world.rank == 1 else None, init_timeout=5)
 
 
+@program(size=2, tensorpipe=INIT_TIMEOUT)
+def longest_init_timeout(world: World) -> None:
+    """It is no limit, and not one that is over at once."""
+    world.init(init_timeout=sys.float_info.max)
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    rpc.shutdown()
+
+
 # How it ends
 
 

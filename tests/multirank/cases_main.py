@@ -316,6 +316,8 @@ def mode_pickle_does_not_send_again(world: World) -> None:
 MISLEADING = (
     "Can't get attribute 'name' on <module '__main__' from 'program.py'>",
     "MissingInMain: Can't get attribute 'name' on <module '__main__' from 'program.py'>",
+    "torch_rpc_mpi callee lacks a name of __main__: Can't get attribute 'name' on <module '__main__'>",
+    "the call was not run, because a name of __main__ is missing: Can't get attribute 'name' on <module '__main__'>",
 )
 
 COUNTED = """

@@ -455,6 +455,8 @@ def raise_counted(text: str) -> None:
 MISLEADING = (
     "Can't get attribute 'name' on <module '__main__' from 'program.py'>",
     "MissingInMain: Can't get attribute 'name' on <module '__main__' from 'program.py'>",
+    "torch_rpc_mpi callee lacks a name of __main__: Can't get attribute 'name' on <module '__main__'>",
+    "the call was not run, because a name of __main__ is missing: Can't get attribute 'name' on <module '__main__'>",
 )
 
 
