@@ -23,7 +23,7 @@ from torch._C import Future
 from torch._C._distributed_rpc import PyRRef
 from torch.distributed.rpc import api, internal
 
-from . import _C, _pickler, _remote_errors, _waiting, calls
+from . import _C, _all_gather, _pickler, _remote_errors, calls
 from . import functions as entry_points
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -60,6 +60,7 @@ class _Session:
     pid: int
     replaced: list[_Replaced]
     second_interrupt: _C.SecondInterrupt
+    all_gathers: _all_gather.Watch
 
 
 _current: _Session | None = None
@@ -75,14 +76,11 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -
     """
     global _current
     # First: should the handler of a signal raise in what follows, agent.shutdown() puts back what was replaced by then.
-    _current = _Session(agent, os.getpid(), [], _C.SecondInterrupt(agent, whereabouts))
+    second_interrupt = _C.SecondInterrupt(agent, whereabouts)
+    _current = _Session(agent, os.getpid(), [], second_interrupt, _all_gather.Watch(agent))
     _hook_into_api(_current.replaced, agent, pickler)
     _hook_into_futures(_current.replaced)
-    # torch counts for ever the rounds of its all_gather over RPC, by which shutdown() waits for the others: a worker
-    # that left an earlier session ungracefully has counted one less, and all would wait for each other.
-    with api._all_gather_dict_lock:
-        api._all_gather_sequence_id.clear()
-        api._all_gather_sequence_id_to_states.clear()
+    _replace(_current.replaced, api, _current.all_gathers.replacements())
 
 
 def end(agent: Agent) -> None:
@@ -93,6 +91,7 @@ def end(agent: Agent) -> None:
         return
     _current = None
     session.second_interrupt.cancel()
+    session.all_gathers.end()
     for owner, name, ours, torchs in session.replaced:
         if vars(owner)[name] is ours:  # not if somebody has put theirs in its place since
             setattr(owner, name, torchs)
@@ -122,7 +121,7 @@ def _hook_into_api(replaced: list[_Replaced], agent: Agent, pickler: _pickler.Rp
 
 
 def _hook_into_futures(replaced: list[_Replaced]) -> None:
-    """Two changes of what futures and RRefs do, and what torch waits with.
+    """Two changes of what futures and RRefs do.
 
     Their waits let Python run the handlers of signals meanwhile. Each callback of a future begins and ends in a clean
     thread state where the engine runs it.
@@ -133,11 +132,8 @@ def _hook_into_futures(replaced: list[_Replaced]) -> None:
         "wait": _C.future_wait,
     }
     rref = {"local_value": _C.rref_local_value, "to_here": _C.rref_to_here}
-    delete = "_delete_all_user_and_unforked_owner_rrefs"
-    waits = {delete: functools.partial(_waiting.interruptibly, getattr(api, delete))}
     _replace(replaced, Future, future)
     _replace(replaced, PyRRef, rref)
-    _replace(replaced, api, waits)
 
 
 def _replace(replaced: list[_Replaced], owner: Any, names: Mapping[str, Any]) -> None:

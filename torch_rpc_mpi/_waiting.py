@@ -9,19 +9,25 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+LOOK_INTERVAL = 0.05  # seconds between looks at what may end a wait, where no event tells of it
 
-def interruptibly(work: Callable[[], T]) -> T:
+
+def interruptibly(work: Callable[[], T], look: Callable[[], None] | None = None) -> T:
     """Runs ``work``, which waits in C++, and the handlers of signals that come meanwhile.
 
     For that, in Python's main thread, ``work`` runs in a thread of its own. When a handler raises, it is left alone.
+
+    Args:
+        work: the function that waits.
+        look: what is called again and again while ``work`` waits, in whatever thread; it ends the wait by raising.
 
     Returns:
         What ``work`` returns.
 
     Raises:
-        BaseException: what ``work`` raises, or a handler.
+        BaseException: what ``work`` raises, or a handler, or ``look``.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if look is None and threading.current_thread() is not threading.main_thread():
         return work()
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -32,4 +38,6 @@ def interruptibly(work: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="rpc_mpi_wait", daemon=True).start()
+    while look is not None and not concurrent.futures.wait([outcome], LOOK_INTERVAL).done:
+        look()
     return outcome.result()

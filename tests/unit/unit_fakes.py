@@ -166,6 +166,9 @@ class Agent(rpc.TensorPipeAgent):
     def leave(self) -> None:
         print("the agent leaves", flush=True)
 
+    def lost_workers(self) -> list[tuple[int, str]]:
+        return []
+
 
 def send_without_second_attempt(invoke: Callable[..., Any]) -> Callable[..., Any]:
     """torch's entry point behind the signature of ours."""

@@ -1,0 +1,30 @@
+"""Workers that end while the others shut down or gather: those must not wait for ever."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import launcher
+import losses
+import pytest
+from test_worlds import mpich
+
+pytestmark = [mpich, pytest.mark.timeout(1200)]  # the first test runs all cases
+
+
+@pytest.fixture(scope="module")
+def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """By case, for those that are selected."""
+    mine = [item for item in request.session.items if item.parent is request.node]
+    names = [item.callspec.params["name"] for item in mine]
+    command = [sys.executable, losses.__file__, str(tmp_path_factory.mktemp("losses")), *names]
+    _, output = launcher.run_commands([command], {}, 60 + losses.LIMIT * len(names))
+    return dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
+
+
+@pytest.mark.parametrize("name", losses.CASES)
+def test_loss(problems: dict[str, list[str]], name: str) -> None:
+    assert name in problems, "it was not run"
+    if problems[name]:
+        pytest.fail("\n".join(problems[name]), pytrace=False)
