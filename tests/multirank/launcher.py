@@ -1,4 +1,4 @@
-"""Starts ranks, under mpirun or directly, watches over them, and reads what they report."""
+"""Starts ranks, under mpirun or from a server that has torch loaded, watches over them, and reads what they report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from typing import NamedTuple
 
 import harness
 from events import EventServer
+from rank_server import ForkedRank, RankServer
 
 # MPI under mpirun; MPI of processes that find each other by a file; TensorPipe.
 BACKENDS = ("mpi", "mpi-by-store", "tensorpipe")
 HERE = Path(__file__).resolve().parent
+RANKS = (sys.executable, str(HERE / "ranks.py"))
 START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
 # What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
 SAY_STATUS = ("sh", "-c", '"$@"; status=$?; echo "a rank ended with status $status"; exit $status', "rank")
@@ -61,37 +63,67 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, **fixed, **extra}
 
 
-def commands_for(command: Sequence[str], size: int, backend: str, env: Mapping[str, str]) -> list[Command]:
-    """What starts the ranks: one launcher, or a process for each."""
+def commands_for(
+    arguments: Sequence[str], size: int, backend: str, env: Mapping[str, str], within: Sequence[str] = ()
+) -> list[Command]:
+    """What starts the ranks: one launcher, or the server for each.
+
+    Args:
+        arguments: to ranks.py.
+        within: a command that the launcher is to run ranks.py with.
+    """
     if backend == "mpi":
-        return [Command([*mpirun(), "-n", str(size), *command], env)]
-    return [Command(command, {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}) for rank in range(size)]
+        return [Command([*mpirun(), "-n", str(size), *within, *RANKS, *arguments], env)]
+    return [
+        Command(arguments, {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}, forked=True)
+        for rank in range(size)
+    ]
 
 
 class Command(NamedTuple):
-    """A command and the variables that it gets."""
+    """A command and the variables that it gets, or the arguments of a rank that the server forks."""
 
     arguments: Sequence[str]
     env: Mapping[str, str]
+    forked: bool = False
+
+
+_servers: list[RankServer] = []
+
+
+def rank_server() -> RankServer:
+    """The server of this process's ranks; another one if it has ended."""
+    if _servers and not _servers[-1].runs():
+        close_rank_server()
+    if not _servers:
+        _servers.append(RankServer(environment({})))
+    return _servers[-1]
+
+
+def close_rank_server() -> None:
+    while _servers:
+        _servers.pop().close()
 
 
 class Job:
     """The processes of one launch. Their common output is one file."""
 
     def __init__(self, commands: Sequence[Command], output: Path) -> None:
-        self._output = output.open("wb")
-        # A session of their own, so that they can be ended as a group without touching anything else.
-        self._processes = [
-            subprocess.Popen(
-                command.arguments,
-                env=environment(command.env),
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for command in commands
-        ]
+        self._output = output.open("ab")
+        self._processes = [self._start(command, output) for command in commands]
+
+    def _start(self, command: Command, output: Path) -> subprocess.Popen | ForkedRank:
+        # In a session of its own, so that it can be ended with its children without touching anything else.
+        if command.forked:
+            return rank_server().fork(command.arguments, command.env, output)
+        return subprocess.Popen(
+            command.arguments,
+            env=environment(command.env),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def wait(self, expired: Callable[[], bool], pids: Callable[[], list[int]] = list) -> int | None:
         """The first exit status that is not 0, else 0; None if the job had to be ended because it `expired()`."""
@@ -103,6 +135,10 @@ class Job:
             return next((process.returncode for process in self._processes if process.returncode), 0)
         finally:
             self._end(pids())
+            for status in [process.returncode for process in self._processes if isinstance(process, ForkedRank)]:
+                # As the shell says it, of a signal as well.
+                said = "still runs" if status is None else f"ended with status {128 - status if status < 0 else status}"
+                self._output.write(f"a rank {said}\n".encode())
             self._output.close()
 
     def _end(self, pids: list[int]) -> None:
@@ -188,8 +224,7 @@ def run_cases(module: str, size: int, names: Sequence[str], backend: str) -> Rep
     patience = max([case.limit for case in cases], default=0.0) + GRACE
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
-        command = [sys.executable, str(HERE / "ranks.py"), "cases", module, *names]
-        job = Job(commands_for(command, size, backend, env), output)
+        job = Job(commands_for(["cases", module, *names], size, backend, env), output)
         files = [scratch / f"rank{rank}.jsonl" for rank in range(size)]
         seen, since = -1, time.monotonic()
 
@@ -212,12 +247,11 @@ def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
     program = harness.PROGRAMS[module][name]
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
-        command = [*SAY_STATUS, sys.executable, str(HERE / "ranks.py"), "program", module, name]
-        variables = {**env, **program.env}
+        arguments, variables = ["program", module, name], {**env, **program.env}
         commands = (
-            commands_for(command, program.size, backend, variables)
+            commands_for(arguments, program.size, backend, variables, within=SAY_STATUS)
             if program.launcher
-            else [Command(command, variables)]
+            else [Command([*SAY_STATUS, *RANKS, *arguments], variables)]
         )
         job = Job(commands, output)
         deadline = time.monotonic() + program.limit + GRACE

@@ -52,6 +52,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             _selected.setdefault((parameters["module"], parameters["size"]), []).append(parameters["name"])
 
 
+def pytest_sessionfinish() -> None:
+    launcher.close_rank_server()
+
+
 def _load(module: str) -> None:
     # torch.jit warns that it is deprecated, RPC's TorchScript calls are not, and warnings are errors here.
     with warnings.catch_warnings():

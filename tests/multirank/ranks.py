@@ -2,6 +2,7 @@
 
     python ranks.py cases MODULE CASE...
     python ranks.py program MODULE PROGRAM
+    python ranks.py serve DESCRIPTOR         a process that forks such ranks: see rank_server.py
 
 Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
 {"end": case, "error": traceback or null, "seconds"}. Their output goes to rankN.log, and so do the stacks of all
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import rank_server
 import torch
 import torch.distributed.rpc as rpc
 
@@ -134,7 +138,17 @@ def run_program(world: harness.World, module: str, name: str) -> None:
 def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
-    kind, module, *names = sys.argv[1:]
+    arguments = sys.argv[1:]
+    if arguments[0] == "serve":
+        # What the first optimizer imports. That and the rest of torch live as long as the process: that a rank's
+        # garbage collection, and with it its end, goes through them would cost more than the rest of a short rank.
+        importlib.import_module("torch._dynamo")
+        gc.collect()
+        gc.freeze()
+        arguments = rank_server.serve(socket.socket(fileno=int(arguments[1])))
+        if arguments is None:
+            return
+    kind, module, *names = arguments
     sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
     if kind == "program":
         run_program(harness.world(), module, names[0])
