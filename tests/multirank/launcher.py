@@ -28,6 +28,7 @@ RANKS = (sys.executable, str(HERE / "ranks.py"))
 START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
 # What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
 SAY_STATUS = ("sh", "-c", '"$@"; status=$?; echo "a rank ended with status $status"; exit $status', "rank")
+LAUNCHES = 4  # of the same cases at most, the first included
 GRACE = 15.0  # from a case's limit, when its stacks are written, to the end of the launch
 
 
@@ -52,6 +53,10 @@ def mpirun() -> tuple[str, ...]:
     if "Open MPI" in version or "OpenRTE" in version or "prte" in version.lower():
         return (path, "--oversubscribe", "--bind-to", "none")
     return (path,)
+
+
+def is_open_mpi() -> bool:
+    return "--oversubscribe" in mpirun()
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -183,16 +188,18 @@ class Outcome:
 
 
 class Report:
-    """The results of one launch of cases."""
+    """The results of one launch of cases, which are named MODULE:CASE."""
 
     def __init__(self, scratch: Path, size: int, status: int | None, output: str) -> None:
         self._status, self._output = status, output
         self._records = [_records(scratch / f"rank{rank}.jsonl") for rank in range(size)]
         self._logs = [_text(scratch / f"rank{rank}.log") for rank in range(size)]
 
+    def began(self, name: str) -> bool:
+        return any(record.get("begin") == name for records in self._records for record in records)
+
     def outcome(self, name: str) -> Outcome:
-        begun = [any(record.get("begin") == name for record in records) for records in self._records]
-        if not any(begun):
+        if not self.began(name):
             return Outcome(False, f"not run: {self._fate()}\n{self._tails()}")
         ends = [next((r for r in records if r.get("end") == name), None) for records in self._records]
         problems: dict[str, list[int]] = {}  # often several ranks have the same
@@ -218,13 +225,40 @@ class Report:
         return "\n".join(f"--- last output of {who}:\n{text[-2000:]}" for who, text in outputs.items() if text)
 
 
-def run_cases(module: str, size: int, names: Sequence[str], backend: str) -> Report:
-    """Launches the named cases of a module, in this order."""
-    cases = [harness.CASES[module][name] for name in names]
-    patience = max([case.limit for case in cases], default=0.0) + GRACE
+class Reports:
+    """The results of the launches that some cases took."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self._reports = reports
+
+    def outcome(self, name: str) -> Outcome:
+        """Of a case, or of the "end", which is that of the first launch: it fails if there had to be another."""
+        if name == "end":
+            return self._reports[0].outcome(name)
+        return next((report for report in self._reports if report.began(name)), self._reports[-1]).outcome(name)
+
+
+def run_cases(module: str, names: Sequence[str], size: int, backend: str) -> Reports:
+    """Runs cases, named MODULE:CASE, in this order in one launch; those that it ended before, in another one.
+
+    Args:
+        module: any of those of the suite.
+    """
+    reports: list[Report] = []
+    while True:
+        report = _launch_cases(module, names, size, backend)
+        reports.append(report)
+        left = [name for name in names if not report.began(name)]
+        if not left or len(left) == len(names) or len(reports) == LAUNCHES:
+            return Reports(reports)
+        names = left
+
+
+def _launch_cases(module: str, names: Sequence[str], size: int, backend: str) -> Report:
+    patience = max([harness.find_case(name).limit for name in names], default=0.0) + GRACE
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
-        job = Job(commands_for(["cases", module, *names], size, backend, env), output)
+        job = Job(commands_for(["cases", *names], size, backend, env), output)
         files = [scratch / f"rank{rank}.jsonl" for rank in range(size)]
         seen, since = -1, time.monotonic()
 

@@ -1,6 +1,6 @@
-"""One rank: runs the cases of a module, or one program. Started by launcher.py.
+"""One rank: runs cases, or one program. Started by launcher.py.
 
-    python ranks.py cases MODULE CASE...
+    python ranks.py cases MODULE:CASE...
     python ranks.py program MODULE PROGRAM
     python ranks.py serve DESCRIPTOR         a process that forks such ranks: see rank_server.py
 
@@ -58,8 +58,9 @@ class Runner:
         self._recorder = recorder
         self._options: dict[str, Any] | None = None  # of the session that is up
 
-    def run(self, case: harness.Case) -> None:
-        error = self._guarded(case.name, case.limit, lambda: self._body(case))
+    def run(self, name: str) -> None:
+        case = harness.find_case(name)
+        error = self._guarded(name, case.limit, lambda: self._body(case))
         if error and not case.session:
             self._recover()
 
@@ -112,17 +113,18 @@ class Runner:
             rpc.shutdown()
 
 
-def run_cases(world: harness.World, module: str, names: list[str]) -> None:
+def run_cases(world: harness.World, names: list[str]) -> None:
     scratch = os.environ["RPC_TEST_SCRATCH"]
     log = os.open(f"{scratch}/rank{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     recorder = Recorder(f"{scratch}/rank{world.rank}.jsonl")
     recorder.write(pid=os.getpid())
-    importlib.import_module(module)
+    for module in dict.fromkeys(name.partition(":")[0] for name in names):
+        importlib.import_module(module)
     runner = Runner(world, recorder)
     for name in names:
-        runner.run(harness.CASES[module][name])
+        runner.run(name)
     runner.end()
     faulthandler.dump_traceback_later(EXIT_LIMIT)
 
@@ -148,12 +150,12 @@ def main() -> None:
         arguments = rank_server.serve(socket.socket(fileno=int(arguments[1])))
         if arguments is None:
             return
-    kind, module, *names = arguments
+    kind, *names = arguments
     sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
     if kind == "program":
-        run_program(harness.world(), module, names[0])
+        run_program(harness.world(), *names)
     else:
-        run_cases(harness.world(), module, names)
+        run_cases(harness.world(), names)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import launcher
 import pytest
 
 PROGRAM = str(Path(__file__).with_name("world_program.py"))
-FAMILY = "Open MPI" if "--oversubscribe" in launcher.mpirun() else "MPICH"
 
-pytestmark = pytest.mark.timeout(300)
-mpich = pytest.mark.skipif(FAMILY != "MPICH", reason="Open MPI needs its launcher")
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
+mpich = pytest.mark.skipif(launcher.is_open_mpi(), reason="Open MPI needs its launcher")
 
 
 def free_port() -> int:
@@ -140,7 +139,7 @@ def test_a_child_that_leaves(run: Callable[..., None], tmp_path: Path, method: s
     run([[PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves"]], 3)
 
 
-@pytest.mark.skipif(FAMILY != "MPICH", reason="Open MPI leaves a file of every process that has no launcher")
+@pytest.mark.skipif(launcher.is_open_mpi(), reason="Open MPI leaves a file of every process that has no launcher")
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_a_child_alone_leaves_no_files(run: Callable[..., None], tmp_path: Path, method: str) -> None:
     run([[PROGRAM, "--spawn", method, "--size", "1", *by_file(tmp_path), "alone"]], 1)
@@ -148,6 +147,6 @@ def test_a_child_alone_leaves_no_files(run: Callable[..., None], tmp_path: Path,
     assert files == []
 
 
-@pytest.mark.skipif(FAMILY == "MPICH", reason="MPICH needs no launcher")
+@pytest.mark.skipif(not launcher.is_open_mpi(), reason="MPICH needs no launcher")
 def test_open_mpi_says_that_it_needs_its_launcher(run: Callable[..., None], tmp_path: Path) -> None:
     run(by_hand("no_open_mpi", 2, *by_file(tmp_path)), 2)
