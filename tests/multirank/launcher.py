@@ -295,14 +295,14 @@ def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
 def run_script(command: Sequence[str], size: int, limit: float, launcher: bool = True) -> tuple[int | None, str]:
     """Runs any Python script (an example) under mpirun, or on its own."""
     start = [*mpirun(), "-n", str(size)] if launcher else []
-    return run_commands([[*start, sys.executable, *command]], {}, limit)
+    return run_commands([Command([*start, sys.executable, *command], {})], limit)
 
 
-def run_commands(commands: Sequence[Sequence[str]], env: Mapping[str, str], limit: float) -> tuple[int | None, str]:
+def run_commands(commands: Sequence[Command], limit: float) -> tuple[int | None, str]:
     """Runs commands side by side; returns the first status that is not 0, else 0 (None if they hung), and output."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "output")
-        job = Job([Command(command, env) for command in commands], output)
+        job = Job(commands, output)
         deadline = time.monotonic() + limit
         return job.wait(lambda: time.monotonic() > deadline), _text(output)
 

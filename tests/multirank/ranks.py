@@ -2,6 +2,7 @@
 
     python ranks.py cases MODULE:CASE...
     python ranks.py program MODULE PROGRAM
+    python ranks.py main MODULE ARGUMENT...  a module with a main() of its own, as if it were the program
     python ranks.py serve DESCRIPTOR         a process that forks such ranks: see rank_server.py
 
 Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
@@ -151,6 +152,10 @@ def main() -> None:
         if arguments is None:
             return
     kind, *names = arguments
+    if kind == "main":
+        sys.argv[1:] = names[1:]
+        importlib.import_module(names[0]).main()
+        return
     sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
     if kind == "program":
         run_program(harness.world(), *names)
