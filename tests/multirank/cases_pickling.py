@@ -357,7 +357,7 @@ def rrefs_of_calls_that_are_never_sent(world: World, api: Any) -> None:
 gc_lock = threading.Lock()
 
 
-@program(size=3, tensorpipe=TORCH_CANNOT)
+@program(any_world=True, size=3, tensorpipe=TORCH_CANNOT)
 def pickling_leaks_no_rref(world: World) -> None:
     world.init()
     third = world.name(world.rank + 2)
