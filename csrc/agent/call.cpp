@@ -7,6 +7,7 @@
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "base/deadline.h"
 #include "host/fork_guard.h"
 
 namespace torch_rpc_mpi {
@@ -14,9 +15,6 @@ namespace torch_rpc_mpi {
 namespace rpc = torch::distributed::rpc;
 
 namespace {
-
-// Seconds; what is longer, infinity included, is no limit. A deadline in nanoseconds overflows at nine times this.
-constexpr double kLongestTimeout = 1e9;
 
 // The call that this thread made last and will drive.
 thread_local JitFuturePtr awaited;
@@ -44,7 +42,7 @@ std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
   const double limit =
       seconds == rpc::kUnsetRpcTimeout ? std::chrono::duration<double>(getRpcTimeout()).count() : double{seconds};
   TORCH_CHECK(limit >= 0, "An RPC timeout must not be negative, but is ", limit, " s. Give seconds, or 0 for no limit");
-  if (limit == 0 || limit > kLongestTimeout) {
+  if (limit == 0 || limit > kLongestWait) {
     return std::chrono::milliseconds(0);
   }
   // At least 1 ms: the smallest timeout that a user can give is not "none".

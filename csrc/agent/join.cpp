@@ -1,23 +1,10 @@
 #include "agent/join.h"
 
-#include <chrono>
 #include <utility>
 
+#include "base/deadline.h"
+
 namespace torch_rpc_mpi {
-
-namespace {
-
-using Time = std::chrono::steady_clock::time_point;
-
-// A thousand years are no limit either, and more than the clock can count.
-Time deadlineAfter(float seconds) {
-  if (seconds == 0 || seconds > 3e10F) {
-    return Time::max();
-  }
-  return Time::clock::now() + std::chrono::duration_cast<Time::duration>(std::chrono::duration<double>(seconds));
-}
-
-} // namespace
 
 Join::Result Join::wait(const SignalService& signals, float seconds, bool last, const std::function<void()>& wake) {
   {

@@ -325,7 +325,8 @@ class TensorReader {
 
   at::Tensor quantized(const Description& description, at::QuantizerPtr quantizer) {
     require(
-        at::isQIntType(description.type) && !isSubByte(description.type), "a quantized tensor has a dtype that is not quantized");
+        at::isQIntType(description.type) && !isSubByte(description.type),
+        "a quantized tensor has a dtype that is not quantized");
     auto tensor = at::detail::make_tensor<at::QTensorImpl>(
         c10::Storage(storageOf(description)), c10::DispatchKeySet(c10::DispatchKey::QuantizedCPU),
         c10::scalarTypeToTypeMeta(description.type), std::move(quantizer));
