@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
-from torch._C import Future
-from torch._C._distributed_c10d import Store
-from torch._C._distributed_rpc import PyRRef, RpcAgent, WorkerInfo
 from torch.storage import UntypedStorage
+
+from ._torch_api import Future, PyRRef, RpcAgent, Store, WorkerInfo
 
 class MPIRuntime:
     """The MPI library that mpi4py has loaded, reached through the shim of its ABI."""
