@@ -1,6 +1,6 @@
 # make demo [ARGS=...]   install into .venv and run the demo under mpirun
-# make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests on MPICH and on Open MPI,
-#                        torch's own RPC suites on MPICH
+# make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests and torch's own RPC suites on
+#                        MPICH, and on Open MPI those that depend on the MPI
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes

@@ -5,8 +5,5 @@ cd "$(dirname "$0")/.."
 make --no-print-directory env-mpich
 source .venv/bin/activate
 
+# Under MPI's launcher runs what has the mark "mpi"; the rest, in worlds without one, whose ranks start in a moment.
 pytest tests/unit tests/multirank "$@"
-# Processes that find each other without a launcher form another kind of world: what is sent in it is the same, so some do.
-if [ $# -eq 0 ]; then
-  pytest tests/multirank/test_cases.py --backend mpi-by-store -k "calls or rref or tensors or timeouts"
-fi

@@ -4,10 +4,10 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "agent/engine_work.h"
-#include "agent/fork_guard.h"
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
+#include "host/fork_guard.h"
 
 namespace torch_rpc_mpi {
 
@@ -22,6 +22,16 @@ constexpr double kLongestTimeout = 1e9;
 thread_local JitFuturePtr awaited;
 // Whether send() is to wait for it; see AnswerInSend.
 thread_local bool answersInSend = false;
+
+// A guest is announced for one call. Whatever becomes of that, it does not stay so.
+struct GuestAnnouncement {
+  GuestAnnouncement() = default;
+  ~GuestAnnouncement() {
+    Engine::announceGuest(false);
+  }
+  GuestAnnouncement(const GuestAnnouncement&) = delete;
+  GuestAnnouncement& operator=(const GuestAnnouncement&) = delete;
+};
 
 std::string timeoutText(std::chrono::milliseconds timeout) {
   std::string text = rpc::kRpcTimeoutErrorStr;
@@ -50,6 +60,12 @@ void MpiAgent::checkNotForked() const {
 }
 
 std::string MpiAgent::notRunningText(rpc::MessageType type) const {
+  {
+    const std::lock_guard<std::mutex> lock(brokenMutex_);
+    if (!brokenReason_.empty()) {
+      return brokenReason_; // whatever is asked for later: the first reason is the one that helps
+    }
+  }
   return c10::str(
       "Node ", rank_, " tried to send() a message of type ", type, " but RPC is no longer running on this node.");
 }
@@ -65,39 +81,41 @@ JitFuturePtr MpiAgent::send(
     RpcMessage message,
     const float rpcTimeoutSeconds,
     const rpc::DeviceMap& /*deviceMap*/) {
+  const GuestAnnouncement announcement;
   checkUsable(*message);
-  const WorkerInfo& peer = getWorkerInfo(to.id_);
+  const int peer = getWorkerInfo(to.id_).id_;
   PendingCall call;
   call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
-  call.peer = peer.id_;
+  call.peer = peer;
+  call.type = message->type();
   call.timeout = timeoutOf(rpcTimeoutSeconds);
+  call.made = Clock::now();
   JitFuturePtr future = call.future;
-  // A call to oneself another thread runs, and is there as soon as this one would be.
-  const bool announced = Engine::guestAnnounced();
-  const bool drives = announced && peer.id_ != rank_;
-  if (drives) {
-    awaited = future;
-  } else if (announced) {
-    Engine::announceGuest(false);
+  if (const auto reason = members_.whyLost(peer)) {
+    TORCH_CHECK(failLater(std::move(call), *reason), notRunningText(message->type()));
+    return future;
   }
-  const uint64_t id = calls_.add(std::move(call), Clock::now());
+  if (Engine::guestAnnounced()) {
+    // A call to oneself another thread runs, and is there as soon as this one would be.
+    Engine::announceGuest(peer != rank_);
+    awaited = peer != rank_ ? future : nullptr;
+  }
+  const auto made = call.made;
+  const uint64_t id = calls_.add(std::move(call), made);
   TORCH_CHECK(id != 0, notRunningText(message->type()));
   message->setId(static_cast<int64_t>(id));
   try {
     const EngineWork work;
-    if (peer.id_ == rank_) {
+    if (peer == rank_) {
       sendToSelf(id, std::move(message));
     } else {
-      sendToPeer(peer.id_, id, std::move(message));
+      sendToPeer(peer, id, std::move(message));
     }
   } catch (...) {
-    calls_.take(id);
+    calls_.take(id, peer);
     throw;
   }
-  if (announced) {
-    // Here, and not when it is waited for: a signal's handler may see to it that this never happens.
-    Engine::announceGuest(false);
-  }
+  Engine::announceGuest(false); // before it drives: what its callbacks send is announced anew
   if (std::exchange(answersInSend, false)) {
     driveUntil(*future);
     serveUntilCompleted(options_.signals, *future);
@@ -143,22 +161,6 @@ void MpiAgent::sendToSelf(uint64_t id, RpcMessage message) {
 }
 
 void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
-  if (goneCount_.load(std::memory_order_relaxed) > 0) {
-    std::string reason;
-    {
-      const std::lock_guard<std::mutex> lock(goneMutex_);
-      const auto found = gone_.find(peer);
-      if (found != gone_.end()) {
-        reason = found->second;
-      }
-    }
-    if (!reason.empty()) {
-      if (auto call = calls_.take(id)) {
-        CompletionTask::fail(*call, reason);
-      }
-      return;
-    }
-  }
   auto out = std::make_unique<OutboundRpc>(
       peer, FrameKind::kRequest, id, std::move(message), options_.exchange.eagerLimit,
       static_cast<SendFailureListener&>(*this));
@@ -172,17 +174,32 @@ void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
 
 void MpiAgent::onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept {
   if (kind == FrameKind::kRequest) {
-    if (auto call = calls_.take(callId)) {
-      CompletionTask::fail(*call, reason);
+    if (auto call = calls_.take(callId, peer)) {
+      if (!failLater(*call, reason)) {
+        completion_.fail(*call, reason);
+      }
     }
   } else {
-    LOG(WARNING) << "RPC response to " << describe(peer) << " was not sent: " << reason;
+    LOG(WARNING) << "RPC response to " << members_.describe(peer) << " was not sent: " << reason;
   }
+}
+
+// See Note [Completion]. Any thread, also with the token. False if the table is closed.
+bool MpiAgent::failLater(PendingCall call, const std::string& reason) {
+  const auto now = Clock::now();
+  call.timeout = now - call.made < kFailureDelay ? kFailureDelay : std::chrono::milliseconds(1);
+  call.failure = reason;
+  if (calls_.add(std::move(call), now) == 0) {
+    return false;
+  }
+  engine_->wake();
+  return true;
 }
 
 void MpiAgent::expire(Clock::time_point now) {
   for (PendingCall& call : calls_.takeExpired(now)) {
-    std::string error = rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT);
+    std::string error =
+        call.failure.empty() ? rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT) : call.failure;
     arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), std::move(error)));
   }
 }

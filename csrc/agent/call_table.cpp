@@ -12,14 +12,16 @@ uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
   uint32_t index = 0;
   if (freeSlots_.empty()) {
     index = static_cast<uint32_t>(slots_.size());
-    slots_.emplace_back();
+    slots_.emplace_back().uses = usesBefore_;
   } else {
     index = freeSlots_.back();
     freeSlots_.pop_back();
   }
   Slot& slot = slots_[index];
   slot.call = std::move(call);
-  ++slot.uses;
+  if (++slot.uses == 0) {
+    slot.uses = 1; // with slot 0 the id would be the one that means "closed"
+  }
   size_.fetch_add(1);
   if (slot.call.timeout.count() > 0) {
     slot.deadline = now + slot.call.timeout;
@@ -64,13 +66,28 @@ PendingCall CallTable::release(uint32_t index) {
   return call;
 }
 
-std::optional<PendingCall> CallTable::take(uint64_t id) {
+// With mutex_ held.
+const CallTable::Slot* CallTable::find(uint64_t id) const {
   const auto index = static_cast<uint32_t>(id);
-  const std::lock_guard<std::mutex> lock(mutex_);
   if (index >= slots_.size() || slots_[index].uses != id >> 32 || slots_[index].call.future == nullptr) {
+    return nullptr;
+  }
+  return &slots_[index];
+}
+
+std::optional<PendingCall> CallTable::take(uint64_t id, int peer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Slot* slot = find(id);
+  if (slot == nullptr || slot->call.peer != peer) {
     return std::nullopt;
   }
-  return release(index);
+  return release(static_cast<uint32_t>(id));
+}
+
+bool CallTable::awaitsOther(uint64_t id, int peer) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Slot* slot = find(id);
+  return slot != nullptr && slot->call.peer != peer;
 }
 
 std::vector<PendingCall> CallTable::takeExpired(Clock::time_point now) {

@@ -6,9 +6,11 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <ATen/core/ivalue.h>
+#include <torch/csrc/distributed/rpc/message.h>
 
 namespace torch_rpc_mpi {
 
@@ -18,20 +20,30 @@ using JitFuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
 struct PendingCall {
   JitFuturePtr future;
   int peer = 0;
+  torch::distributed::rpc::MessageType type = torch::distributed::rpc::MessageType::UNKNOWN;
   std::chrono::milliseconds timeout{0}; // 0: none
+  Clock::time_point made;
+  std::string failure = {}; // with which it ends when its time is over, instead of "timed out"
 };
 
 // Thread-safe: mutex_ guards all but nextDeadline_ and size_, which are hints for others. Every call is taken exactly
 // once, by whoever completes it; futures are never completed in here.
 //
-// An id names a slot and how often the slot was used, so that a late response cannot complete another call. Calls with
+// An id names a slot and how often the slot was used, so that a late response cannot complete another call; no id is 0,
+// however often. Calls with
 // the same timeout expire in the order in which they were made: one list for each distinct timeout keeps adding,
 // taking and expiring O(1) and leaves nothing behind of a call that was answered.
 class CallTable {
  public:
+  // usesBefore: as if every slot had been used so often already.
+  explicit CallTable(uint32_t usesBefore = 0) : usesBefore_(usesBefore) {}
+
   // Returns the call's id, or 0 when the table is closed.
   uint64_t add(PendingCall call, Clock::time_point now);
-  std::optional<PendingCall> take(uint64_t id);
+  // Of a response. Nothing if there is no such call any more, or if it went to another peer: see awaitsOther().
+  std::optional<PendingCall> take(uint64_t id, int peer);
+  // Whether there is such a call, and it went to another peer.
+  bool awaitsOther(uint64_t id, int peer) const;
   std::vector<PendingCall> takeExpired(Clock::time_point now);
   std::vector<PendingCall> takeAllOf(int peer);
   // Takes all, and refuses further ones.
@@ -58,10 +70,12 @@ class CallTable {
   };
   template <class Which>
   std::vector<PendingCall> takeIf(Which which);
+  const Slot* find(uint64_t id) const;
   PendingCall release(uint32_t index);
   void link(uint32_t index, List& list);
   void unlink(uint32_t index);
 
+  const uint32_t usesBefore_;
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;
   std::vector<uint32_t> freeSlots_;

@@ -15,11 +15,18 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "peer/frame.h"
 #include "transport/progress_token.h"
 
 namespace torch_rpc_mpi {
+
+// Frames that a rank, or a part of the tree, has sent and received.
+struct DrainCounts {
+  uint64_t sent = 0;
+  uint64_t received = 0;
+};
 
 // Used under the progress token. May be gone through several times (generations).
 class Drain {
@@ -28,18 +35,23 @@ class Drain {
 
   Drain(int rank, int size, Send send);
 
-  void join() {
-    joined_ = true;
-  }
-  void onFrame(ProgressToken& token, int source, ConstSpan body);
+  void join();
+  // This rank no longer waits. What it has reported in the present wave it cannot take back.
+  void withdraw();
+  // Returns why the frame makes no sense, or an empty text.
+  std::string onFrame(ProgressToken& token, int source, ConstSpan body);
   // Reports if it is time to. `idle`: this rank waits for nothing and serves nothing.
-  void advance(ProgressToken& token, bool idle, uint64_t sent, uint64_t received);
+  void advance(ProgressToken& token, bool idle, const DrainCounts& own);
   bool joined() const {
     return joined_;
   }
-  // How often everybody has agreed.
+  // How often everybody has agreed, this rank with them.
   uint32_t agreements() const {
     return generation_;
+  }
+  // Whether the others have agreed, since the last call, because of a report after which this rank withdrew.
+  bool takeMissed() {
+    return std::exchange(missed_, false);
   }
 
  private:
@@ -47,10 +59,12 @@ class Drain {
   struct Body {
     Kind kind;
     uint32_t reserved;
-    uint64_t sent;
-    uint64_t received;
+    DrainCounts counts;
   };
-  void tell(ProgressToken& token, int peer, Kind kind, uint64_t sent = 0, uint64_t received = 0);
+  int parent() const {
+    return rank_ == 0 ? -1 : (rank_ - 1) / 2;
+  }
+  void tell(ProgressToken& token, int peer, Kind kind, const DrainCounts& counts = {});
   void conclude(ProgressToken& token, Kind verdict);
 
   const int rank_;
@@ -58,7 +72,9 @@ class Drain {
   const Send send_;
   bool joined_ = false;
   bool reported_ = false;
-  std::array<std::optional<Body>, 2> children_;
+  bool outdated_ = false; // what was reported in this wave
+  bool missed_ = false;
+  std::array<std::optional<DrainCounts>, 2> children_;
   std::optional<uint64_t> lastTotal_; // root: of the wave before, when it balanced
   uint32_t generation_ = 0;
 };

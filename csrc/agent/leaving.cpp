@@ -1,9 +1,9 @@
 // How the agent ends: by agreement (join, then shutdown) or on its own (shutdown without join, exit).
 #include "agent/engine_work.h"
-#include "agent/fork_guard.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 #include "base/error_text.h"
+#include "host/fork_guard.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -14,14 +14,8 @@ namespace {
 constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
 // Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
 constexpr auto kFlushLimit = std::chrono::milliseconds(500);
-
-// seconds: 0 for none; a thousand years are none either.
-Clock::time_point deadlineAfter(float seconds) {
-  if (seconds == 0 || seconds > 3e10F) {
-    return Clock::time_point::max();
-  }
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
+// Of a goodbye, which is to fit its frame, in bytes.
+constexpr size_t kCauseLength = 400;
 
 // Agents some of whose threads outlive them.
 void keepForEver(std::shared_ptr<MpiAgent> agent) {
@@ -38,65 +32,24 @@ bool MpiAgent::idle(ProgressToken& token) const {
       exchange_.quiet(token);
 }
 
-void MpiAgent::advanceDrain(ProgressToken& token) {
-  if (joinRequested_.exchange(false)) {
-    drain_.join();
-  }
-  if (drain_.joined()) {
-    const bool isIdle = idle(token);
-    const ExchangeCounts counts = exchange_.counts();
-    drain_.advance(token, isIdle, counts.framesSent, counts.framesReceived);
-  }
-  if (joining_ && drain_.agreements() != agreements_) {
-    const std::lock_guard<std::mutex> lock(joinMutex_);
-    agreements_ = drain_.agreements();
-    joinCv_.notify_all();
-  }
-}
-
-void MpiAgent::joinFailed(const std::string& reason) {
-  const std::lock_guard<std::mutex> lock(joinMutex_);
-  if (joinFailure_.empty()) {
-    joinFailure_ = reason;
-  }
-  joinCv_.notify_all();
-}
-
 void MpiAgent::join(bool shutdown, float timeout) {
   checkNotForked();
   TORCH_CHECK(timeout >= 0, "The timeout of join must not be negative, but is ", timeout);
-  std::unique_lock<std::mutex> lock(joinMutex_);
-  {
-    const std::lock_guard<std::mutex> goneLock(goneMutex_);
-    if (!gone_.empty()) {
-      joinFailure_ = gone_.begin()->second;
-    }
-  }
-  const uint32_t before = agreements_;
-  joining_ = true;
-  joinRequested_ = true;
-  engine_->wake();
-  const auto over = [&] { return agreements_ != before || !joinFailure_.empty(); };
-  bool finished = false;
-  try {
-    finished = waitServing(options_.signals, lock, joinCv_, deadlineAfter(timeout), over);
-  } catch (...) {
-    joining_ = false;
-    throw;
-  }
-  joining_ = false;
-  TORCH_CHECK(finished, "The graceful shutdown of RPC timed out after ", timeout, " s: ", whatJoinWaitsFor());
+  const auto result = join_.wait(options_.signals, timeout, shutdown, [this] { engine_->wake(); });
   TORCH_CHECK(
-      agreements_ != before, "A graceful shutdown of RPC is not possible: ", joinFailure_,
+      result != Join::Result::kFailed, "A graceful shutdown of RPC is not possible: ", join_.failure(),
       ". Use rpc.shutdown(graceful=False)");
+  TORCH_CHECK(
+      result == Join::Result::kAgreed, "The graceful shutdown of RPC timed out after ", timeout,
+      " s: ", whatJoinWaitsFor());
   agreed_ = shutdown;
 }
 
 std::string MpiAgent::whatJoinWaitsFor() const {
   std::string own;
-  for (size_t peer = 0; peer < workers_.size(); ++peer) {
-    if (const size_t pending = calls_.sizeOf(static_cast<int>(peer))) {
-      own += c10::str(own.empty() ? "" : ", ", pending, " to ", describe(static_cast<int>(peer)));
+  for (int peer = 0; peer < transport_->size(); ++peer) {
+    if (const size_t pending = calls_.sizeOf(peer)) {
+      own += c10::str(own.empty() ? "" : ", ", pending, " to ", members_.describe(peer));
     }
   }
   if (!own.empty()) {
@@ -124,15 +77,19 @@ void MpiAgent::shutdownImpl() {
   flush(interrupted);
   {
     const EngineWork work;
+    std::vector<TaskPtr> dropped; // completes calls, and so without the token
     engine_->withToken([&](ProgressToken& token) {
       exchange_.close(token, agreed);
-      arrivals_.clear();
+      dropped.swap(arrivals_);
     });
-    failAllCalls(shutDownText());
+    dropped.clear();
+    for (const PendingCall& call : calls_.close()) {
+      completion_.fail(call, shutDownText());
+    }
   }
   ReceivePool::instance().trim(Clock::time_point::max());
   if (!stopped) {
-    LOG(WARNING) << "RPC on " << describe(rank_) << " was shut down while " << engine_->counts().busy
+    LOG(WARNING) << "RPC on " << members_.describe(rank_) << " was shut down while " << engine_->counts().busy
                  << " functions called through it were still running";
     if (auto self = weak_from_this().lock()) {
       keepForEver(std::move(self));
@@ -169,11 +126,11 @@ void MpiAgent::flush(std::exception_ptr& interrupted) {
     const auto pause = std::min<Clock::time_point>(limit, Clock::now() + kSignalInterval);
     engine_->withToken([&](ProgressToken& token) {
       try {
-        while ((unfinished = exchange_.counts().unfinishedSends > 0) && Clock::now() < pause) {
+        while ((unfinished = exchange_.counters().unfinishedSends > 0) && Clock::now() < pause) {
           exchange_.poll(token);
         }
       } catch (const std::exception& error) {
-        LOG(WARNING) << "RPC on " << describe(rank_) << " could not flush while leaving: " << errorText(error);
+        LOG(WARNING) << "RPC on " << members_.describe(rank_) << " could not flush while leaving: " << errorText(error);
         unfinished = false;
       }
     });
@@ -192,22 +149,24 @@ void MpiAgent::serveSignals(std::exception_ptr& interrupted) {
 }
 
 std::string MpiAgent::shutDownText() const {
-  return c10::str("RPC was shut down on ", describe(rank_), " before this call was answered");
+  return c10::str("RPC was shut down on ", members_.describe(rank_), " before this call was answered");
 }
 
 void MpiAgent::sayGoodbye() {
+  std::string text = "it shut RPC down or exited without waiting for the others";
+  const auto lost = members_.lost();
+  if (!lost.empty()) { // the cause, for those that hear of this before they hear of that
+    text += ", after it had lost another worker: " + lost.front().reason.substr(0, kCauseLength);
+  }
   engine_->withToken([&](ProgressToken& token) {
     try {
       for (int peer = 0; peer < transport_->size(); ++peer) {
         if (peer != rank_) {
-          exchange_.post(
-              token,
-              std::make_unique<OutboundControl>(
-                  peer, FrameKind::kGoodbye, "it shut RPC down or exited without waiting for the others"));
+          exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kGoodbye, text));
         }
       }
     } catch (const std::exception& error) {
-      LOG(WARNING) << "RPC on " << describe(rank_) << " could not say goodbye: " << errorText(error);
+      LOG(WARNING) << "RPC on " << members_.describe(rank_) << " could not say goodbye: " << errorText(error);
     }
   });
 }

@@ -1,8 +1,8 @@
 #include "agent/mpi_agent.h"
 
-#include "agent/fork_guard.h"
 #include "agent/rref_sessions.h"
 #include "agent/tasks.h"
+#include "host/fork_guard.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -25,6 +25,8 @@ EngineOptions engineOptions(const AgentOptions& options) {
 
 // Receive memory that was not used for so long goes back to the system.
 constexpr auto kTrimAfter = std::chrono::seconds(5);
+// Callers that are told of a lost response when there is memory again.
+constexpr size_t kOwedErrors = 1024;
 
 } // namespace
 
@@ -40,17 +42,14 @@ MpiAgent::MpiAgent(
       options_(std::move(options)),
       transport_(std::move(transport)),
       rank_(transport_->rank()),
+      members_(rank_, members),
+      completion_(members_),
       exchange_(*transport_, *this, options_.exchange),
       engine_(std::make_shared<Engine>(engineOptions(options_), static_cast<EngineDriver&>(*this), transport_->bell())),
-      drain_(rank_, transport_->size(), [this](ProgressToken& token, int peer, std::string body) {
+      join_(rank_, transport_->size(), [this](ProgressToken& token, int peer, std::string body) {
         exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kDrain, std::move(body)));
       }) {
-  workers_.reserve(members.size());
-  for (size_t rank = 0; rank < members.size(); ++rank) {
-    workers_.emplace_back(members[rank].name, static_cast<int64_t>(rank));
-    hosts_.push_back(members[rank].host);
-    idsByName_.emplace(members[rank].name, static_cast<int>(rank));
-  }
+  owedErrors_.reserve(kOwedErrors);
   ReceivePool::instance().shareBetween(options_.ranksOnHost);
   watchForks();
 }
@@ -60,7 +59,7 @@ MpiAgent::~MpiAgent() {
     try {
       shutdown();
     } catch (const std::exception& error) { // of a signal's handler
-      LOG(WARNING) << "RPC on " << describe(rank_) << " has ended, and meanwhile: " << error.what();
+      LOG(WARNING) << "RPC on " << members_.describe(rank_) << " has ended, and meanwhile: " << error.what();
     }
   }
 }
@@ -77,32 +76,15 @@ void MpiAgent::startImpl() {
 // ---- who is who ----
 
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) const {
-  const auto found = idsByName_.find(workerName);
-  TORCH_CHECK(
-      found != idsByName_.end(), describe(rank_), " could not find destination ", workerName,
-      ". The workers of this group are: ", [&] {
-        std::string names;
-        for (const WorkerInfo& worker : workers_) {
-          names += (names.empty() ? "" : ", ") + worker.name_;
-        }
-        return names;
-      }());
-  return workers_[found->second];
+  return members_.find(workerName);
 }
 
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(rpc::worker_id_t id) const {
-  TORCH_CHECK(
-      id >= 0 && static_cast<size_t>(id) < workers_.size(), describe(rank_), " could not find destination ", id,
-      ". The workers of this group have the ids 0 to ", workers_.size() - 1);
-  return workers_[id];
+  return members_.find(id);
 }
 
 std::vector<rpc::WorkerInfo> MpiAgent::getWorkerInfos() const {
-  return workers_;
-}
-
-std::string MpiAgent::describe(int rank) const {
-  return c10::str("worker '", workers_[rank].name_, "' (rank ", rank, " on host ", hosts_[rank], ")");
+  return members_.workers();
 }
 
 // ---- progress ----
@@ -132,19 +114,33 @@ bool MpiAgent::rests() const {
   return rests_.load();
 }
 
-bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
+bool MpiAgent::postOutbox(ProgressToken& token) {
+  if (!outboxFilled_.load()) {
+    return false;
+  }
   std::vector<OutboundPtr> queued;
-  if (outboxFilled_.load()) {
+  std::vector<std::pair<int, uint64_t>> owed;
+  {
     const std::lock_guard<std::mutex> lock(outboxMutex_);
     queued.swap(outbox_);
+    owed.assign(owedErrors_.begin(), owedErrors_.end());
+    owedErrors_.clear(); // its capacity stays
     outboxFilled_ = false;
   }
   for (OutboundPtr& message : queued) {
     exchange_.post(token, std::move(message));
   }
+  if (!owed.empty()) {
+    payErrors(token, std::move(owed));
+  }
+  return !queued.empty();
+}
+
+bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
+  const bool posted = postOutbox(token);
   const bool moved = exchange_.poll(token);
   const auto now = Clock::now();
-  exchange_.reportStaleCredits(token, now);
+  exchange_.look(token, now);
   if (now >= nextTrim_) {
     nextTrim_ = now + kTrimAfter;
     ReceivePool::instance().trim(now - kTrimAfter);
@@ -152,37 +148,33 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   if (now >= calls_.nextDeadline()) {
     expire(now);
   }
-  advanceDrain(token);
+  join_.advance(
+      token, [&] { return idle(token); },
+      [this] { return DrainCounts{exchange_.counters().framesSent, exchange_.counters().framesReceived}; });
   if (!moved && now >= nextWatch_) {
     watchNeighbours(token, now);
   }
   // While it serves, a peer may wait for credit that only a later turn reports.
   rests_ = transport_->allRing() && idle(token);
-  auto finished = exchange_.takeFinished(token);
-  auto failed = exchange_.takeFailed(token);
-  if (!finished.empty() || !failed.empty()) {
-    arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(finished), std::move(failed)));
+  DoneMessages done = exchange_.takeDone(token);
+  if (!done.sent.empty() || !done.failed.empty()) {
+    arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(done)));
   }
   if (!arrivals_.empty()) {
     std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
     arrivals_.clear();
   }
-  return moved || !queued.empty();
+  return moved || posted;
 }
 
 void MpiAgent::watchNeighbours(ProgressToken& token, Clock::time_point now) {
   nextWatch_ = now + options_.watchInterval;
   // What they sent before they ended, a goodbye perhaps, has had the time since the last look to arrive, and everything
   // that has arrived was read.
-  for (const int peer : ended_) {
-    onPeerGone(
-        token, peer,
-        c10::str(
-            "RPC to ", describe(peer),
-            " failed: its process has ended without leaving (it crashed or was killed). "
-            "Calls to it can no longer be answered"));
+  for (const int peer : endedProcesses_) {
+    exchange_.fail(token, peer, "its process has ended without leaving (it crashed or was killed)");
   }
-  ended_ = transport_->takeEnded(token);
+  endedProcesses_ = transport_->takeEnded(token);
 }
 
 std::unique_ptr<BulkTarget> MpiAgent::makeTarget(int, const FrameHeader&, ConstSpan body) {
@@ -197,58 +189,65 @@ void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
       arrivals_.push_back(std::make_unique<RequestTask>(*this, std::move(message)));
       break;
     case FrameKind::kResponse:
-      if (auto call = calls_.take(header.callId)) { // else it timed out
-        arrivals_.push_back(std::make_unique<ResponseTask>(*this, std::move(*call), std::move(message)));
+      onResponse(token, std::move(message));
+      break;
+    case FrameKind::kGoodbye: {
+      const std::string farewell(message.body().data, message.body().bytes);
+      exchange_.leaves(token, message.source, "it has left (" + farewell + ")", Clock::now());
+      break;
+    }
+    case FrameKind::kDrain: {
+      const std::string wrong = join_.onFrame(token, message.source, message.body());
+      if (!wrong.empty()) {
+        exchange_.fail(token, message.source, "it sent a frame that makes no sense: " + wrong);
       }
       break;
-    case FrameKind::kGoodbye:
-      onPeerGone(
-          token, message.source,
-          c10::str(
-              "RPC to ", describe(message.source), " failed: it has left (",
-              std::string(message.body().data, message.body().bytes), "). Calls to it can no longer be answered"));
-      break;
-    case FrameKind::kDrain:
-      drain_.onFrame(token, message.source, message.body());
-      break;
+    }
     case FrameKind::kCredit:
       break;
   }
 }
 
-void MpiAgent::onBadFrame(int source, const std::string& reason) {
-  LOG(ERROR) << "RPC on " << describe(rank_) << " dropped a bad frame from "
-             << (source >= 0 && source < transport_->size() ? describe(source) : "an unknown rank") << ": " << reason;
+void MpiAgent::onResponse(ProgressToken& token, InboundMessage message) {
+  const uint64_t id = message.header.callId;
+  if (auto call = calls_.take(id, message.source)) {
+    arrivals_.push_back(std::make_unique<ResponseTask>(*this, std::move(*call), std::move(message)));
+  } else if (calls_.awaitsOther(id, message.source)) {
+    exchange_.fail(token, message.source, "it answered a call that was made to another worker");
+  } // else it came too late
 }
 
-void MpiAgent::onPeerGone(ProgressToken& token, int peer, const std::string& reason) {
-  {
-    const std::lock_guard<std::mutex> lock(goneMutex_);
-    if (!gone_.emplace(peer, reason).second) {
-      return;
-    }
-    goneCount_.fetch_add(1);
-  }
-  exchange_.dropPeer(token, peer, reason);
+void MpiAgent::onStrayFrame(int source, const std::string& reason) {
+  LOG(ERROR) << "RPC on " << members_.describe(rank_) << " dropped a frame from rank " << source << ": " << reason;
+}
+
+std::string MpiAgent::failureText(int peer, const std::string& cause) const {
+  return c10::str("RPC to ", members_.describe(peer), " failed: ", cause, ". Calls to it can no longer be answered");
+}
+
+void MpiAgent::onPeerEnded(ProgressToken&, int peer, const std::string& reason) {
+  members_.lose(peer, reason);
   for (PendingCall& call : calls_.takeAllOf(peer)) {
-    arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), reason));
+    if (!failLater(call, reason)) {
+      arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), reason));
+    }
   }
-  if (joining_) {
-    joinFailed(reason);
-  }
+  join_.fail(reason);
 }
 
 void MpiAgent::onBroken(const std::string& reason) noexcept {
-  const std::string text = c10::str("RPC on ", describe(rank_), " stopped: ", reason);
+  const std::string text = c10::str("RPC on ", members_.describe(rank_), " stopped: ", reason);
   LOG(ERROR) << text;
-  failAllCalls(text);
-  joinFailed(text);
-}
-
-void MpiAgent::failAllCalls(const std::string& reason) {
-  for (const PendingCall& call : calls_.close()) {
-    CompletionTask::fail(call, reason);
+  {
+    const std::lock_guard<std::mutex> lock(brokenMutex_);
+    brokenReason_ = text;
   }
+  std::vector<TaskPtr> failures;
+  for (PendingCall& call : calls_.close()) {
+    failures.push_back(std::make_unique<ErrorTask>(*this, std::move(call), text));
+  }
+  engine_->post(failures);
+  join_.fail(text);
 }
 
 // ---- metrics ----
@@ -261,20 +260,21 @@ void MpiAgent::addGilWaitTime(const std::chrono::microseconds gilWaitTime) {
 
 std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
   const EngineCounts engine = engine_->counts();
-  const ExchangeCounts exchange = exchange_.counts();
+  const ExchangeCounters& exchange = exchange_.counters();
   std::unordered_map<std::string, std::string> metrics{
       {"agent.thread_pool_size", std::to_string(options_.numWorkerThreads)},
       {"agent.num_idle_threads", std::to_string(std::max(options_.numWorkerThreads - engine.runningRequests, 0))},
       {"agent.client_active_calls", std::to_string(calls_.size())},
       {"agent.server_active_calls", std::to_string(serving_.load())},
       {"agent.server_active_async_calls", std::to_string(servingAsync_.load())},
-      {"mpi.frames_sent", std::to_string(exchange.framesSent)},
-      {"mpi.frames_received", std::to_string(exchange.framesReceived)},
-      {"mpi.bytes_sent", std::to_string(exchange.bytesSent)},
-      {"mpi.bytes_received", std::to_string(exchange.bytesReceived)},
-      {"mpi.send_queue", std::to_string(exchange.waitingForCredit)},
+      {"mpi.frames_sent", std::to_string(exchange.framesSent.load())},
+      {"mpi.frames_received", std::to_string(exchange.framesReceived.load())},
+      {"mpi.bytes_sent", std::to_string(exchange.bytesSent.load())},
+      {"mpi.bytes_received", std::to_string(exchange.bytesReceived.load())},
+      {"mpi.send_queue", std::to_string(exchange.waitingForCredit.load())},
       {"mpi.request_queue", std::to_string(engine.queuedRequests)},
-      {"mpi.bulk_in_flight", std::to_string(exchange.bulkInFlight)},
+      {"mpi.frames_dropped", std::to_string(exchange.framesDropped.load())},
+      {"mpi.bulk_in_flight", std::to_string(exchange.partsOut.load() + exchange.partsIn.load())},
       {"mpi.pending_calls", std::to_string(calls_.size())},
       {"mpi.engine_threads", std::to_string(engine.threads)},
       {"mpi.receive_pool_bytes", std::to_string(ReceivePool::instance().cachedBytes())}};

@@ -12,7 +12,9 @@
 #include <torch/csrc/distributed/rpc/rpc_agent.h>
 
 #include "agent/call_table.h"
-#include "agent/drain.h"
+#include "agent/completion.h"
+#include "agent/join.h"
+#include "agent/membership.h"
 #include "base/signal_service.h"
 #include "codec/message_codec.h"
 #include "engine/engine.h"
@@ -36,18 +38,12 @@ struct AgentOptions {
   SignalService signals; // of threads that wait here
 };
 
-// Who is in the group, by rank.
-struct GroupMember {
-  std::string name;
-  std::string host;
-};
-
 // Thread-safe. Members:
-//   workers_, hosts_, idsByName_, options_, transport_ are immutable after construction;
-//   outbox_ is guarded by outboxMutex_ (outboxFilled_ is a hint); arrivals_, nextTrim_, nextWatch_, ended_,
-//   drain_ by the progress token;
-//   joinMutex_ guards agreements_ and joinFailure_; metricsMutex_ the GIL wait; goneMutex_ the reasons in gone_;
-//   calls_, exchange_ and engine_ guard themselves; the rest are atomics.
+//   options_, transport_, completion_ are immutable after construction;
+//   outboxMutex_ guards outbox_ and owedErrors_ (outboxFilled_ is a hint);
+//   arrivals_, nextTrim_, nextWatch_, endedProcesses_ are guarded by the progress token;
+//   metricsMutex_ guards the GIL wait, brokenMutex_ brokenReason_;
+//   members_, calls_, exchange_, engine_ and join_ guard themselves; the rest are atomics.
 class MpiAgent final : public torch::distributed::rpc::RpcAgent,
                        public std::enable_shared_from_this<MpiAgent>,
                        private EngineDriver,
@@ -84,8 +80,8 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   void expectAnswer(bool expected);
   void driveUntil(const torch::distributed::rpc::JitFuture& future);
 
-  // While it lives, send() returns the answer to the first call that this thread makes, not before it is there. For
-  // code of torch that sends one and waits at once, in its own way: so the thread drives progress and serves signals.
+  // While it lives, send() waits for the answer to the first call that this thread makes, as far as the thread can do
+  // so as a guest or has signals to serve. For code of torch that sends one and then waits at once, in its own way.
   class AnswerInSend {
    public:
     explicit AnswerInSend(MpiAgent& agent);
@@ -109,6 +105,10 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::vector<WorkerInfo> getWorkerInfos() const override;
   std::unordered_map<std::string, std::string> getMetrics() override;
   void addGilWaitTime(const std::chrono::microseconds gilWaitTime) override;
+  // The workers to which calls can no longer be answered, in the order in which they were lost.
+  std::vector<Membership::Loss> lostWorkers() const {
+    return members_.lost();
+  }
 
  private:
   class RequestTask;
@@ -127,8 +127,9 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   // ExchangeListener
   std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;
   void onMessage(ProgressToken& token, InboundMessage message) override;
-  void onBadFrame(int source, const std::string& reason) override;
-  void onPeerGone(ProgressToken& token, int peer, const std::string& reason) override;
+  void onStrayFrame(int source, const std::string& reason) override;
+  std::string failureText(int peer, const std::string& cause) const override;
+  void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) override;
   // SendFailureListener
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
 
@@ -138,61 +139,56 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   void checkUsable(const torch::distributed::rpc::Message& message) const;
   void sendToPeer(int peer, uint64_t id, RpcMessage message);
   void sendToSelf(uint64_t id, RpcMessage message);
+  void onResponse(ProgressToken& token, InboundMessage message);
+  bool failLater(PendingCall call, const std::string& reason);
   void expire(Clock::time_point now);
-  std::string describe(int rank) const;
 
   // Serving (callee's side), agent/serve.cpp
+  // Takes what makes the response, and sees to it if that throws. Never throws.
+  using Respond = std::function<void(const std::function<RpcMessage()>& response)>;
   void serve(InboundMessage inbound);
   JitFuturePtr process(torch::distributed::rpc::Message& request);
-  void run(RpcMessage request, const std::function<void(RpcMessage)>& respond);
+  void run(RpcMessage request, const Respond& respond);
   void respond(int peer, uint64_t id, RpcMessage response);
+  void oweError(int peer, uint64_t id, const std::exception& error) noexcept;
+  void payErrors(ProgressToken& token, std::vector<std::pair<int, uint64_t>> owed);
   RpcMessage responseOf(torch::distributed::rpc::JitFuture& future, int64_t id) const;
   RpcMessage errorResponse(const std::string& what, int64_t id) const;
 
   void submit(OutboundPtr message, bool expectsReply);
+  bool postOutbox(ProgressToken& token); // whether there was something
   bool idle(ProgressToken& token) const;
-  void advanceDrain(ProgressToken& token);
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
-  void joinFailed(const std::string& reason);
   // Of leaving; what a signal throws meanwhile cuts them short and is kept.
   bool stopEngine(std::exception_ptr& interrupted); // whether all its threads have ended
   void flush(std::exception_ptr& interrupted);
   void serveSignals(std::exception_ptr& interrupted);
   void sayGoodbye();
-  void failAllCalls(const std::string& reason);
   std::string whatJoinWaitsFor() const;
   std::string shutDownText() const;
 
   const AgentOptions options_;
-  std::vector<WorkerInfo> workers_;
-  std::vector<std::string> hosts_;
-  std::unordered_map<std::string, int> idsByName_;
   const std::unique_ptr<Transport> transport_;
   const int rank_;
+  Membership members_;
+  const Completion completion_;
   CallTable calls_;
   Exchange exchange_;
   const std::shared_ptr<Engine> engine_;
-  Drain drain_;
+  Join join_;
 
   std::mutex outboxMutex_;
   std::vector<OutboundPtr> outbox_;
+  std::vector<std::pair<int, uint64_t>> owedErrors_; // peer and call; see oweError()
   std::atomic<bool> outboxFilled_{false};
   std::vector<TaskPtr> arrivals_; // made during a turn
   Clock::time_point nextTrim_ = Clock::now();
   Clock::time_point nextWatch_ = Clock::now();
-  std::vector<int> ended_; // neighbours that were found so at the last look
+  std::vector<int> endedProcesses_; // of neighbours, found at the last look
   std::atomic<bool> rests_{false};
 
-  mutable std::mutex goneMutex_;
-  std::unordered_map<int, std::string> gone_;
-  std::atomic<size_t> goneCount_{0};
-
-  std::mutex joinMutex_;
-  std::condition_variable joinCv_;
-  uint32_t agreements_ = 0;
-  std::string joinFailure_;
-  std::atomic<bool> joinRequested_{false};
-  std::atomic<bool> joining_{false};
+  mutable std::mutex brokenMutex_;
+  std::string brokenReason_;        // of the transport
   std::atomic<bool> agreed_{false}; // join(shutdown=true) succeeded
   std::atomic<bool> started_{false};
 

@@ -3,6 +3,7 @@
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
 
+#include <new>
 #include <thread>
 
 #include "base/error_text.h"
@@ -12,7 +13,8 @@ namespace torch_rpc_mpi {
 namespace rpc = torch::distributed::rpc;
 
 RpcMessage MpiAgent::errorResponse(const std::string& what, int64_t id) const {
-  const std::string text = c10::str("On ", getWorkerInfo(), " (rank ", rank_, " on host ", hosts_[rank_], "):\n", what);
+  const std::string text =
+      c10::str("On ", getWorkerInfo(), " (rank ", rank_, " on host ", members_.host(), "):\n", what);
   return rpc::createExceptionResponse(text, id);
 }
 
@@ -29,20 +31,24 @@ void MpiAgent::serve(InboundMessage inbound) {
   const int peer = inbound.source;
   const uint64_t id = inbound.header.callId;
   exchange_.released(peer, inbound.header.chargedBytes);
+  const Respond respond = [weak = weak_from_this(), peer, id](const std::function<RpcMessage()>& response) {
+    if (const auto agent = weak.lock()) {
+      try {
+        agent->respond(peer, id, response());
+      } catch (const std::exception& error) {
+        agent->oweError(peer, id, error);
+      }
+      agent->serving_.fetch_sub(1);
+    }
+  };
   RpcMessage request;
   try {
     request = decodeMessage(std::move(inbound));
   } catch (const std::exception& error) {
-    respond(peer, id, errorResponse(std::string("The request could not be read: ") + errorText(error), id));
-    serving_.fetch_sub(1);
+    respond([&] { return errorResponse(std::string("The request could not be read: ") + errorText(error), id); });
     return;
   }
-  run(std::move(request), [weak = weak_from_this(), peer, id](RpcMessage response) {
-    if (const auto agent = weak.lock()) {
-      agent->respond(peer, id, std::move(response));
-      agent->serving_.fetch_sub(1);
-    }
-  });
+  run(std::move(request), respond);
 }
 
 JitFuturePtr MpiAgent::process(rpc::Message& request) {
@@ -68,17 +74,17 @@ JitFuturePtr MpiAgent::process(rpc::Message& request) {
   return future;
 }
 
-void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& respond) {
+void MpiAgent::run(RpcMessage request, const Respond& respond) {
   const int64_t id = request->id();
   JitFuturePtr future;
   try {
     future = process(*request);
   } catch (const std::exception& error) {
-    respond(errorResponse(errorText(error), id));
+    respond([&] { return errorResponse(errorText(error), id); });
     return;
   }
   if (future->completed()) {
-    respond(responseOf(*future, id));
+    respond([&] { return responseOf(*future, id); });
     return;
   }
   servingAsync_.fetch_add(1);
@@ -87,7 +93,7 @@ void MpiAgent::run(RpcMessage request, const std::function<void(RpcMessage)>& re
     const EngineWork work;
     if (const auto agent = weak.lock()) {
       agent->servingAsync_.fetch_sub(1);
-      respond(agent->responseOf(done, id));
+      respond([&] { return agent->responseOf(done, id); });
     }
   });
 }
@@ -101,18 +107,46 @@ void MpiAgent::respond(int peer, uint64_t id, RpcMessage response) {
     out->dropSource();
     return out;
   };
+  std::unique_ptr<OutboundRpc> out;
   try {
-    std::unique_ptr<OutboundRpc> out;
-    try {
-      out = make(std::move(response));
-    } catch (const std::exception& error) {
-      out = make(errorResponse(std::string("The response could not be sent: ") + errorText(error), id));
-    }
-    submit(std::move(out), /*expectsReply=*/false);
+    out = make(std::move(response));
   } catch (const std::exception& error) {
-    // Only memory can be short here; the caller gets its timeout.
-    LOG(ERROR) << "RPC response of " << workers_[rank_] << " to " << workers_[peer] << " is lost: " << errorText(error);
+    out = make(errorResponse(std::string("The response could not be sent: ") + errorText(error), id));
   }
+  submit(std::move(out), /*expectsReply=*/false);
+}
+
+// For want of memory the response could not be made. The token's holder tells the caller as soon as it can.
+void MpiAgent::oweError(int peer, uint64_t id, const std::exception& error) noexcept {
+  try {
+    LOG(ERROR) << "The response of " << members_.describe(rank_) << " to " << members_.describe(peer)
+               << " could not be made: " << error.what();
+  } catch (const std::bad_alloc&) {
+  }
+  const std::lock_guard<std::mutex> lock(outboxMutex_);
+  if (owedErrors_.size() < owedErrors_.capacity()) { // else the caller gets its timeout
+    owedErrors_.emplace_back(peer, id);
+    outboxFilled_ = true;
+  }
+}
+
+void MpiAgent::payErrors(ProgressToken& token, std::vector<std::pair<int, uint64_t>> owed) {
+  while (!owed.empty()) {
+    const auto [peer, id] = owed.back();
+    try {
+      exchange_.post(
+          token,
+          std::make_unique<OutboundRpc>(
+              peer, FrameKind::kResponse, id,
+              errorResponse("The response could not be made: there was not enough memory", static_cast<int64_t>(id)),
+              options_.exchange.eagerLimit, static_cast<SendFailureListener&>(*this)));
+      owed.pop_back();
+    } catch (const std::bad_alloc&) {
+      break;
+    }
+  }
+  const std::lock_guard<std::mutex> lock(outboxMutex_);
+  owedErrors_.insert(owedErrors_.end(), owed.begin(), owed.end());
 }
 
 } // namespace torch_rpc_mpi

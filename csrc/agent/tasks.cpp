@@ -8,52 +8,62 @@ namespace rpc = torch::distributed::rpc;
 
 MpiAgent::CompletionTask::~CompletionTask() {
   if (call_.future != nullptr) {
-    fail(call_, agent_.shutDownText());
+    completion().fail(call_, agent_.shutDownText());
   }
   agent_.completing_.fetch_sub(1);
 }
 
-void MpiAgent::CompletionTask::fail(const PendingCall& call, const std::string& error) {
-  call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error)));
-}
-
-void MpiAgent::ResponseTask::complete(const PendingCall& call, const RpcMessage& response) {
-  if (response->type() == rpc::MessageType::EXCEPTION) {
-    fail(call, std::string(response->payload().begin(), response->payload().end()));
-    return;
-  }
-  auto storages = response->getStorages();
-  call.future->markCompleted(at::IValue(response), std::move(storages));
-}
-
 void MpiAgent::ResponseTask::run() noexcept {
   const PendingCall call = take();
+  RpcMessage response;
   try {
-    complete(call, decodeMessage(std::move(inbound_)));
+    response = decodeMessage(std::move(inbound_));
   } catch (const std::exception& error) {
-    fail(call, std::string("The response could not be read: ") + errorText(error));
+    completion().fail(call, std::string("The response could not be read: ") + errorText(error));
+    return;
+  }
+  completion().complete(call, response);
+}
+
+void MpiAgent::RequestTask::run() noexcept {
+  const int peer = inbound_.source;
+  const uint64_t id = inbound_.header.callId;
+  try {
+    agent_.serve(std::move(inbound_));
+  } catch (const std::exception& error) { // there is not even memory to say so
+    agent_.oweError(peer, id, error);
+    agent_.serving_.fetch_sub(1);
   }
 }
 
 void MpiAgent::LocalRequestTask::run() noexcept {
   // The agent may be gone by the time an asynchronous function completes.
-  agent_.run(std::move(message_), [weak = agent_.weak_from_this(), id = id_](RpcMessage response) {
+  const Respond respond = [weak = agent_.weak_from_this(), id = id_](const std::function<RpcMessage()>& make) {
     const auto agent = weak.lock();
     if (agent == nullptr) {
       return;
     }
-    if (auto call = agent->calls_.take(id)) {
+    if (auto call = agent->calls_.take(id, agent->rank_)) {
       try {
+        RpcMessage response = make();
         if (response->type() != rpc::MessageType::EXCEPTION) {
           response = copyMessage(*response);
         }
+        agent->completion_.complete(*call, response);
       } catch (const std::exception& error) {
-        response = agent->errorResponse(std::string("The response could not be sent: ") + errorText(error), id);
+        agent->completion_.fail(*call, std::string("The response could not be sent: ") + errorText(error));
       }
-      ResponseTask::complete(*call, response);
     }
     agent->serving_.fetch_sub(1);
-  });
+  };
+  try {
+    agent_.run(std::move(message_), respond);
+  } catch (const std::exception& error) {
+    if (auto call = agent_.calls_.take(id_, agent_.rank_)) {
+      agent_.completion_.fail(*call, errorText(error));
+    }
+    agent_.serving_.fetch_sub(1);
+  }
 }
 
 } // namespace torch_rpc_mpi

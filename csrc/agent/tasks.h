@@ -12,9 +12,7 @@ class MpiAgent::RequestTask final : public Task {
   Kind kind() const override {
     return Kind::kRequest;
   }
-  void run() noexcept override {
-    agent_.serve(std::move(inbound_));
-  }
+  void run() noexcept override;
 
  private:
   MpiAgent& agent_;
@@ -52,9 +50,11 @@ class MpiAgent::CompletionTask : public Task {
   bool completes(const void* awaited) const override {
     return call_.future.get() == awaited;
   }
-  static void fail(const PendingCall& call, const std::string& error);
 
  protected:
+  const Completion& completion() const {
+    return agent_.completion_;
+  }
   PendingCall take() {
     return std::exchange(call_, PendingCall());
   }
@@ -71,7 +71,6 @@ class MpiAgent::ResponseTask final : public CompletionTask {
       : CompletionTask(agent, std::move(call)),
         inbound_(std::move(inbound)) {}
   void run() noexcept override;
-  static void complete(const PendingCall& call, const RpcMessage& response);
 
  private:
   InboundMessage inbound_;
@@ -84,7 +83,7 @@ class MpiAgent::ErrorTask final : public CompletionTask {
       : CompletionTask(agent, std::move(call)),
         error_(std::move(error)) {}
   void run() noexcept override {
-    fail(take(), error_);
+    completion().fail(take(), error_);
   }
 
  private:
@@ -94,21 +93,18 @@ class MpiAgent::ErrorTask final : public CompletionTask {
 // Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.
 class MpiAgent::ReleaseTask final : public Task {
  public:
-  ReleaseTask(std::vector<OutboundPtr> finished, std::vector<std::pair<OutboundPtr, std::string>> failed)
-      : finished_(std::move(finished)),
-        failed_(std::move(failed)) {}
+  explicit ReleaseTask(DoneMessages done) : done_(std::move(done)) {}
   Kind kind() const override {
     return Kind::kCompletion;
   }
   void run() noexcept override {
-    for (auto& [message, reason] : failed_) {
+    for (auto& [message, reason] : done_.failed) {
       message->failed(reason);
     }
   }
 
  private:
-  std::vector<OutboundPtr> finished_;
-  std::vector<std::pair<OutboundPtr, std::string>> failed_;
+  DoneMessages done_;
 };
 
 } // namespace torch_rpc_mpi

@@ -1,5 +1,7 @@
 #include "codec/message_codec.h"
 
+#include "host/no_memory.h"
+#include "host/resources.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -33,7 +35,10 @@ Outline readOutline(Reader& reader) {
   Outline outline{};
   outline.head = reader.get<BodyHead>();
   if (outline.head.slices > reader.left() / sizeof(uint64_t)) {
-    throw BadMessage("it announces more storages than it lists");
+    throw BadMessage(
+        c10::str(
+            "it ends early: it announces ", outline.head.slices, " storages, and ", reader.left(),
+            " bytes are left for their sizes"));
   }
   outline.sizes.resize(outline.head.slices);
   outline.inside.resize(outline.head.slices);
@@ -50,7 +55,21 @@ class ReceiveTarget final : public BulkTarget {
  public:
   std::vector<char> payload;
   std::vector<at::DataPtr> storages; // of the slices that are not inside the body, in order
+  std::vector<size_t> storageBytes;
 };
+
+// It is filled with zeros: of more than there is, that would end the process.
+std::vector<char> payloadOf(size_t bytes) {
+  constexpr const char* kWhat = "the payload of a message";
+  if (bytes > size_t{1} << 30 && bytes > usableMemory()) {
+    throw NoMemory(kWhat, bytes);
+  }
+  try {
+    return std::vector<char>(bytes);
+  } catch (const std::bad_alloc&) {
+    throw NoMemory(kWhat, bytes);
+  }
+}
 
 // What a request takes of the receiver's byte credit, roughly: nothing if it is small, or else its payload and the
 // bytes that its tensors show.
@@ -152,36 +171,43 @@ void OutboundRpc::failed(const std::string& reason) noexcept {
 // ---- receiving ----
 
 std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body) {
-  Reader reader(body);
+  Reader reader(body, "the body");
   const Outline outline = readOutline(reader);
   auto target = std::make_unique<ReceiveTarget>();
   if (outline.head.payloadInBulk != 0) {
-    target->payload.resize(outline.head.payloadBytes);
+    target->payload = payloadOf(outline.head.payloadBytes);
     target->parts.push_back({target->payload.data(), target->payload.size()});
   }
   for (size_t i = 0; i < outline.sizes.size(); ++i) {
     if (!outline.inside[i]) {
       target->storages.push_back(allocateStorage(outline.sizes[i], /*large=*/true));
+      target->storageBytes.push_back(outline.sizes[i]);
       target->parts.push_back({static_cast<char*>(target->storages.back().get()), outline.sizes[i]});
     }
   }
   return target;
 }
 
-RpcMessage decodeMessage(InboundMessage inbound) {
-  if (!inbound.error.empty()) {
-    throw BadMessage(inbound.error);
-  }
+namespace {
+
+// What arrived on the bulk channel is taken, in order; the rest is copied out of the body.
+RpcMessage decode(InboundMessage& inbound) {
+  const ConstSpan body = inbound.body();
   const size_t skip = inbound.header.bulkParts * sizeof(uint64_t);
-  Reader reader({inbound.body().data + skip, inbound.body().bytes - skip});
+  if (skip > body.bytes) {
+    throw BadMessage("it ends early: the sizes of its parts are missing");
+  }
+  Reader reader({body.data + skip, body.bytes - skip}, "the body");
   const Outline outline = readOutline(reader);
   auto* target = static_cast<ReceiveTarget*>(inbound.target.get());
   std::vector<char> payload;
   if (outline.head.payloadInBulk == 0) {
     const char* data = reader.take(outline.head.payloadBytes);
     payload.assign(data, data + outline.head.payloadBytes);
-  } else if (target != nullptr) {
+  } else if (target != nullptr && target->payload.size() == outline.head.payloadBytes) {
     payload = std::move(target->payload);
+  } else {
+    throw BadMessage("its payload did not come with it");
   }
   std::vector<at::DataPtr> storages(outline.sizes.size());
   size_t nextBulk = 0;
@@ -192,17 +218,40 @@ RpcMessage decodeMessage(InboundMessage inbound) {
       if (outline.sizes[i] > 0) {
         std::memcpy(storages[i].get(), data, outline.sizes[i]);
       }
-    } else if (target != nullptr && nextBulk < target->storages.size()) {
+    } else if (
+        target != nullptr && nextBulk < target->storages.size() && target->storageBytes[nextBulk] == outline.sizes[i]) {
       storages[i] = std::move(target->storages[nextBulk++]);
     } else {
       throw BadMessage("a storage did not come with it");
     }
   }
-  Reader descriptions(outline.descriptions);
+  reader.end();
+  Reader descriptions(outline.descriptions, "the description of its tensors");
   auto tensors = readTensors(descriptions, outline.head.tensors, std::move(storages), outline.sizes);
   return c10::make_intrusive<rpc::Message>(
       std::move(payload), std::move(tensors), static_cast<rpc::MessageType>(inbound.header.messageType),
       static_cast<int64_t>(inbound.header.callId));
+}
+
+} // namespace
+
+RpcMessage decodeMessage(InboundMessage inbound) {
+  const auto whose = [&inbound] {
+    return c10::str(
+        "message ", inbound.header.callId, " of rank ", inbound.source, " (type ", inbound.header.messageType, ", ",
+        inbound.header.bodyBytes, " bytes and ", inbound.header.bulkParts, " parts)");
+  };
+  if (!inbound.error.empty()) {
+    throw BadMessage(whose() + ": " + inbound.error);
+  }
+  try {
+    return decode(inbound);
+  } catch (const BadMessage& error) {
+    throw BadMessage(
+        c10::str(
+            whose(), " makes no sense: ", error.what(),
+            ". No user's program can cause this: it is an error of torch_rpc_mpi, or of the MPI that carried it"));
+  }
 }
 
 RpcMessage copyMessage(const rpc::Message& message) {
@@ -217,7 +266,7 @@ RpcMessage copyMessage(const rpc::Message& message) {
       std::memcpy(storages.back().get(), slice.data, slice.bytes);
     }
   }
-  Reader descriptions({writer.descriptions().data(), writer.descriptions().size()});
+  Reader descriptions({writer.descriptions().data(), writer.descriptions().size()}, "the description of its tensors");
   auto tensors = readTensors(descriptions, message.tensors().size(), std::move(storages), sizes);
   auto payload = message.payload();
   return c10::make_intrusive<rpc::Message>(std::move(payload), std::move(tensors), message.type(), message.id());

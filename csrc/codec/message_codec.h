@@ -73,9 +73,10 @@ class OutboundControl final : public OutboundMessage {
   const std::string body_;
 };
 
-// Memory for the bulk parts that `body` describes. Throws BadMessage, std::bad_alloc.
+// Memory for the bulk parts that `body` describes. Throws BadMessage, NoMemory.
 std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body);
-// The message that has arrived. Throws BadMessage, and what `inbound.error` says.
+// The message that has arrived. Throws BadMessage, also for what `inbound.error` says; and std::invalid_argument for a
+// sparse tensor with indices that it does not have.
 RpcMessage decodeMessage(InboundMessage inbound);
 // What the receiver would decode, without the way there: for calls to oneself, whose arguments are copies as well.
 RpcMessage copyMessage(const torch::distributed::rpc::Message& message);

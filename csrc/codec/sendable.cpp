@@ -51,6 +51,10 @@ bool isPlain(const at::Tensor& tensor) {
       !tensor.is_nested();
 }
 
+bool isSubByte(at::ScalarType type) {
+  return type == at::kQUInt4x2 || type == at::kQUInt2x4;
+}
+
 const char* memoryOf(const c10::Storage& storage, size_t bytes) {
   if (bytes == 0) {
     return nullptr;
@@ -85,6 +89,9 @@ std::optional<std::string> whyNotSent(const at::Tensor& tensor, Place place) {
   }
   switch (tensor.layout()) {
     case at::kStrided:
+      if (isSubByte(tensor.scalar_type())) {
+        return c10::str("tensors of dtype ", tensor.scalar_type(), " are not sent. Send x.dequantize()");
+      }
       if (hasMemory(tensor)) {
         return std::nullopt;
       }

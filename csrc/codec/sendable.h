@@ -17,6 +17,9 @@ std::optional<std::string> whyNotSent(const at::Tensor& tensor, Place place);
 // Whether a tensor is described by its sizes and strides over a storage, as most are.
 bool isPlain(const at::Tensor& tensor);
 
+// Whether several elements share a byte, which torch's functions for quantized tensors do not expect everywhere.
+bool isSubByte(at::ScalarType type);
+
 // A tensor of all bytes of a storage, without a copy: how a storage travels.
 at::Tensor bytesOf(c10::Storage storage);
 

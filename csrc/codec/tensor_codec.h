@@ -6,8 +6,14 @@
 // that range is large and more than twice what the tensor shows, a dense copy is sent instead, so that a view of a much
 // larger storage takes only what it shows (torch draws the same lines). Tensors of one message that share a storage
 // share one slice and still share at the receiver, unless the slice would be that wasteful. What is not a plain strided
-// tensor (sparse, quantized) is described by torch's own pickler; its component storages travel as slices like the
-// others.
+// tensor (sparse, quantized) is described by the plain ones that it is made of.
+//
+// Note [What is read of a message]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// Nothing beyond what arrived, whatever the message says, neither while it is decoded nor by operators that use its
+// tensors later: each length is compared with what is left, each tensor with its storage, and of sparse and quantized
+// tensors also what indices and channels say, since operators rely on that. torch's unpickler does not serve for this:
+// it makes storages of whatever size is announced.
 #pragma once
 
 #include <string>
@@ -25,10 +31,10 @@ class BadMessage : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The sender's side. Holds on to what it has to keep alive (copies it made).
+// The sender's side. Holds on to the memory of the slices.
 class TensorWriter {
  public:
-  // Throws c10::Error for tensors that cannot be sent, naming the tensor.
+  // Once. Throws c10::Error for tensors that cannot be sent.
   void add(const std::vector<at::Tensor>& tensors);
 
   const std::vector<ConstSpan>& slices() const {
@@ -39,33 +45,41 @@ class TensorWriter {
   }
 
  private:
-  struct Plain {
-    size_t index; // in the message
-    size_t group; // which slice
-    size_t first; // bytes into its storage
+  // Of a part in its storage.
+  struct Place {
+    size_t slice; // index of what travels of the storage
+    size_t first; // bytes into it
     size_t last;  // one past
   };
-  void addPlain(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain);
+  void addSlices();
   void addSlice(const c10::Storage& storage, size_t first, size_t last);
-  void addPickled(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& indices);
-  void groupByStorage(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain);
-  void describe(const at::Tensor& original, const at::Tensor& sent, const Plain& place);
+  void groupByStorage();
+  void describe(const at::Tensor& tensor);
+  void describeSparse(const at::Tensor& tensor);
+  void describeQuantized(const at::Tensor& tensor);
+  void describeNextPart(bool requiresGrad = false);
   template <class T>
   void put(T value) {
     descriptions_.append(reinterpret_cast<const char*>(&value), sizeof(value));
   }
 
+  // What travels of the tensors, in order: of a plain one itself or a dense copy of it, of others what they are made
+  // of.
+  std::vector<at::Tensor> parts_;
+  std::vector<Place> places_; // of the parts
+  size_t nextPart_ = 0;       // to be described
   std::vector<ConstSpan> slices_;
   std::vector<size_t> sliceFirst_; // where each slice begins in its storage
   std::string descriptions_;
-  std::vector<at::Tensor> keptAlive_;
 };
 
-// A bounds-checked cursor over received bytes.
+// A bounds-checked cursor over received bytes. `what` they are: for the texts of errors.
 class Reader {
  public:
-  explicit Reader(ConstSpan bytes) : data_(bytes.data), left_(bytes.bytes) {}
+  Reader(ConstSpan bytes, const char* what) : data_(bytes.data), left_(bytes.bytes), whole_(bytes.bytes), what_(what) {}
   const char* take(size_t bytes);
+  // Throws unless everything was read.
+  void end() const;
   template <class T>
   T get() {
     T value;
@@ -79,9 +93,12 @@ class Reader {
  private:
   const char* data_;
   size_t left_;
+  const size_t whole_;
+  const char* const what_;
 };
 
 // The receiver's side: rebuilds `count` tensors over storages that have arrived. `sizes` are the storages' bytes.
+// Throws BadMessage, std::invalid_argument.
 std::vector<at::Tensor> readTensors(
     Reader& descriptions,
     size_t count,

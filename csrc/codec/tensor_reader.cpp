@@ -1,6 +1,9 @@
+#include <ATen/Functions.h>
+#include <ATen/quantized/QTensorImpl.h>
+#include <ATen/quantized/Quantizer.h>
 #include <c10/core/CPUAllocator.h>
-#include <torch/csrc/jit/serialization/unpickler.h>
 
+#include "codec/sendable.h"
 #include "codec/tensor_codec.h"
 #include "codec/tensor_format.h"
 #include "peer/receive_pool.h"
@@ -9,7 +12,10 @@ namespace torch_rpc_mpi {
 
 const char* Reader::take(size_t bytes) {
   if (bytes > left_) {
-    throw BadMessage("it ends before its contents do");
+    throw BadMessage(
+        c10::str(
+            "it ends early: ", what_, " has ", whole_, " bytes, of which ", left_, " are left where ", bytes,
+            " more are announced"));
   }
   const char* taken = data_;
   data_ += bytes;
@@ -17,9 +23,15 @@ const char* Reader::take(size_t bytes) {
   return taken;
 }
 
+void Reader::end() const {
+  if (left_ > 0) {
+    throw BadMessage(c10::str(what_, " has ", whole_, " bytes, of which ", left_, " belong to nothing"));
+  }
+}
+
 namespace {
 
-struct PlainDescription {
+struct Description {
   at::ScalarType type;
   uint8_t flags;
   uint32_t storage;
@@ -27,20 +39,40 @@ struct PlainDescription {
   std::vector<int64_t> sizes, strides;
 };
 
-PlainDescription readPlain(Reader& reader) {
-  PlainDescription description;
-  const auto type = reader.get<uint8_t>();
-  if (type >= static_cast<uint8_t>(at::ScalarType::NumOptions)) {
-    throw BadMessage("a tensor has an unknown dtype");
+void require(bool holds, const char* otherwise) {
+  if (!holds) {
+    throw BadMessage(otherwise);
   }
-  description.type = static_cast<at::ScalarType>(type);
+}
+
+at::ScalarType readType(Reader& reader) {
+  const auto number = reader.get<uint8_t>();
+  const auto type = static_cast<at::ScalarType>(number);
+  require(
+      number < static_cast<uint8_t>(at::ScalarType::NumOptions) && type != at::ScalarType::Undefined,
+      "a tensor has an unknown dtype");
+  return type;
+}
+
+std::vector<int64_t> readSizes(Reader& reader) {
+  const size_t dimensions = reader.get<uint8_t>();
+  require(dimensions <= kMaxDimensions, "a tensor has too many dimensions");
+  std::vector<int64_t> sizes(dimensions);
+  for (int64_t& size : sizes) {
+    size = reader.get<int64_t>();
+    require(size >= 0, "a tensor has a negative size");
+  }
+  return sizes;
+}
+
+Description readDescription(Reader& reader) {
+  Description description;
+  description.type = readType(reader);
   description.flags = reader.get<uint8_t>();
   const size_t dimensions = reader.get<uint8_t>();
   description.storage = reader.get<uint32_t>();
   description.offset = reader.get<uint64_t>();
-  if (dimensions > kMaxDimensions) {
-    throw BadMessage("a tensor has too many dimensions");
-  }
+  require(dimensions <= kMaxDimensions, "a tensor has too many dimensions");
   description.sizes.resize(dimensions);
   for (int64_t& size : description.sizes) {
     size = reader.get<int64_t>();
@@ -50,9 +82,9 @@ PlainDescription readPlain(Reader& reader) {
     int64_t stride = 1;
     for (size_t d = dimensions; d-- > 0;) {
       description.strides[d] = stride;
-      if (__builtin_mul_overflow(stride, std::max<int64_t>(description.sizes[d], 1), &stride)) {
-        throw BadMessage("a tensor is larger than memory can be");
-      }
+      require(
+          !__builtin_mul_overflow(stride, std::max<int64_t>(description.sizes[d], 1), &stride),
+          "a tensor is larger than memory can be");
     }
   } else {
     for (int64_t& stride : description.strides) {
@@ -63,7 +95,7 @@ PlainDescription readPlain(Reader& reader) {
 }
 
 // Throws unless every element lies within the storage.
-void checkBounds(const PlainDescription& description, size_t storageBytes) {
+void checkBounds(const Description& description, size_t storageBytes) {
   uint64_t last = description.offset;
   bool overflow = false;
   bool empty = false;
@@ -80,103 +112,249 @@ void checkBounds(const PlainDescription& description, size_t storageBytes) {
   uint64_t end = 0;
   overflow |= __builtin_add_overflow(last, uint64_t{1}, &end);
   overflow |= __builtin_mul_overflow(end, static_cast<uint64_t>(c10::elementSize(description.type)), &end);
-  if (overflow || (!empty && end > storageBytes)) {
-    throw BadMessage("a tensor reaches beyond its storage");
+  require(!overflow && (empty || end <= storageBytes), "a tensor reaches beyond its storage");
+}
+
+// A user can make such a tensor: torch looks at indices only if asked to.
+void requireIndices(bool valid) {
+  if (!valid) {
+    throw std::invalid_argument(
+        "a sparse tensor has an index that is beyond its size. Make it with check_invariants=True to learn where");
   }
 }
 
-at::Tensor build(const PlainDescription& description, const c10::Storage& storage) {
-  auto tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(description.type));
-  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(
-      description.sizes, description.strides, static_cast<int64_t>(description.offset));
-  if ((description.flags & kConjugated) != 0) {
-    tensor._set_conj(true);
-  }
-  if ((description.flags & kNegated) != 0) {
-    tensor._set_neg(true);
-  }
-  if ((description.flags & kRequiresGrad) != 0) {
-    tensor.set_requires_grad(true);
-  }
-  return tensor;
+// The sizes of the values behind the dimensions that indices stand for are those of the whole.
+void checkDenseSizes(const at::Tensor& values, int64_t behind, c10::IntArrayRef dense) {
+  require(values.sizes().slice(behind) == dense, "the values of a sparse tensor have other sizes than it has");
 }
 
-std::vector<at::Tensor> unpickle(Reader& reader, std::vector<at::DataPtr>& storages) {
-  const auto bytes = reader.get<uint64_t>();
-  const size_t first = reader.get<uint32_t>();
-  const size_t count = reader.get<uint32_t>();
-  if (first + count > storages.size()) {
-    throw BadMessage("a pickled tensor has no storage");
-  }
-  const char* at = reader.take(bytes);
-  const char* end = at + bytes;
-  torch::jit::Unpickler unpickler(
-      [&](char* into, size_t wanted) -> size_t {
-        const size_t given = std::min(wanted, static_cast<size_t>(end - at));
-        std::memcpy(into, at, given);
-        at += given;
-        return given;
-      },
-      nullptr, nullptr,
-      [&](const std::string& name) -> at::DataPtr {
-        const size_t index = std::stoul(name);
-        TORCH_CHECK(index < count, "a pickled tensor has no storage");
-        return std::move(storages[first + index]);
-      },
-      {});
-  std::vector<at::Tensor> tensors;
-  for (auto&& tensor : unpickler.parse_ivalue().toTensorList()) {
-    tensors.emplace_back(std::move(tensor));
-  }
-  return tensors;
+bool areIndices(const at::Tensor& tensor) {
+  return !tensor.is_neg() && !tensor.requires_grad();
 }
+
+// That the indices name only what the tensor has: operators rely on that.
+void checkSparse(const at::Tensor& indices, const at::Tensor& values, c10::IntArrayRef sizes) {
+  require(
+      indices.scalar_type() == at::kLong && indices.dim() == 2 && areIndices(indices) && values.dim() > 0 &&
+          !values.requires_grad() && indices.size(1) == values.size(0),
+      "the indices of a sparse tensor do not fit its values");
+  const int64_t dimensions = indices.size(0);
+  require(dimensions <= static_cast<int64_t>(sizes.size()), "a sparse tensor has more indices than dimensions");
+  checkDenseSizes(values, 1, sizes.slice(dimensions));
+  const auto* data = indices.const_data_ptr<int64_t>();
+  for (int64_t d = 0; d < dimensions; ++d) {
+    for (int64_t i = 0; i < indices.size(1); ++i) {
+      const int64_t index = data[d * indices.stride(0) + i * indices.stride(1)];
+      requireIndices(index >= 0 && index < sizes[d]);
+    }
+  }
+}
+
+// Of one matrix: rows + 1 places in the columns' indices, which do not go back, and of these only what there is.
+template <typename Index>
+void checkCompressed(const Index* rows, int64_t rowCount, const Index* columns, int64_t columnCount, int64_t nonZeros) {
+  bool valid = rows[0] == 0 && rows[rowCount] == nonZeros;
+  for (int64_t row = 0; row < rowCount; ++row) {
+    valid &= rows[row] <= rows[row + 1];
+  }
+  for (int64_t i = 0; i < nonZeros; ++i) {
+    valid &= columns[i] >= 0 && columns[i] < columnCount;
+  }
+  requireIndices(valid);
+}
+
+void checkSparseCsr(
+    const at::Tensor& rows,
+    const at::Tensor& columns,
+    const at::Tensor& values,
+    c10::IntArrayRef sizes) {
+  const auto dimensions = static_cast<int64_t>(sizes.size());
+  const int64_t batchDimensions = rows.dim() - 1;
+  require(
+      batchDimensions >= 0 && dimensions >= batchDimensions + 2 && columns.dim() == rows.dim() &&
+          values.dim() == dimensions - 1 && rows.scalar_type() == columns.scalar_type() && areIndices(rows) &&
+          areIndices(columns) && rows.is_contiguous() && columns.is_contiguous() && !values.requires_grad(),
+      "the indices of a sparse tensor do not fit its values");
+  const auto batch = sizes.slice(0, batchDimensions);
+  const int64_t rowCount = sizes[batchDimensions];
+  const int64_t columnCount = sizes[batchDimensions + 1];
+  const int64_t nonZeros = columns.size(-1);
+  require(
+      rows.sizes().slice(0, batchDimensions) == batch && columns.sizes().slice(0, batchDimensions) == batch &&
+          values.sizes().slice(0, batchDimensions) == batch && rows.size(-1) - 1 == rowCount &&
+          values.size(batchDimensions) == nonZeros,
+      "the indices of a sparse tensor do not fit its values");
+  checkDenseSizes(values, batchDimensions + 1, sizes.slice(batchDimensions + 2));
+  const int64_t matrices = rows.numel() / (rowCount + 1);
+  const auto check = [&](auto* firstRow, auto* firstColumn) {
+    for (int64_t i = 0; i < matrices; ++i) {
+      checkCompressed(firstRow + i * (rowCount + 1), rowCount, firstColumn + i * nonZeros, columnCount, nonZeros);
+    }
+  };
+  if (rows.scalar_type() == at::kLong) {
+    check(rows.const_data_ptr<int64_t>(), columns.const_data_ptr<int64_t>());
+  } else {
+    require(rows.scalar_type() == at::kInt, "the indices of a sparse tensor are no integers");
+    check(rows.const_data_ptr<int32_t>(), columns.const_data_ptr<int32_t>());
+  }
+}
+
+// The tensors of a message, over its storages.
+class TensorReader {
+ public:
+  TensorReader(Reader& reader, std::vector<at::DataPtr> memory, const std::vector<size_t>& sizes)
+      : reader_(reader),
+        memory_(std::move(memory)),
+        sizes_(sizes),
+        storages_(sizes.size()) {}
+
+  at::Tensor read() {
+    switch (reader_.get<Form>()) {
+      case Form::kUndefined:
+        return {};
+      case Form::kPlain:
+        return readPlain();
+      case Form::kSparse:
+        return readSparse();
+      case Form::kSparseCsr:
+        return readSparseCsr();
+      case Form::kQuantized:
+        return readQuantized();
+      default:
+        throw BadMessage("a tensor has an unknown form");
+    }
+  }
+
+ private:
+  // Of the memory that a description names, if it reaches no further.
+  const c10::Storage& storageOf(const Description& description) {
+    const size_t index = description.storage;
+    require(index < storages_.size(), "a tensor has no storage");
+    checkBounds(description, sizes_[index]);
+    if (!storages_[index]) {
+      // Resizable, as the storage of any tensor that a user makes.
+      storages_[index] = c10::make_intrusive<c10::StorageImpl>(
+          c10::StorageImpl::use_byte_size_t(), sizes_[index], std::move(memory_[index]), c10::GetCPUAllocator(),
+          /*resizable=*/true);
+    }
+    return storages_[index];
+  }
+
+  at::Tensor readPlain() {
+    const Description description = readDescription(reader_);
+    require(!at::isQIntType(description.type), "a tensor of a quantized dtype says nothing of how it is quantized");
+    auto tensor = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(storageOf(description)), c10::DispatchKeySet(c10::DispatchKey::CPU),
+        c10::scalarTypeToTypeMeta(description.type));
+    setShape(tensor, description);
+    if ((description.flags & kConjugated) != 0) {
+      require(at::isComplexType(description.type), "a tensor of a real dtype is conjugated");
+      tensor._set_conj(true);
+    }
+    if ((description.flags & kNegated) != 0) {
+      tensor._set_neg(true);
+    }
+    if ((description.flags & kRequiresGrad) != 0) {
+      tensor.set_requires_grad(true);
+    }
+    return tensor;
+  }
+
+  static void setShape(const at::Tensor& tensor, const Description& description) {
+    tensor.unsafeGetTensorImpl()->set_sizes_and_strides(
+        description.sizes, description.strides, static_cast<int64_t>(description.offset));
+  }
+
+  at::Tensor readSparse() {
+    const auto flags = reader_.get<uint8_t>();
+    const std::vector<int64_t> sizes = readSizes(reader_);
+    const at::Tensor indices = readPlain();
+    const at::Tensor values = readPlain();
+    checkSparse(indices, values, sizes);
+    auto tensor = at::_sparse_coo_tensor_unsafe(indices, values, sizes, values.options().layout(at::kSparse));
+    return (flags & kRequiresGrad) != 0 ? tensor.set_requires_grad(true) : tensor;
+  }
+
+  at::Tensor readSparseCsr() {
+    const auto flags = reader_.get<uint8_t>();
+    const std::vector<int64_t> sizes = readSizes(reader_);
+    const at::Tensor rows = readPlain();
+    const at::Tensor columns = readPlain();
+    const at::Tensor values = readPlain();
+    checkSparseCsr(rows, columns, values, sizes);
+    auto tensor = at::_sparse_csr_tensor_unsafe(rows, columns, values, sizes, values.options().layout(at::kSparseCsr));
+    return (flags & kRequiresGrad) != 0 ? tensor.set_requires_grad(true) : tensor;
+  }
+
+  at::Tensor readQuantized() {
+    const auto scheme = static_cast<at::QScheme>(reader_.get<uint8_t>());
+    if (scheme == at::kPerTensorAffine) {
+      const auto scale = reader_.get<double>();
+      const auto zeroPoint = reader_.get<int64_t>();
+      const Description description = readDescription(reader_);
+      return quantized(
+          description, c10::make_intrusive<at::PerTensorAffineQuantizer>(description.type, scale, zeroPoint));
+    }
+    const bool isFloat = scheme == at::kPerChannelAffineFloatQParams;
+    require(isFloat || scheme == at::kPerChannelAffine, "a tensor is quantized by an unknown scheme");
+    const auto axis = reader_.get<int64_t>();
+    const Description description = readDescription(reader_);
+    const at::Tensor scales = readPlain();
+    const at::Tensor zeroPoints = readPlain();
+    require(
+        axis >= 0 && axis < static_cast<int64_t>(description.sizes.size()), "the channels of a tensor have no axis");
+    for (const at::Tensor& each : {scales, zeroPoints}) {
+      require(
+          each.dim() == 1 && each.size(0) == description.sizes[axis] && each.is_contiguous() && !each.requires_grad(),
+          "a tensor has not as many scales and zero points as channels");
+    }
+    if (isFloat) {
+      require(
+          scales.scalar_type() == at::kFloat && zeroPoints.scalar_type() == at::kFloat,
+          "scales or zero points have another dtype than float");
+      return quantized(
+          description,
+          c10::make_intrusive<at::PerChannelAffineFloatQParamsQuantizer>(description.type, scales, zeroPoints, axis));
+    }
+    require(
+        scales.scalar_type() == at::kDouble && zeroPoints.scalar_type() == at::kLong,
+        "scales have another dtype than double, or zero points another than int64");
+    return quantized(
+        description, c10::make_intrusive<at::PerChannelAffineQuantizer>(description.type, scales, zeroPoints, axis));
+  }
+
+  at::Tensor quantized(const Description& description, at::QuantizerPtr quantizer) {
+    require(
+        at::isQIntType(description.type) && !isSubByte(description.type), "a quantized tensor has a dtype that is not quantized");
+    auto tensor = at::detail::make_tensor<at::QTensorImpl>(
+        c10::Storage(storageOf(description)), c10::DispatchKeySet(c10::DispatchKey::QuantizedCPU),
+        c10::scalarTypeToTypeMeta(description.type), std::move(quantizer));
+    setShape(tensor, description);
+    return tensor;
+  }
+
+  Reader& reader_;
+  std::vector<at::DataPtr> memory_;
+  const std::vector<size_t>& sizes_;   // bytes
+  std::vector<c10::Storage> storages_; // those that tensors have so far
+};
 
 } // namespace
 
 std::vector<at::Tensor> readTensors(
     Reader& reader,
     size_t count,
-    std::vector<at::DataPtr> dataPtrs,
+    std::vector<at::DataPtr> storages,
     const std::vector<size_t>& sizes) {
   // A description takes a byte at least: a count beyond that is a lie that would allocate gigabytes.
-  if (count > reader.left()) {
-    throw BadMessage("it announces more tensors than it describes");
-  }
-  std::vector<at::Tensor> tensors(count);
-  std::vector<c10::Storage> storages(dataPtrs.size());
-  std::vector<size_t> pickled;
+  require(count <= reader.left(), "it announces more tensors than it describes");
+  TensorReader tensorReader(reader, std::move(storages), sizes);
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const auto form = reader.get<Form>();
-    if (form == Form::kPickled) {
-      pickled.push_back(i);
-    } else if (form == Form::kPlain) {
-      const PlainDescription description = readPlain(reader);
-      const size_t index = description.storage;
-      if (index >= storages.size()) {
-        throw BadMessage("a tensor has no storage");
-      }
-      checkBounds(description, sizes[index]);
-      if (!storages[index]) {
-        // Resizable, as the storage of any tensor that a user makes.
-        storages[index] = c10::make_intrusive<c10::StorageImpl>(
-            c10::StorageImpl::use_byte_size_t(), sizes[index], std::move(dataPtrs[index]), c10::GetCPUAllocator(),
-            /*resizable=*/true);
-      }
-      tensors[i] = build(description, storages[index]);
-    } else if (form != Form::kUndefined) {
-      throw BadMessage("a tensor has an unknown form");
-    }
+    tensors.push_back(tensorReader.read());
   }
-  if (!pickled.empty()) {
-    std::vector<at::Tensor> unpickled = unpickle(reader, dataPtrs);
-    if (unpickled.size() != pickled.size()) {
-      throw BadMessage("pickled tensors are missing");
-    }
-    for (size_t i = 0; i < pickled.size(); ++i) {
-      tensors[pickled[i]] = std::move(unpickled[i]);
-    }
-  }
+  reader.end();
   return tensors;
 }
 

@@ -2,8 +2,7 @@
 #include <unordered_map>
 
 #include <ATen/Functions.h>
-#include <torch/csrc/distributed/rpc/utils.h>
-#include <torch/csrc/jit/serialization/pickler.h>
+#include <ATen/core/grad_mode.h>
 
 #include "codec/sendable.h"
 #include "codec/tensor_codec.h"
@@ -60,49 +59,60 @@ at::Tensor sendable(const at::Tensor& tensor) {
   return tensor;
 }
 
+// Of a tensor that is not plain: what it is made of.
+std::vector<at::Tensor> componentsOf(const at::Tensor& tensor) {
+  const at::NoGradGuard noGrad;
+  if (tensor.layout() == at::kSparse) {
+    return {tensor._indices(), tensor._values()};
+  }
+  if (tensor.layout() == at::kSparseCsr) {
+    return {tensor.crow_indices().contiguous(), tensor.col_indices().contiguous(), tensor.values()};
+  }
+  if (tensor.qscheme() == at::kPerTensorAffine) {
+    return {tensor};
+  }
+  return {tensor, tensor.q_per_channel_scales().contiguous(), tensor.q_per_channel_zero_points().contiguous()};
+}
+
+uint8_t dimensionsOf(const at::Tensor& tensor) {
+  TORCH_CHECK(
+      tensor.dim() <= static_cast<int64_t>(kMaxDimensions), "A tensor of ", tensor.dim(), " dimensions is not sent");
+  return static_cast<uint8_t>(tensor.dim());
+}
+
 } // namespace
 
 void TensorWriter::add(const std::vector<at::Tensor>& tensors) {
-  std::vector<at::Tensor> sent;
-  std::vector<Plain> plain;
-  std::vector<size_t> pickled;
-  sent.reserve(tensors.size());
-  plain.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!tensors[i].defined()) {
-      sent.emplace_back();
+  parts_.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined()) {
       continue;
     }
-    check(tensors[i]);
-    if (isPlain(tensors[i])) {
-      sent.push_back(sendable(tensors[i]));
-      plain.push_back({i, i, firstByte(sent[i]), firstByte(sent[i]) + spanBytes(sent[i])});
+    check(tensor);
+    if (isPlain(tensor)) {
+      parts_.push_back(sendable(tensor));
     } else {
-      sent.push_back(tensors[i]);
-      pickled.push_back(i);
+      for (const at::Tensor& component : componentsOf(tensor)) {
+        parts_.push_back(sendable(component));
+      }
     }
   }
-  addPlain(sent, plain);
-  size_t nextPlain = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (nextPlain < plain.size() && plain[nextPlain].index == i) {
-      describe(tensors[i], sent[i], plain[nextPlain++]);
-    } else {
-      put(sent[i].defined() ? Form::kPickled : Form::kUndefined);
-    }
+  addSlices();
+  for (const at::Tensor& tensor : tensors) {
+    describe(tensor);
   }
-  if (!pickled.empty()) {
-    addPickled(sent, pickled);
-  }
-  keptAlive_.insert(keptAlive_.end(), sent.begin(), sent.end());
 }
 
-void TensorWriter::addPlain(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain) {
-  if (plain.size() > 1) {
-    groupByStorage(tensors, plain);
-  } else if (plain.size() == 1) {
-    plain[0].group = 0;
-    addSlice(tensors[plain[0].index].storage(), plain[0].first, plain[0].last);
+void TensorWriter::addSlices() {
+  places_.reserve(parts_.size());
+  for (const at::Tensor& part : parts_) {
+    const size_t first = firstByte(part);
+    places_.push_back({0, first, first + spanBytes(part)});
+  }
+  if (parts_.size() > 1) {
+    groupByStorage();
+  } else if (parts_.size() == 1) {
+    addSlice(parts_[0].storage(), places_[0].first, places_[0].last);
   }
 }
 
@@ -112,80 +122,101 @@ void TensorWriter::addSlice(const c10::Storage& storage, size_t first, size_t la
   sliceFirst_.push_back(first);
 }
 
-void TensorWriter::groupByStorage(const std::vector<at::Tensor>& tensors, std::vector<Plain>& plain) {
+void TensorWriter::groupByStorage() {
   struct Group {
     size_t first, last, shown, slice;
   };
   constexpr size_t kNoSlice = std::numeric_limits<size_t>::max();
   std::unordered_map<const void*, Group> groups;
-  groups.reserve(plain.size());
-  for (const Plain& place : plain) {
-    const at::Tensor& tensor = tensors[place.index];
-    const size_t shown = std::min(denseBytes(tensor), place.last - place.first);
+  groups.reserve(parts_.size());
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    const Place& place = places_[i];
+    const size_t shown = std::min(denseBytes(parts_[i]), place.last - place.first);
     auto [found, fresh] =
-        groups.try_emplace(tensor.storage().unsafeGetStorageImpl(), Group{place.first, place.last, shown, kNoSlice});
+        groups.try_emplace(parts_[i].storage().unsafeGetStorageImpl(), Group{place.first, place.last, shown, kNoSlice});
     if (!fresh) {
       found->second.first = std::min(found->second.first, place.first);
       found->second.last = std::max(found->second.last, place.last);
       found->second.shown += shown;
     }
   }
-  for (Plain& place : plain) {
-    const at::Tensor& tensor = tensors[place.index];
-    Group& group = groups.at(tensor.storage().unsafeGetStorageImpl());
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    Place& place = places_[i];
+    Group& group = groups.at(parts_[i].storage().unsafeGetStorageImpl());
     group.first -= group.first % kLargestItem; // the views may be of several dtypes: each must start at a whole item
     const bool alone = wasteful(group.last - group.first, group.shown);
     if (alone || group.slice == kNoSlice) {
       const size_t first = alone ? place.first : group.first;
       const size_t last = alone ? place.last : group.last;
       group.slice = slices_.size();
-      addSlice(tensor.storage(), first, last);
+      addSlice(parts_[i].storage(), first, last);
     }
-    place.group = group.slice;
+    place.slice = group.slice;
   }
 }
 
-void TensorWriter::describe(const at::Tensor& original, const at::Tensor& sent, const Plain& place) {
-  TORCH_CHECK(
-      sent.dim() <= static_cast<int64_t>(kMaxDimensions), "A tensor of ", sent.dim(), " dimensions is not sent");
+void TensorWriter::describe(const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    put(Form::kUndefined);
+  } else if (isPlain(tensor)) {
+    put(Form::kPlain);
+    describeNextPart(tensor.requires_grad());
+  } else if (tensor.is_quantized()) {
+    put(Form::kQuantized);
+    describeQuantized(tensor);
+  } else {
+    put(tensor.layout() == at::kSparse ? Form::kSparse : Form::kSparseCsr);
+    describeSparse(tensor);
+  }
+}
+
+void TensorWriter::describeSparse(const at::Tensor& tensor) {
+  put(static_cast<uint8_t>(tensor.requires_grad() ? kRequiresGrad : 0));
+  put(dimensionsOf(tensor));
+  for (const int64_t size : tensor.sizes()) {
+    put(size);
+  }
+  const int components = tensor.layout() == at::kSparse ? 2 : 3;
+  for (int i = 0; i < components; ++i) {
+    describeNextPart();
+  }
+}
+
+void TensorWriter::describeQuantized(const at::Tensor& tensor) {
+  const at::QScheme scheme = tensor.qscheme();
+  put(static_cast<uint8_t>(scheme));
+  if (scheme == at::kPerTensorAffine) {
+    put(tensor.q_scale());
+    put(tensor.q_zero_point());
+    describeNextPart();
+  } else {
+    put(tensor.q_per_channel_axis());
+    describeNextPart();
+    describeNextPart();
+    describeNextPart();
+  }
+}
+
+void TensorWriter::describeNextPart(bool requiresGrad) {
+  const at::Tensor& part = parts_[nextPart_];
+  const Place& place = places_[nextPart_++];
   uint8_t flags = 0;
-  flags |= original.requires_grad() ? kRequiresGrad : 0;
-  flags |= sent.is_conj() ? kConjugated : 0;
-  flags |= sent.is_neg() ? kNegated : 0;
-  flags |= sent.is_contiguous() ? kContiguous : 0;
-  put(Form::kPlain);
-  put(static_cast<uint8_t>(sent.scalar_type()));
+  flags |= requiresGrad ? kRequiresGrad : 0;
+  flags |= part.is_conj() ? kConjugated : 0;
+  flags |= part.is_neg() ? kNegated : 0;
+  flags |= part.is_contiguous() ? kContiguous : 0;
+  put(static_cast<uint8_t>(part.scalar_type()));
   put(flags);
-  put(static_cast<uint8_t>(sent.dim()));
-  put(static_cast<uint32_t>(place.group));
-  put(static_cast<uint64_t>((place.first - sliceFirst_[place.group]) / sent.itemsize()));
-  for (const int64_t size : sent.sizes()) {
+  put(dimensionsOf(part));
+  put(static_cast<uint32_t>(place.slice));
+  put(static_cast<uint64_t>((place.first - sliceFirst_[place.slice]) / part.itemsize()));
+  for (const int64_t size : part.sizes()) {
     put(size);
   }
   if ((flags & kContiguous) == 0) {
-    for (const int64_t stride : sent.strides()) {
+    for (const int64_t stride : part.strides()) {
       put(stride);
     }
-  }
-}
-
-void TensorWriter::addPickled(const std::vector<at::Tensor>& tensors, const std::vector<size_t>& indices) {
-  std::vector<at::Tensor> chosen;
-  for (const size_t index : indices) {
-    chosen.push_back(tensors[index]);
-  }
-  std::string pickle;
-  torch::jit::Pickler pickler([&](const char* data, size_t bytes) { pickle.append(data, bytes); });
-  pickler.protocol();
-  pickler.pushIValue(torch::distributed::rpc::cloneSparseTensors(chosen));
-  pickler.stop();
-  put(static_cast<uint64_t>(pickle.size()));
-  put(static_cast<uint32_t>(slices_.size()));
-  put(static_cast<uint32_t>(pickler.tensorData().size()));
-  descriptions_ += pickle;
-  for (const at::Tensor& component : pickler.tensorData()) {
-    keptAlive_.push_back(component);
-    addSlice(component.storage(), 0, component.storage().nbytes());
   }
 }
 

@@ -11,6 +11,7 @@
 
 #include "base/error_text.h"
 #include "engine/recent_work.h"
+#include "host/resources.h"
 
 namespace torch_rpc_mpi {
 
@@ -41,11 +42,13 @@ bool Engine::onEngineThread() const {
 }
 
 void Engine::start() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   attributes_.emplace();
   // One leads, one stands by; more come when tasks need them.
   if (!spawn() || !spawn()) {
-    throw std::runtime_error("RPC cannot start its threads: this process may have no more");
+    lock.unlock();
+    (void)stop(std::chrono::seconds(1)); // the one that has started
+    throw std::runtime_error(noThreadText("the engine of RPC"));
   }
 }
 

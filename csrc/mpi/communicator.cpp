@@ -5,6 +5,8 @@
 #include <sstream>
 #include <thread>
 
+#include "base/deadline.h"
+
 namespace torch_rpc_mpi {
 
 namespace {
@@ -42,12 +44,6 @@ bool completeBy(
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
   }
-}
-
-Clock::time_point deadlineAfter(double timeout) {
-  return timeout > 0
-      ? Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout))
-      : Clock::time_point::max();
 }
 
 std::string missingText(const std::vector<char>& present, double timeout, const char* consequence) {

@@ -1,6 +1,8 @@
 #include "mpi/mpi_transport.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 namespace torch_rpc_mpi {
 
@@ -8,6 +10,9 @@ namespace {
 
 // Frames taken in one turn: enough to amortise the turn, few enough that sends and deadlines are not starved.
 constexpr size_t kFrameBatch = 16;
+
+// For all receives together; those that can be cancelled are at once.
+constexpr auto kCancelLimit = std::chrono::milliseconds(200);
 
 } // namespace
 
@@ -33,9 +38,9 @@ OperationStatus MpiTransport::translate(const trm_status& status) const {
   return result;
 }
 
-void MpiTransport::track(trm_handle request, Operation* op) {
+void MpiTransport::track(trm_handle request, int peer, Operation* op) {
   requests_.push_back(request);
-  operations_.push_back(op);
+  operations_.push_back({op, peer});
 }
 
 void MpiTransport::send(
@@ -49,7 +54,7 @@ void MpiTransport::send(
   const int code = mpi_->isend(data, bytes, peer, static_cast<int>(channel), communicator_->handle(), &request);
   if (code != 0) {
     OperationStatus status;
-    status.error = "MPI_Isend failed: " + mpi_.errorText(code);
+    status.error = "MPI_Isend of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code);
     op->complete(token, status);
     return;
   }
@@ -61,7 +66,7 @@ void MpiTransport::send(
     op->complete(token, translate(status));
     return;
   }
-  track(request, op);
+  track(request, peer, op);
 }
 
 std::vector<int> MpiTransport::frameSources() const {
@@ -91,11 +96,11 @@ void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_
   if (code != 0) {
     OperationStatus status;
     status.source = peer;
-    status.error = "MPI_Irecv failed: " + mpi_.errorText(code);
+    status.error = "MPI_Irecv of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code);
     op->complete(token, status);
     return;
   }
-  track(request, op);
+  track(request, peer, op);
 }
 
 size_t MpiTransport::poll(ProgressToken& token) {
@@ -168,46 +173,75 @@ size_t MpiTransport::pollOthers(ProgressToken& token) {
   std::vector<std::pair<Operation*, OperationStatus>> finished;
   finished.reserve(completed);
   for (int i = 0; i < completed; ++i) {
-    finished.emplace_back(operations_[indices_[i]], translate(statuses_[i]));
-    operations_[indices_[i]] = nullptr;
+    finished.emplace_back(operations_[indices_[i]].op, translate(statuses_[i]));
+    operations_[indices_[i]].op = nullptr;
   }
-  size_t kept = 0;
-  for (size_t i = 0; i < count; ++i) {
-    if (operations_[i] != nullptr) {
-      requests_[kept] = requests_[i];
-      operations_[kept++] = operations_[i];
-    }
-  }
-  requests_.resize(kept);
-  operations_.resize(kept);
+  dropFinished();
   for (auto& [op, status] : finished) {
     op->complete(token, status);
   }
   return finished.size();
 }
 
-void MpiTransport::cancelFrames() noexcept {
-  for (auto& frames : frames_) {
-    for (FrameReceive& frame : frames) {
-      if (mpi_->cancel(&frame.request) == 0) {
-        trm_status status{};
-        mpi_->wait(&frame.request, &status);
-      }
+void MpiTransport::dropFinished() {
+  size_t kept = 0;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    if (operations_[i].op != nullptr) {
+      requests_[kept] = requests_[i];
+      operations_[kept++] = operations_[i];
     }
-    frames.clear();
+  }
+  requests_.resize(kept);
+  operations_.resize(kept);
+}
+
+void MpiTransport::park(ProgressToken&, int peer) {
+  for (Posted& posted : operations_) {
+    if (posted.peer == peer) {
+      posted.op = nullptr;
+    }
+  }
+  dropFinished();
+  if (!anySource_) {
+    parkedFrames_ += frames_[peer].size();
+    frames_[peer].clear();
   }
 }
 
-void MpiTransport::close(ProgressToken&, bool agreed) noexcept {
+// One that a stopped process has begun to fill is complete only when that goes on: nobody waits for it.
+size_t MpiTransport::cancelFrames() noexcept {
+  size_t left = 0;
+  const auto limit = std::chrono::steady_clock::now() + kCancelLimit;
+  for (auto& frames : frames_) {
+    for (FrameReceive& frame : frames) {
+      (void)mpi_->cancel(&frame.request);
+    }
+  }
+  for (auto& frames : frames_) {
+    for (FrameReceive& frame : frames) {
+      int done = 0;
+      trm_status status{};
+      while (mpi_->test(&frame.request, &done, &status) == 0 && done == 0 && std::chrono::steady_clock::now() < limit) {
+        std::this_thread::yield();
+      }
+      left += done == 0 ? 1 : 0;
+    }
+    frames.clear();
+  }
+  return left;
+}
+
+size_t MpiTransport::close(ProgressToken&, bool agreed) noexcept {
   if (closed_) {
-    return;
+    return 0;
   }
   closed_ = true;
+  size_t left = parkedFrames_;
   try {
     if (mpi_.finalized()) {
-      return;
+      return left;
     }
-    cancelFrames();
+    left += cancelFrames();
     // Unfinished ones belong to a peer that left: MPI may still touch their memory, which is why the caller never
     // frees it. They are not cancelled (a send cannot be) and not waited for (the peer will not answer).
     requests_.clear();
@@ -218,6 +252,7 @@ void MpiTransport::close(ProgressToken&, bool agreed) noexcept {
   } catch (const MpiError&) {
     // Closing is the last thing that happens here; there is nobody left to tell.
   }
+  return left;
 }
 
 } // namespace torch_rpc_mpi

@@ -37,12 +37,17 @@ class MpiTransport final : public Transport {
   std::vector<int> takeEnded(ProgressToken&) override {
     return neighbours_->takeEnded();
   }
-  void close(ProgressToken& token, bool agreed) noexcept override;
+  void park(ProgressToken& token, int peer) override;
+  size_t close(ProgressToken& token, bool agreed) noexcept override;
 
  private:
   struct FrameReceive {
     trm_handle request;
     Operation* op;
+  };
+  struct Posted {
+    Operation* op;
+    int peer;
   };
 
   size_t pollFrames(ProgressToken& token);
@@ -50,9 +55,10 @@ class MpiTransport final : public Transport {
   size_t pollOthers(ProgressToken& token);
   // How many have completed, none or fewer than none if none was active; which and how is in indices_ and statuses_.
   int testSome(std::vector<trm_handle>& requests);
-  void track(trm_handle request, Operation* op);
+  void track(trm_handle request, int peer, Operation* op);
+  void dropFinished(); // those without an operation
   OperationStatus translate(const trm_status& status) const;
-  void cancelFrames() noexcept;
+  size_t cancelFrames() noexcept; // how many are still posted
 
   const std::shared_ptr<Communicator> communicator_;
   const std::shared_ptr<Neighbours> neighbours_;
@@ -63,10 +69,11 @@ class MpiTransport final : public Transport {
   std::vector<std::deque<FrameReceive>> frames_;
   // Sends that did not complete at once and bulk receives: parallel arrays, as MPI_Testsome wants them.
   std::vector<trm_handle> requests_;
-  std::vector<Operation*> operations_;
+  std::vector<Posted> operations_;
   std::vector<trm_handle> heads_; // of frames_, as MPI_Testsome wants them
   std::vector<int> indices_;
   std::vector<trm_status> statuses_;
+  size_t parkedFrames_ = 0;
   bool closed_ = false;
 };
 

@@ -1,6 +1,7 @@
 #include "peer/exchange.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 #include "base/error_text.h"
@@ -12,24 +13,8 @@ namespace {
 // Posted at once: a burst this long needs no unexpected-message copy inside MPI.
 constexpr size_t kFrameReceives = 32;
 constexpr size_t kFrameReceivesOfSource = 2; // at least
-constexpr size_t kChunksOut = 4;             // per peer; enough to keep a link busy while the next is posted
 constexpr size_t kDescriptorSpace = 1024;    // a frame holds the eager limit and the description of some tensors
-
-// A frame that is nothing but its header.
-class CreditMessage final : public OutboundMessage {
- public:
-  explicit CreditMessage(int peer) : OutboundMessage(peer, FrameKind::kCredit, 0) {}
-  bool light() const override {
-    return true;
-  }
-  void failed(const std::string&) noexcept override {}
-
- protected:
-  size_t planBody(std::vector<ConstSpan>&) override {
-    return 0;
-  }
-  void writeBody(char*) override {}
-};
+constexpr auto kStale = std::chrono::microseconds(300); // longer than most calls take, whose responses report as well
 
 } // namespace
 
@@ -38,7 +23,9 @@ struct Exchange::FrameReceive final : Operation {
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
     FrameBuffer arrived = std::move(buffer);
     try {
-      exchange.postFrameReceive(token, this);
+      if (source == kAnySource || !exchange.peers_[source]->ended()) {
+        exchange.postFrameReceive(token, this);
+      }
       exchange.onFrame(token, std::move(arrived), status);
     } catch (const std::exception& error) {
       exchange.fatal_ = errorText(error);
@@ -49,54 +36,18 @@ struct Exchange::FrameReceive final : Operation {
   FrameBuffer buffer;
 };
 
-struct Exchange::Peer {
-  struct Lane {
-    std::deque<OutboundPtr> waiting;     // for credit
-    std::atomic<size_t> waitingCount{0}; // an atomic because wouldSendAtOnce() looks at it
-  };
-  std::string gone; // why nothing is sent to it any more
-  Lane large, small;
-  Lane& laneOf(uint64_t chargedBytes) {
-    return chargedBytes == 0 ? small : large;
-  }
-
-  struct Stream {
-    OutboundMessage* message;
-    size_t part;
-    size_t offset;
-  };
-  std::deque<Stream> out;
-  size_t chunksOut = 0;
-  bool pumping = false; // an operation that completes inside send() must not recurse
-};
-
-struct Exchange::ChunkSend final : Operation {
-  ChunkSend(Exchange& owner, OutboundMessage* sent) : exchange(owner), message(sent) {}
-  void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
-    Peer& peer = *exchange.peers_[message->peer()];
-    const int rank = message->peer();
-    --peer.chunksOut;
-    message->complete(token, status);
-    exchange.pumpOut(token, rank);
-    delete this;
-  }
-  Exchange& exchange;
-  OutboundMessage* message;
-};
-
 size_t ExchangeOptions::frameBytes() const {
   return sizeof(FrameHeader) + eagerLimit + kDescriptorSpace;
 }
 
-Exchange::Exchange(Transport& transport, ExchangeListener& listener, ExchangeOptions options)
+Exchange::Exchange(Transport& transport, ExchangeListener& listener, const ExchangeOptions& options)
     : transport_(transport),
       listener_(listener),
       options_(options),
       frames_(std::make_shared<FramePool>(options.frameBytes())),
-      credits_(transport.size(), options.windowRequests, options.windowBytes),
-      bulkReceiver_(transport, listener, options.bulkChunk) {
+      context_{transport, listener, options_, *frames_, counters_, done_} {
   for (int rank = 0; rank < transport.size(); ++rank) {
-    peers_.push_back(std::make_unique<Peer>());
+    peers_.push_back(std::make_unique<Peer>(rank, context_, static_cast<PeerFailureListener&>(*this)));
   }
 }
 
@@ -121,148 +72,44 @@ void Exchange::postFrameReceive(ProgressToken& token, FrameReceive* slot) {
 
 void Exchange::post(ProgressToken& token, OutboundPtr message) {
   Peer& peer = *peers_[message->peer()];
-  if (closed_ || !peer.gone.empty()) {
-    failed_.emplace_back(std::move(message), closed_ ? "RPC was shut down" : peer.gone);
+  if (closed_ || peer.state() != Peer::State::kOpen) {
+    done_.failed.emplace_back(std::move(message), closed_ ? "RPC was shut down" : peer.reason());
     return;
   }
-  Peer::Lane& lane = peer.laneOf(message->header().chargedBytes);
-  if (message->needsCredit() &&
-      (!lane.waiting.empty() || !credits_.allows(message->peer(), message->header().chargedBytes))) {
-    lane.waiting.push_back(std::move(message));
-    lane.waitingCount.fetch_add(1, std::memory_order_relaxed);
-    counts_.waitingForCredit.fetch_add(1, std::memory_order_relaxed);
-    return;
-  }
-  transmit(token, std::move(message));
+  peer.outgoing.post(token, std::move(message));
 }
 
 bool Exchange::wouldSendAtOnce(int rank, uint64_t chargedBytes) const {
-  const Peer::Lane& lane = peers_[rank]->laneOf(chargedBytes);
-  return lane.waitingCount.load(std::memory_order_relaxed) == 0 && credits_.allows(rank, chargedBytes);
+  return peers_[rank]->outgoing.wouldSendAtOnce(chargedBytes);
 }
 
-void Exchange::transmit(ProgressToken& token, OutboundPtr owned) {
-  if (!owned->encoded()) {
-    try {
-      owned->encode(*frames_);
-    } catch (const std::exception& error) {
-      failed_.emplace_back(std::move(owned), errorText(error));
-      return;
-    }
-  }
-  OutboundMessage* message = owned.release(); // its operations own it until finished()
-  Peer& peer = *peers_[message->peer()];
-  FrameHeader& header = message->header_;
-  if (message->needsCredit()) {
-    credits_.sent(message->peer(), header.chargedBytes);
-  }
-  credits_.report(message->peer(), header);
-  std::memcpy(message->frame_.data(), &header, sizeof(header));
-  const size_t bytes = sizeof(header) + (header.bodyInBulk != 0 ? 0 : header.bodyBytes);
-
-  message->exchange_ = this;
-  message->unfinished_ = 1;
-  uint64_t bulkBytes = 0;
-  for (const ConstSpan& part : message->parts_) {
-    message->unfinished_ += (part.bytes + options_.bulkChunk - 1) / options_.bulkChunk;
-    bulkBytes += part.bytes;
-  }
-  if (header.kind != FrameKind::kDrain) {
-    counts_.framesSent.fetch_add(1, std::memory_order_relaxed);
-  }
-  counts_.bytesSent.fetch_add(bytes + bulkBytes, std::memory_order_relaxed);
-  counts_.unfinishedSends.fetch_add(1, std::memory_order_relaxed);
-  const bool hasParts = !message->parts_.empty();
-  if (hasParts) {
-    counts_.bulkInFlight.fetch_add(1, std::memory_order_relaxed);
-  }
-  transport_.send(token, message->peer(), Channel::kFrame, message->frame_.data(), bytes, message);
-  if (hasParts) { // otherwise it may be gone by now
-    peer.out.push_back({message, 0, 0});
-    pumpOut(token, message->peer());
+void Exchange::released(int source, uint64_t chargedBytes) {
+  if (peers_[source]->credit.released(chargedBytes)) {
+    const std::lock_guard<std::mutex> lock(dueMutex_);
+    due_.push_back(source);
+    hasDue_ = true;
   }
 }
 
-void Exchange::pumpOut(ProgressToken& token, int rank) {
-  Peer& peer = *peers_[rank];
-  if (peer.pumping) {
-    return;
+std::vector<int> Exchange::takeDue() {
+  std::vector<int> due;
+  if (hasDue()) {
+    const std::lock_guard<std::mutex> lock(dueMutex_);
+    due.swap(due_);
+    hasDue_ = false;
   }
-  peer.pumping = true;
-  while (peer.chunksOut < kChunksOut && !peer.out.empty() && peer.gone.empty()) {
-    Peer::Stream& stream = peer.out.front();
-    OutboundMessage* message = stream.message;
-    const ConstSpan part = message->parts_[stream.part];
-    const char* data = part.data + stream.offset;
-    const size_t bytes = std::min(options_.bulkChunk, part.bytes - stream.offset);
-    stream.offset += bytes;
-    if (stream.offset == part.bytes) {
-      stream.offset = 0;
-      if (++stream.part == message->parts_.size()) {
-        peer.out.pop_front();
-      }
-    }
-    ++peer.chunksOut;
-    transport_.send(token, rank, Channel::kBulk, data, bytes, new ChunkSend(*this, message));
+  for (const int rank : due) {
+    peers_[rank]->credit.tellsAgain();
   }
-  peer.pumping = false;
+  return due;
 }
 
-void Exchange::finished(ProgressToken&, OutboundMessage* message) {
-  counts_.unfinishedSends.fetch_sub(1, std::memory_order_relaxed);
-  if (!message->parts_.empty()) {
-    counts_.bulkInFlight.fetch_sub(1, std::memory_order_relaxed);
-  }
-  OutboundPtr owned(message);
-  if (!owned->light()) {
-    finished_.push_back(std::move(owned));
-  }
-}
-
-void Exchange::sendFailed(ProgressToken& token, int peer, const std::string& reason) {
-  dropPeer(token, peer, reason);
-  listener_.onPeerGone(token, peer, reason);
-}
-
-void Exchange::sendWaiting(ProgressToken& token, int rank) {
-  Peer& peer = *peers_[rank];
-  for (Peer::Lane* lane : {&peer.large, &peer.small}) { // the large first, which small ones would keep waiting
-    while (!lane->waiting.empty() && credits_.allows(rank, lane->waiting.front()->header().chargedBytes)) {
-      OutboundPtr message = std::move(lane->waiting.front());
-      lane->waiting.pop_front();
-      lane->waitingCount.fetch_sub(1, std::memory_order_relaxed);
-      counts_.waitingForCredit.fetch_sub(1, std::memory_order_relaxed);
-      transmit(token, std::move(message));
-    }
-  }
-}
-
-void Exchange::dropPeer(ProgressToken&, int rank, const std::string& reason) {
-  Peer& peer = *peers_[rank];
-  if (!peer.gone.empty()) {
-    return;
-  }
-  peer.gone = reason;
-  for (Peer::Lane* lane : {&peer.large, &peer.small}) {
-    counts_.waitingForCredit.fetch_sub(lane->waiting.size(), std::memory_order_relaxed);
-    for (OutboundPtr& message : lane->waiting) {
-      failed_.emplace_back(std::move(message), reason);
-    }
-    lane->waiting.clear();
-    lane->waitingCount = 0;
-  }
-}
-
-void Exchange::reportStaleCredits(ProgressToken& token, std::chrono::steady_clock::time_point now) {
-  if (!closed_) {
-    reportCredits(token, credits_.takeStale(now));
-  }
-}
-
-void Exchange::reportCredits(ProgressToken& token, const std::vector<int>& ranks) {
+// In frames of their own, where nothing else has told them meanwhile.
+void Exchange::reportCredit(ProgressToken& token, const std::vector<int>& ranks) {
   for (const int rank : ranks) {
-    if (peers_[rank]->gone.empty() && credits_.unreported(rank)) {
-      transmit(token, std::make_unique<CreditMessage>(rank));
+    Peer& peer = *peers_[rank];
+    if (peer.state() == Peer::State::kOpen && peer.credit.unreported()) {
+      peer.outgoing.reportCredit(token);
     }
   }
 }
@@ -270,11 +117,11 @@ void Exchange::reportCredits(ProgressToken& token, const std::vector<int>& ranks
 // ---- receiving ----
 
 bool Exchange::poll(ProgressToken& token) {
-  const std::vector<int> due = credits_.takeDue();
+  const std::vector<int> due = takeDue();
   if (closed_) {
     return false; // but nothing stays due, for which a sender would turn for ever
   }
-  reportCredits(token, due);
+  reportCredit(token, due);
   const bool moved = transport_.poll(token) > 0 || !due.empty();
   if (!fatal_.empty()) {
     throw std::runtime_error(fatal_);
@@ -283,71 +130,123 @@ bool Exchange::poll(ProgressToken& token) {
 }
 
 void Exchange::onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status) {
-  if (!status.ok()) {
-    listener_.onBadFrame(status.source, status.error);
+  const int source = status.source;
+  if (source < 0 || source >= transport_.size()) {
+    listener_.onStrayFrame(source, status.ok() ? "its source is no rank of the group" : status.error);
     return;
   }
-  counts_.bytesReceived.fetch_add(status.bytes, std::memory_order_relaxed);
-  const auto header = parseFrame(frame.data(), status.bytes);
-  if (!header) {
-    const std::string bytes = std::to_string(status.bytes);
-    listener_.onBadFrame(status.source, "a frame of " + bytes + " bytes that is not of this protocol or version");
+  if (peers_[source]->ended()) {
+    counters_.framesDropped.fetch_add(1, std::memory_order_relaxed);
     return;
+  }
+  if (!status.ok()) {
+    fail(token, source, "a frame of it could not be received: " + status.error);
+    return;
+  }
+  try {
+    onFrameOf(token, source, std::move(frame), status.bytes);
+  } catch (const std::exception& error) {
+    fail(token, source, errorText(error));
+  }
+}
+
+void Exchange::onFrameOf(ProgressToken& token, int source, FrameBuffer frame, size_t bytes) {
+  Peer& peer = *peers_[source];
+  counters_.bytesReceived.fetch_add(bytes, std::memory_order_relaxed);
+  const auto header = parseFrame(frame.data(), bytes);
+  if (!header) {
+    throw std::runtime_error(
+        "it sent a frame of " + std::to_string(bytes) +
+        " bytes that is not of this protocol or version. Every rank has to use the same build of torch_rpc_mpi");
   }
   if (header->kind != FrameKind::kDrain) {
-    counts_.framesReceived.fetch_add(1, std::memory_order_relaxed);
+    counters_.framesReceived.fetch_add(1, std::memory_order_relaxed);
   }
-  credits_.acknowledged(status.source, *header);
-  sendWaiting(token, status.source);
+  const std::string impossible = peer.credit.acknowledged(*header);
+  if (!impossible.empty()) {
+    throw std::runtime_error("it sent a frame that makes no sense: " + impossible);
+  }
+  if (peer.state() == Peer::State::kOpen) {
+    peer.outgoing.sendWaiting(token);
+  }
   if (header->kind == FrameKind::kCredit) {
     return;
   }
   InboundMessage message;
-  message.source = status.source;
+  message.source = source;
   message.header = *header;
   message.frame = std::move(frame);
   if (header->bodyInBulk != 0 || header->bulkParts != 0) {
-    const std::string lost = bulkReceiver_.receive(token, std::move(message));
-    if (!lost.empty()) {
-      sendFailed(token, status.source, lost);
-    }
-    return;
+    peer.incoming.receive(token, std::move(message));
+  } else {
+    listener_.onMessage(token, std::move(message));
   }
-  listener_.onMessage(token, std::move(message));
 }
 
 // ---- ending ----
 
-std::vector<OutboundPtr> Exchange::takeFinished(ProgressToken&) {
-  return std::exchange(finished_, {});
-}
-
-std::vector<std::pair<OutboundPtr, std::string>> Exchange::takeFailed(ProgressToken&) {
-  return std::exchange(failed_, {});
-}
-
-bool Exchange::quiet(ProgressToken&) const {
-  return counts_.unfinishedSends == 0 && bulkReceiver_.inFlight() == 0 && counts_.waitingForCredit == 0;
-}
-
-void Exchange::close(ProgressToken& token, bool agreed) noexcept {
-  if (!closed_) {
-    closed_ = true;
-    bulkReceiver_.close();
-    transport_.close(token, agreed);
+void Exchange::leaves(ProgressToken& token, int rank, const std::string& cause, Time now) {
+  Peer& peer = *peers_[rank];
+  peer.leaves(token, listener_.failureText(rank, cause), now);
+  if (peer.hasLeft(now)) {
+    peer.end(token, Peer::State::kGone, peer.reason());
   }
 }
 
-ExchangeCounts Exchange::counts() const {
-  ExchangeCounts counts;
-  counts.framesSent = counts_.framesSent;
-  counts.framesReceived = counts_.framesReceived;
-  counts.bytesSent = counts_.bytesSent;
-  counts.bytesReceived = counts_.bytesReceived + bulkReceiver_.bytesReceived();
-  counts.waitingForCredit = counts_.waitingForCredit;
-  counts.bulkInFlight = counts_.bulkInFlight + bulkReceiver_.inFlight();
-  counts.unfinishedSends = counts_.unfinishedSends;
-  return counts;
+void Exchange::fail(ProgressToken& token, int rank, const std::string& cause) {
+  Peer& peer = *peers_[rank];
+  if (!peer.ended()) {
+    peer.end(token, Peer::State::kFailed, listener_.failureText(rank, cause));
+  }
+}
+
+void Exchange::onPeerFailed(ProgressToken& token, int rank, const std::string& reason) noexcept {
+  try {
+    fail(token, rank, reason);
+  } catch (const std::exception& error) { // no memory to tell it
+    fatal_ = errorText(error);
+  }
+}
+
+void Exchange::look(ProgressToken& token, Time now) {
+  if (closed_ || now < nextStaleLook_) {
+    return;
+  }
+  nextStaleLook_ = now + kStale;
+  std::vector<int> stale;
+  for (int rank = 0; rank < transport_.size(); ++rank) {
+    Peer& peer = *peers_[rank];
+    if (peer.credit.stale()) {
+      stale.push_back(rank);
+    }
+    if (peer.hasLeft(now)) {
+      peer.end(token, Peer::State::kGone, peer.reason());
+    }
+  }
+  reportCredit(token, stale);
+}
+
+DoneMessages Exchange::takeDone(ProgressToken&) {
+  return std::exchange(done_, {});
+}
+
+bool Exchange::quiet(ProgressToken&) const {
+  return counters_.unfinishedSends == 0 && counters_.partsIn == 0 && counters_.waitingForCredit == 0;
+}
+
+void Exchange::close(ProgressToken& token, bool agreed) noexcept {
+  if (std::exchange(closed_, true)) {
+    return;
+  }
+  for (auto& peer : peers_) {
+    peer->incoming.abandon();
+  }
+  if (transport_.close(token, agreed) > 0) {
+    // Of those that were not cancelled in time MPI may still write to the buffers.
+    for (auto& receive : receives_) {
+      (void)receive.release();
+    }
+  }
 }
 
 } // namespace torch_rpc_mpi

@@ -1,4 +1,4 @@
-// The transfer protocol: frames, credits and bulk streams between this rank and every other.
+// The transfer protocol: frames, credit and bulk streams between this rank and every other. It dispatches to peers.
 //
 // Note [Frames and bulk]
 // ~~~~~~~~~~~~~~~~~~~~~~
@@ -7,127 +7,93 @@
 // that chunks need no names. The receiver posts a few chunks at a time: a large transfer then yields to small frames
 // after each chunk, although MPI may copy a whole chunk inside one call. Parts are sent from the tensors' own storage
 // and received into the storage that the callee's tensor will own.
-// How much may be under way: Note [Credits] in credits.h.
+// A frame or a chunk that is not what was announced leaves no way to tell what the next chunk belongs to: it fails the
+// peer, see Note [States of a peer] in peer.h.
+// How much may be under way: Note [Credit] in credit.h.
 #pragma once
 
 #include <atomic>
 #include <chrono>
-#include <deque>
-#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
-#include "peer/bulk_receiver.h"
-#include "peer/credits.h"
-#include "peer/message.h"
-#include "transport/transport.h"
+#include "peer/peer.h"
 
 namespace torch_rpc_mpi {
 
-struct ExchangeOptions {
-  size_t eagerLimit = 16384;             // bytes of a body that always fits a frame
-  size_t bulkChunk = size_t{1} << 20;    // bytes
-  size_t windowRequests = 256;           // requests with one peer that it has not begun to run
-  size_t windowBytes = size_t{16} << 20; // their bytes
-
-  size_t frameBytes() const; // what a frame takes in memory, however small its message
-};
-
-// What the layer above hears. Called by the token's holder: it notes what happened and may post messages.
-class ExchangeListener {
+// Everything is guarded by the progress token but: counters_ (atomics, read by anyone), what Peer and Credit say of
+// themselves, and due_, guarded by dueMutex_ (hasDue_ is a hint).
+class Exchange : private PeerFailureListener {
  public:
-  virtual ~ExchangeListener() = default;
-  // Finds memory for the bulk parts that `body` (of a request or response) describes. May throw: the parts are then
-  // received into nothing, and the message arrives with the error.
-  virtual std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) = 0;
-  virtual void onMessage(ProgressToken& token, InboundMessage message) = 0;
-  virtual void onBadFrame(int source, const std::string& reason) = 0;
-  // The peer left or failed: messages to it are refused from now on.
-  virtual void onPeerGone(ProgressToken& token, int peer, const std::string& reason) = 0;
-};
+  using Time = Peer::Time;
 
-struct ExchangeCounts {
-  uint64_t framesSent = 0; // without drain frames, as the others
-  uint64_t framesReceived = 0;
-  uint64_t bytesSent = 0; // frames and bulk
-  uint64_t bytesReceived = 0;
-  uint64_t waitingForCredit = 0;
-  uint64_t bulkInFlight = 0; // parts being sent or received
-  uint64_t unfinishedSends = 0;
-};
-
-// Everything is guarded by the progress token but: the counters of counts_ and Peer::waitingCount (atomics, read by
-// anyone), and credits_ and bulkReceiver_, which say for themselves.
-class Exchange {
- public:
-  Exchange(Transport& transport, ExchangeListener& listener, ExchangeOptions options);
-  ~Exchange();
+  Exchange(Transport& transport, ExchangeListener& listener, const ExchangeOptions& options);
+  ~Exchange() override;
 
   FramePool& frames() {
     return *frames_;
   }
+  const ExchangeCounters& counters() const {
+    return counters_;
+  }
   // Posts the first receives.
   void start(ProgressToken& token);
-  // Sends, queues or refuses; refused ones appear in failed().
+  // Sends, queues or refuses; refused ones are among the done messages.
   void post(ProgressToken& token, OutboundPtr message);
-  // One bounded turn; returns whether anything moved.
+  // One bounded turn; returns whether anything moved. Throws when the transport is broken.
   bool poll(ProgressToken& token);
-  // Tells peers of credit that no frame has told them of for a while.
-  void reportStaleCredits(ProgressToken& token, std::chrono::steady_clock::time_point now);
+  // What depends on time: tells peers of credit that no frame has told them of for a while, and lets peers go.
+  void look(ProgressToken& token, Time now);
+  // See Note [States of a peer]. The cause is put into words by the listener.
+  void leaves(ProgressToken& token, int rank, const std::string& cause, Time now);
+  void fail(ProgressToken& token, int rank, const std::string& cause);
+  // For all of them.
   void close(ProgressToken& token, bool agreed) noexcept;
-  // No message to `peer` will be sent or waited for any more.
-  void dropPeer(ProgressToken& token, int peer, const std::string& reason);
 
-  // What left the exchange since the last call: to be destroyed, or told that it failed, outside the token.
-  std::vector<OutboundPtr> takeFinished(ProgressToken& token);
-  std::vector<std::pair<OutboundPtr, std::string>> takeFailed(ProgressToken& token);
+  // Those since the last call: to be destroyed, or told that they failed, outside the token.
+  DoneMessages takeDone(ProgressToken& token);
 
   // Any thread: a request of `source` left the queue to be run.
-  void released(int source, uint64_t chargedBytes) {
-    credits_.released(source, chargedBytes);
-  }
+  void released(int source, uint64_t chargedBytes);
   // Any thread, a hint: a request of so many bytes would leave at once.
-  bool wouldSendAtOnce(int peer, uint64_t chargedBytes) const;
-  bool hasDue() const {
-    return credits_.hasDue();
+  bool wouldSendAtOnce(int rank, uint64_t chargedBytes) const;
+  Peer::State stateOf(int rank) const { // any thread
+    return peers_[rank]->state();
   }
-  ExchangeCounts counts() const;
+  bool hasDue() const { // any thread: somebody is to be told of credit
+    return hasDue_.load(std::memory_order_relaxed);
+  }
   // Nothing under way in either direction, as far as this side knows.
   bool quiet(ProgressToken& token) const;
 
  private:
-  friend class OutboundMessage;
   struct FrameReceive;
-  struct ChunkSend;
-  struct Peer;
 
-  void transmit(ProgressToken& token, OutboundPtr message);
-  void finished(ProgressToken& token, OutboundMessage* message);
-  void sendFailed(ProgressToken& token, int peer, const std::string& reason);
-  void sendWaiting(ProgressToken& token, int peer);
-  void reportCredits(ProgressToken& token, const std::vector<int>& ranks); // in frames of their own, if still needed
-  void pumpOut(ProgressToken& token, int peer);
+  void onPeerFailed(ProgressToken& token, int rank, const std::string& reason) noexcept override;
+  void reportCredit(ProgressToken& token, const std::vector<int>& ranks);
+  std::vector<int> takeDue();
   void onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status);
+  void onFrameOf(ProgressToken& token, int source, FrameBuffer frame, size_t bytes);
   void postFrameReceive(ProgressToken& token, FrameReceive* slot);
 
   Transport& transport_;
   ExchangeListener& listener_;
   const ExchangeOptions options_;
   const std::shared_ptr<FramePool> frames_;
-  Credits credits_;
-  BulkReceiver bulkReceiver_;
+  ExchangeCounters counters_;
+  DoneMessages done_;
+  PeerContext context_;
+  std::vector<std::unique_ptr<Peer>> peers_; // this rank's own is never used
   std::vector<std::unique_ptr<FrameReceive>> receives_;
-  std::vector<std::unique_ptr<Peer>> peers_;
-  std::vector<OutboundPtr> finished_;
-  std::vector<std::pair<OutboundPtr, std::string>> failed_;
+  Time nextStaleLook_{};
   std::string fatal_; // what broke the transport; thrown by the next poll()
   bool closed_ = false;
 
-  struct AtomicCounts {
-    std::atomic<uint64_t> framesSent{0}, framesReceived{0}, bytesSent{0}, bytesReceived{0};
-    std::atomic<uint64_t> waitingForCredit{0}, bulkInFlight{0}, unfinishedSends{0};
-  } counts_;
+  std::mutex dueMutex_;
+  std::vector<int> due_;
+  std::atomic<bool> hasDue_{false};
 };
 
 } // namespace torch_rpc_mpi

@@ -1,5 +1,7 @@
 #include "peer/frame.h"
 
+#include "host/fork_guard.h"
+
 namespace torch_rpc_mpi {
 
 namespace {
@@ -36,9 +38,13 @@ size_t FrameBuffer::capacity() const {
   return pool_->capacity();
 }
 
+FramePool::FramePool(size_t capacity) : capacity_(capacity) {
+  watchForks();
+}
+
 FrameBuffer FramePool::get() {
   std::unique_ptr<char[]> data;
-  {
+  if (!inForkedChild()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!free_.empty()) {
       data = std::move(free_.back());
@@ -52,6 +58,9 @@ FrameBuffer FramePool::get() {
 }
 
 void FramePool::put(std::unique_ptr<char[]> data) {
+  if (inForkedChild()) {
+    return;
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   if (free_.size() < kKeptBuffers) {
     free_.push_back(std::move(data));

@@ -30,7 +30,7 @@ enum class FrameKind : uint8_t {
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.
 struct FrameHeader {
-  static constexpr uint32_t kMagic = 0x52504d31; // "RPM1": raise the digit with every change of the protocol
+  static constexpr uint32_t kMagic = 0x52504d32; // "RPM2": raise the digit with every change of the protocol
 
   uint32_t magic = kMagic;
   FrameKind kind = FrameKind::kRequest;
@@ -74,10 +74,10 @@ class FrameBuffer {
   std::unique_ptr<char[]> data_;
 };
 
-// Thread-safe: mutex_ guards free_.
+// Thread-safe: mutex_ guards free_, and is not taken in a forked child, see Note [Locks in a forked child].
 class FramePool : public std::enable_shared_from_this<FramePool> {
  public:
-  explicit FramePool(size_t capacity) : capacity_(capacity) {}
+  explicit FramePool(size_t capacity);
   size_t capacity() const {
     return capacity_;
   }

@@ -1,6 +1,6 @@
 #include "peer/message.h"
 
-#include "peer/exchange.h"
+#include "peer/outgoing.h"
 
 namespace torch_rpc_mpi {
 
@@ -28,13 +28,7 @@ void OutboundMessage::encode(FramePool& pool) {
 }
 
 void OutboundMessage::complete(ProgressToken& token, const OperationStatus& status) noexcept {
-  Exchange& exchange = *exchange_;
-  if (!status.ok()) {
-    exchange.sendFailed(token, peer_, status.error);
-  }
-  if (--unfinished_ == 0) {
-    exchange.finished(token, this);
-  }
+  outgoing_->operationDone(token, *this, 1, status.error);
 }
 
 } // namespace torch_rpc_mpi

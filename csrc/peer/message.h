@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "peer/frame.h"
@@ -13,7 +14,8 @@ namespace torch_rpc_mpi {
 // A frame to send, and the larger parts that follow it on the bulk channel, straight from where they lie.
 //
 // Life: made by any thread; given to the exchange, from then on touched by the token's holder alone; destroyed by
-// whoever takes the exchange's finished() or failed() list, outside the token, because what it owns may need the GIL.
+// whoever takes the exchange's finished or failed messages, outside the token, because what it owns may need the GIL.
+// One of which MPI may still read parts, to a peer that has failed, is kept for ever.
 class OutboundMessage : public Operation {
  public:
   OutboundMessage(int peer, FrameKind kind, uint64_t callId) : peer_(peer) {
@@ -53,17 +55,23 @@ class OutboundMessage : public Operation {
   virtual void writeBody(char* body) = 0;
 
  private:
-  friend class Exchange;
+  friend class Outgoing;
   const int peer_;
   FrameHeader header_;
   FrameBuffer frame_;
   std::unique_ptr<char[]> separateBody_; // when it does not fit the frame
   std::vector<ConstSpan> parts_;         // on the bulk channel, a separate body first
-  // The exchange's bookkeeping, token only.
-  class Exchange* exchange_ = nullptr;
-  size_t unfinished_ = 0; // operations and parts still to complete
+  // Bookkeeping of what goes out, token only.
+  class Outgoing* outgoing_ = nullptr;
+  size_t unfinished_ = 0; // operations still to complete: the frame, and each chunk
 };
 using OutboundPtr = std::unique_ptr<OutboundMessage>;
+
+// Messages that need nothing more, for whoever destroys them.
+struct DoneMessages {
+  std::vector<OutboundPtr> sent;
+  std::vector<std::pair<OutboundPtr, std::string>> failed; // with the reason
+};
 
 // Where the bulk parts of a message are received to; the codec's subclass owns the memory.
 class BulkTarget {

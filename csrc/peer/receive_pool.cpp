@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
-#include <new>
 
 #include <sys/mman.h>
-#include <unistd.h>
+
+#include "host/fork_guard.h"
+#include "host/no_memory.h"
+#include "host/resources.h"
 
 namespace torch_rpc_mpi {
 
@@ -17,14 +19,13 @@ constexpr size_t kSmallAlignment = 4096;
 
 // An eighth of the memory for the processes of a host together.
 size_t defaultCap(int processes) {
-  const auto physical = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
-  return std::min(physical / 8 / static_cast<size_t>(std::max(processes, 1)), size_t{4} << 30);
+  return std::min(usableMemory() / 8 / static_cast<size_t>(std::max(processes, 1)), size_t{4} << 30);
 }
 
 void* systemAllocate(size_t bytes) {
   void* block = std::aligned_alloc(bytes >= kHugePage ? kHugePage : kSmallAlignment, bytes);
   if (block == nullptr) {
-    throw std::bad_alloc();
+    throw NoMemory("a tensor that is received", bytes);
   }
   if (bytes >= kHugePage) {
     (void)madvise(block, bytes, MADV_HUGEPAGE); // advice: without it everything still works
@@ -39,9 +40,14 @@ ReceivePool& ReceivePool::instance() {
   return *pool;
 }
 
+ReceivePool::ReceivePool(size_t cap) : cap_(cap) {
+  watchForks();
+}
+
 void ReceivePool::shareBetween(int processes) {
+  const size_t cap = defaultCap(processes);
   const std::lock_guard<std::mutex> lock(mutex_);
-  cap_ = defaultCap(processes);
+  cap_ = cap;
 }
 
 ReceivePool::~ReceivePool() {
@@ -60,10 +66,10 @@ size_t ReceivePool::classSize(size_t bytes) {
 
 void* ReceivePool::allocate(size_t bytes) {
   if (bytes > (size_t{1} << 62)) {
-    throw std::bad_alloc();
+    throw NoMemory("a tensor that is received", bytes);
   }
   const size_t size = classSize(bytes);
-  {
+  if (!inForkedChild()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = free_.find(size);
     if (found != free_.end() && !found->second.empty()) {
@@ -78,7 +84,7 @@ void* ReceivePool::allocate(size_t bytes) {
 
 void ReceivePool::release(void* block, size_t bytes) {
   const size_t size = classSize(bytes);
-  {
+  if (!inForkedChild()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (cached_ + size <= cap_) {
       free_[size].push_back({block, Clock::now()});
@@ -90,6 +96,9 @@ void ReceivePool::release(void* block, size_t bytes) {
 }
 
 void ReceivePool::trim(Clock::time_point before) {
+  if (inForkedChild()) {
+    return;
+  }
   std::vector<void*> old;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -109,6 +118,9 @@ void ReceivePool::trim(Clock::time_point before) {
 }
 
 size_t ReceivePool::cachedBytes() const {
+  if (inForkedChild()) {
+    return 0;
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   return cached_;
 }

@@ -12,7 +12,8 @@
 
 namespace torch_rpc_mpi {
 
-// Thread-safe: mutex_ guards all members. One per process and never destroyed, since tensors outlive the agent.
+// Thread-safe: mutex_ guards all members, and is not taken in a forked child, see Note [Locks in a forked child]. One
+// per process and never destroyed, since tensors outlive the agent.
 class ReceivePool {
  public:
   using Clock = std::chrono::steady_clock;
@@ -20,10 +21,10 @@ class ReceivePool {
   static ReceivePool& instance();
   // So many processes like this one run on the host: each keeps so much less.
   void shareBetween(int processes);
-  explicit ReceivePool(size_t cap) : cap_(cap) {}
+  explicit ReceivePool(size_t cap);
   ~ReceivePool();
 
-  // 64-byte aligned at least. Throws std::bad_alloc.
+  // 64-byte aligned at least. Throws NoMemory.
   void* allocate(size_t bytes);
   void release(void* block, size_t bytes);
   // Gives back to the system what has not been used since `before`.

@@ -2,17 +2,17 @@
 #include <algorithm>
 #include <cmath>
 
-#include <sched.h>
-
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include "agent/autograd_sessions.h"
 #include "agent/engine_work.h"
-#include "agent/fork_guard.h"
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
+#include "base/deadline.h"
+#include "host/fork_guard.h"
+#include "host/resources.h"
 #include "launch/pmi_server.h"
 #include "mpi/mpi_transport.h"
 #include "python/functions_module.h"
@@ -51,13 +51,6 @@ void withPythonThreadState(const std::function<void()>& body) {
   }
 }
 
-// Those that this process may use: launchers often bind a rank to a few.
-int availableCores() {
-  cpu_set_t cores;
-  CPU_ZERO(&cores);
-  return sched_getaffinity(0, sizeof(cores), &cores) == 0 ? CPU_COUNT(&cores) : 1;
-}
-
 // AgentOptions as Python sees them: seconds.
 struct PyAgentOptions {
   int numWorkerThreads = AgentOptions().numWorkerThreads;
@@ -70,11 +63,12 @@ struct PyAgentOptions {
 
   AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
-    options.coresToSpare = std::clamp(availableCores() / std::max(ranksOnHost, 1) / 2, 1, 4);
-    options.crowded = ranksOnHost > availableCores();
+    const int cores = usableCores(); // launchers often bind a rank to a few
+    options.coresToSpare = std::clamp(cores / std::max(ranksOnHost, 1) / 2, 1, 4);
+    options.crowded = ranksOnHost > cores;
     options.ranksOnHost = std::max(ranksOnHost, 1);
     options.numWorkerThreads = numWorkerThreads;
-    options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, 1e9) * 1000)); // 30 years
+    options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, kLongestWait) * 1000));
     if (rpcTimeout > 0 && options.rpcTimeout.count() == 0) {
       options.rpcTimeout = std::chrono::milliseconds(1); // 0 would mean none
     }
@@ -88,14 +82,11 @@ struct PyAgentOptions {
     options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
     options.exchange.windowRequests =
         std::clamp(eachPeer / options.exchange.frameBytes(), size_t{32}, ExchangeOptions().windowRequests);
-    options.spinTime = seconds(spinTime);
-    options.maxSleep = seconds(maxSleep);
+    options.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
+    options.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
     options.threadHook = withPythonThreadState;
     options.signals = kPythonSignals;
     return options;
-  }
-  static std::chrono::nanoseconds seconds(double value) {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(value));
   }
 };
 
@@ -197,7 +188,7 @@ void bindMpi(py::module_& module) {
   py::class_<PmiServer>(module, "PMIServer")
       .def(
           py::init([](c10d::Store& store, int rank, int size, std::string world, std::string mapping, double timeout) {
-            const auto limit = std::chrono::milliseconds(std::llround(timeout * 1000));
+            const auto limit = durationOf<std::chrono::milliseconds>(timeout);
             // By reference and not by its holder, which torch may choose differently in each release.
             return std::make_unique<PmiServer>(
                 c10::intrusive_ptr<c10d::Store>::unsafe_reclaim_from_nonowning(&store),
@@ -255,12 +246,24 @@ void bindAgent(py::module_& module) {
       .def(
           "get_worker_info", [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); }, NoGil())
       .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
+      .def(
+          "lost_workers",
+          [](const MpiAgent& self) {
+            std::vector<std::pair<int, std::string>> lost;
+            for (Membership::Loss& loss : self.lostWorkers()) {
+              lost.emplace_back(loss.rank, std::move(loss.reason));
+            }
+            return lost;
+          },
+          NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
   py::class_<SecondInterrupt>(module, "SecondInterrupt")
       .def(py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"))
       .def("cancel", &SecondInterrupt::cancel, NoGil());
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
+  module.def("usable_cores", [] { return usableCores(); });
+  module.def("usable_memory", [] { return usableMemory(); });
 }
 
 void translateExceptions() {

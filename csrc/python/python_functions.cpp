@@ -16,6 +16,7 @@
 
 #include "agent/engine_work.h"
 #include "base/error_text.h"
+#include "codec/not_run.h"
 #include "python/builtin_operator.h"
 #include "python/call_arguments.h"
 #include "python/pickle/plain_pickle.h"
@@ -40,6 +41,9 @@ using MessagePtr = c10::intrusive_ptr<rpc::Message>;
 // anything else as a Python object, made once, that takes the GIL to be let go of. So the commonest results need no
 // GIL.
 c10::IValue toPyIValue(const rpc::Message& response) {
+  if (const auto why = whyNotRun(response)) {
+    throw std::runtime_error(*why);
+  }
   rpc::MessageType type = response.type();
   // Also where the answer was there before the call had returned to its thread, which reads it then.
   const EngineWork work(/*alsoRecorded=*/true);
@@ -102,6 +106,25 @@ auto pythonUdfSender(const WorkerInfo& dst, float rpcTimeoutSeconds, bool isAsyn
   };
 }
 
+// Why the callee did not run the call, if it says so: its __main__ lacks a name.
+std::optional<std::string> refusal(const JitFuture& response) {
+  if (response.hasError()) {
+    return std::nullopt;
+  }
+  return whyNotRun(*response.constValue().toCustomClass<rpc::Message>());
+}
+
+// The response, as an error if the call was not run.
+JitFuturePtr ranOrFailed(JitFuture& response) {
+  const auto why = refusal(response);
+  if (!why) {
+    return JitFuturePtr::reclaim_copy(&response);
+  }
+  auto failed = response.createInstance(response.elementType());
+  failed->setError(std::make_exception_ptr(std::runtime_error(*why)));
+  return failed;
+}
+
 // The future of an RRef's creation: of its response, and of what `settle` then tells torch's RRefContext. torch's own
 // is done before that, so that who has waited for it may find the RRef unconfirmed and no events of the callee in a
 // profile. And torch throws the error of the call from there: out of rpc.remote(), if it is early.
@@ -109,9 +132,10 @@ template <typename Settle>
 JitFuturePtr creation(JitFuture& response, Settle settle) {
   return response.then(
       withThreadState([settle = std::move(settle)](JitFuture& completed) {
-        settle(completed);
-        if (completed.hasError()) {
-          std::rethrow_exception(completed.exception_ptr());
+        const JitFuturePtr outcome = ranOrFailed(completed);
+        settle(*outcome);
+        if (outcome->hasError()) {
+          std::rethrow_exception(outcome->exception_ptr());
         }
         return c10::IValue();
       }),
@@ -146,11 +170,7 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
   return PyRRef(std::move(ownerRRef));
 }
 
-bool lacksNameOfMain(const JitFuture& response) {
-  return response.hasError() && response.tryRetrieveErrorMessage().find(kMissingInMain) != std::string::npos;
-}
-
-// The response, or if the callee lacks a name of __main__, the response to the call that `sendAgain` sends, pickled by
+// The response, or if the callee did not run the call, the response to the one that `sendAgain` sends, pickled by
 // value.
 template <typename SendAgain>
 JitFuturePtr withSecondAttempt(JitFuturePtr first, ByValue byValue, SendAgain sendAgain) {
@@ -159,7 +179,7 @@ JitFuturePtr withSecondAttempt(JitFuturePtr first, ByValue byValue, SendAgain se
   }
   return first->thenAsync(
       withThreadState([byValue = std::move(byValue), sendAgain = std::move(sendAgain)](JitFuture& response) {
-        return lacksNameOfMain(response) ? sendAgain(byValue.pickle()) : JitFuturePtr::reclaim_copy(&response);
+        return refusal(response) ? sendAgain(byValue.pickle()) : JitFuturePtr::reclaim_copy(&response);
       }),
       first->elementType());
 }
@@ -213,8 +233,9 @@ JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue) 
   if (!hasValue) {
     return messageJitFuture->then(
         withThreadState([](JitFuture& future) {
-          if (future.hasError()) {
-            std::rethrow_exception(future.exception_ptr());
+          const JitFuturePtr outcome = ranOrFailed(future);
+          if (outcome->hasError()) {
+            std::rethrow_exception(outcome->exception_ptr());
           }
           return c10::IValue();
         }),
@@ -286,7 +307,7 @@ JitFuturePtr pyRpcPythonUdf(
   // waits.
   auto pyFuture = first->createInstance(c10::PyObjectType::get());
   first->addCallback(withThreadState([pyFuture, byValue = std::move(byValue), sendIt](JitFuture& response) {
-    if (!lacksNameOfMain(response)) {
+    if (!refusal(response)) {
       complete(*pyFuture, response);
       return;
     }

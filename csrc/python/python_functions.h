@@ -18,9 +18,6 @@ using torch::distributed::rpc::JitFuture;
 using torch::distributed::rpc::PyRRef;
 using torch::distributed::rpc::WorkerInfo;
 
-// How the callee's error begins when it lacks a name of __main__ (torch_rpc_mpi._pickler.missing_in_main).
-inline constexpr const char* kMissingInMain = "torch_rpc_mpi callee lacks a name of __main__: ";
-
 // The future of a response as a future of the Python object in it, made on the thread that completes the former.
 // Without hasValue it has no value, and the response is not looked into; an error is passed on either way.
 c10::intrusive_ptr<JitFuture> toPyJitFuture(

@@ -16,6 +16,7 @@
 
 #include "agent/mpi_agent.h"
 #include "base/error_text.h"
+#include "codec/not_run.h"
 #include "python/call_arguments.h"
 #include "python/interpreter.h"
 #include "python/pickle/plain_pickle.h"
@@ -70,7 +71,7 @@ class PythonFunction final : public rpc::RpcCommandBase {
         const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
         const py::object text = name(function, py::bytes(pickled.payload_));
         if (!text.is_none()) {
-          missing = kMissingInMain + text.cast<std::string>();
+          missing = text.cast<std::string>();
           function = py::object();
         }
       }
@@ -331,12 +332,17 @@ JitFuturePtr PythonRequestCallback::run(
   }
 }
 
+std::string PythonRequestCallback::whyMissing(const std::string& text) const {
+  return c10::str(
+      "On ", agent_->getWorkerInfo(), ": the call was not run, because a name of __main__ is missing: ", text);
+}
+
 JitFuturePtr PythonRequestCallback::processPythonCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
   const auto& call = static_cast<PythonFunction&>(command);
   if (!call.missing.empty()) {
-    return failed(call.missing, messageType());
+    return asFuture(notRunResponse(whyMissing(call.missing)));
   }
   std::optional<rpc::SerializedPyObj> pickled;
   const JitFuturePtr later = run(command, streams, messageType(), [&](const py::object& result) {
@@ -358,7 +364,7 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
     const std::vector<c10::Stream>& streams) const {
   const auto& call = static_cast<PythonFunction&>(command);
   if (!call.missing.empty()) { // before the RRef is made: the caller sends the call again, with the same ids
-    return failed(call.missing, messageType());
+    return asFuture(notRunResponse(whyMissing(call.missing)));
   }
   // The OwnerRRef is there before the function runs (torch makes it after). If the caller gives the call up meanwhile,
   // it tells to delete an RRef that is known here; of one that is not, the value would stay for ever.

@@ -4,6 +4,9 @@
 
 #include <unistd.h>
 
+#include "base/deadline.h"
+#include "host/resources.h"
+
 namespace torch_rpc_mpi {
 
 InitWatchdog::InitWatchdog(std::string what, double warnAfter, double abortAfter)
@@ -13,7 +16,7 @@ InitWatchdog::InitWatchdog(std::string what, double warnAfter, double abortAfter
       secondInterrupt_(
           "ended by a second Ctrl-C, because the first cannot interrupt " + what_,
           [](double) { return true; }),
-      thread_([this] { watch(); }) {}
+      thread_(startThread("what looks after MPI_Init", [this] { watch(); })) {}
 
 InitWatchdog::~InitWatchdog() {
   cancel();
@@ -37,7 +40,7 @@ void InitWatchdog::watch() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     const bool last = abortAfter_.count() > 0 && next >= abortAfter_;
-    const auto until = start + std::chrono::duration_cast<std::chrono::nanoseconds>(last ? abortAfter_ : next);
+    const auto until = start + durationOf<std::chrono::nanoseconds>((last ? abortAfter_ : next).count());
     if (changed_.wait_until(lock, until, [this] { return cancelled_; })) {
       return;
     }

@@ -58,9 +58,13 @@ class Transport {
   virtual size_t poll(ProgressToken& token) = 0;
   // The peers whose processes are known to have ended since the last call.
   virtual std::vector<int> takeEnded(ProgressToken& token) = 0;
-  // Cancels posted receives and gives up on unfinished sends; no operation completes afterwards. Local. With
-  // `agreed` every rank does the same and nothing is in flight, so that the communicator is freed as well.
-  virtual void close(ProgressToken& token, bool agreed) noexcept = 0;
+  // Never touches again what is posted for that peer: none of its operations completes any more, and the poster keeps
+  // them and their memory for ever. (Receives from any source stay.)
+  virtual void park(ProgressToken& token, int peer) = 0;
+  // Cancels posted receives of frames and gives up on all else; no operation completes afterwards. Returns how many of
+  // those receives could not be cancelled: their memory may still be written to. Local and bounded. With `agreed` every
+  // rank does the same and nothing is in flight, so that the communicator is freed as well.
+  virtual size_t close(ProgressToken& token, bool agreed) noexcept = 0;
 };
 
 } // namespace torch_rpc_mpi

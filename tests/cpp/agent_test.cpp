@@ -6,6 +6,7 @@
 
 #include <ATen/Functions.h>
 
+#include "allocations.h"
 #include "check.h"
 #include "fake_transport.h"
 
@@ -39,6 +40,9 @@ class EchoCallback final : public rpc::RequestCallback {
             c10::make_intrusive<rpc::Message>(
                 std::vector<char>(request.payload()), std::vector<at::Tensor>(request.tensors()),
                 rpc::MessageType::SCRIPT_RET)));
+    if (text == "no memory for the response") {
+      testing::failAllocations(2); // of the response, and of the error that says so
+    }
     return future;
   }
 };
@@ -267,6 +271,131 @@ TEST(agent_calls_to_one_who_left_fail_with_its_name) {
   CHECK_THROWS(group.agents[0]->join(true, 30), "it has left");
 }
 
+TEST(agent_calls_to_a_lost_worker_are_pending_when_send_returns) {
+  Group group(2);
+  group.agents[1]->shutdown();
+  errorOf(group.call(0, 1, "while it is found out"));
+  for (int i = 0; i < 20; ++i) {
+    const JitFuturePtr future = group.call(0, 1, "later");
+    CHECK_THAT(!future->completed()); // torch's retry thread would run its callback itself
+    std::promise<std::thread::id> completed;
+    future->addCallback([&](rpc::JitFuture&) {
+      completed.set_value(std::this_thread::get_id());
+      throw std::runtime_error("as torch's RRefContext does");
+    });
+    CHECK_THAT(completed.get_future().get() != std::this_thread::get_id());
+    CHECK_THAT(errorOf(future).find("worker1") != std::string::npos);
+  }
+}
+
+TEST(agent_lives_when_callbacks_throw) {
+  Group group(2);
+  const auto throwing = [](rpc::JitFuture&) { throw std::runtime_error("a callback failed"); };
+  for (const int to : {0, 1}) {
+    for (const char* text : {"fine", "throw"}) {
+      const JitFuturePtr future = group.call(0, to, text);
+      future->addCallback(throwing);
+      errorOf(future);
+    }
+    const JitFuturePtr expired = group.call(0, to, "hold", {}, 0.05F);
+    expired->addCallback(throwing);
+    CHECK_THAT(errorOf(expired).find("RPC ran for more than set timeout") != std::string::npos);
+  }
+  const JitFuturePtr left = group.call(0, 1, "hold");
+  left->addCallback(throwing);
+  group.agents[0]->shutdown();
+  CHECK_THAT(errorOf(left).find("was shut down") != std::string::npos);
+}
+
+TEST(agent_answers_even_when_there_is_no_memory_for_the_response) {
+  Group group(2);
+  const std::string error = errorOf(group.call(0, 1, "no memory for the response"));
+  CHECK_THAT(error.find("worker1") != std::string::npos);
+  CHECK_THAT(error.find("there was not enough memory") != std::string::npos);
+  CHECK_EQUAL(textOf(answer(group.call(0, 1, "again"))), "again");
+  group.joinAll();
+}
+
+namespace {
+
+// Frames as rank 2 of three could send them, whatever its agent does.
+struct Liar {
+  explicit Liar(const std::shared_ptr<FakeNetwork>& network) : transport(network, 2), hold(tokens) {}
+  void send(int to, FrameKind kind, uint64_t callId, const std::string& body = "") {
+    FrameHeader header;
+    header.kind = kind;
+    header.callId = callId;
+    header.bodyBytes = body.size();
+    frame.assign(reinterpret_cast<const char*>(&header), sizeof(header));
+    frame += body;
+    transport.send(*hold, to, Channel::kFrame, frame.data(), frame.size(), &ignore);
+  }
+  struct Ignore final : Operation {
+    void complete(ProgressToken&, const OperationStatus&) noexcept override {}
+  } ignore;
+  FakeTransport transport;
+  TokenSource tokens;
+  TokenHold hold;
+  std::string frame;
+};
+
+} // namespace
+
+TEST(agent_takes_an_answer_only_from_the_worker_that_was_called) {
+  Group group(3);
+  const JitFuturePtr held = group.call(0, 1, "hold");
+  Liar(group.network).send(0, FrameKind::kResponse, uint64_t{1} << 32);
+  const std::string error = errorOf(group.call(0, 2, "after that"));
+  CHECK_THAT(error.find("worker2") != std::string::npos);
+  CHECK_THAT(error.find("answered a call that was made to another worker") != std::string::npos);
+  CHECK_THAT(!held->completed());
+  CHECK_EQUAL(textOf(answer(group.call(0, 1, "still answers"))), "still answers");
+}
+
+TEST(agent_takes_drain_frames_only_in_turn) {
+  struct Body {
+    uint32_t kind, reserved;
+    uint64_t sent, received;
+  };
+  const auto bytes = [](Body body) { return std::string(reinterpret_cast<const char*>(&body), sizeof(body)); };
+  const std::vector<std::pair<int, std::string>> bad{
+      {1, bytes({1, 0, 0, 0})}, // a report to a rank that is not its parent
+      {0, bytes({3, 0, 0, 0})}, // a verdict for the root
+      {1, bytes({3, 0, 0, 0})}, // a verdict of a rank that is no parent
+      {0, bytes({9, 0, 0, 0})},
+      {0, "short"}};
+  for (const auto& [to, body] : bad) {
+    Group group(3);
+    Liar(group.network).send(to, FrameKind::kDrain, 0, body);
+    const std::string error = errorOf(group.call(to, 2, "after that"));
+    CHECK_THAT(error.find("worker2") != std::string::npos);
+    CHECK_THAT(error.find("a frame that makes no sense") != std::string::npos);
+    CHECK_THROWS(group.agents[to]->join(true, 30), "worker2");
+  }
+}
+
+TEST(agent_goodbye_tells_of_the_worker_that_was_lost_before) {
+  Group group(3);
+  group.network->end(2);
+  errorOf(group.call(0, 2, "hold"));
+  group.agents[0]->shutdown();
+  const std::string error = errorOf(group.call(1, 0, "hold"));
+  CHECK_THAT(error.find("worker0") != std::string::npos && error.find("worker2") != std::string::npos);
+}
+
+TEST(agent_lost_workers_are_told_in_their_order) {
+  Group group(3);
+  for (const int rank : {2, 1}) {
+    group.network->end(rank);
+    errorOf(group.call(0, rank, "hold"));
+  }
+  const auto lost = group.agents[0]->lostWorkers();
+  CHECK_EQUAL(lost.size(), 2U);
+  CHECK_EQUAL(lost[0].rank, 2);
+  CHECK_THAT(lost[0].reason.find("worker2") != std::string::npos);
+  CHECK_EQUAL(lost[1].rank, 1);
+}
+
 TEST(agent_own_pending_calls_fail_at_shutdown) {
   Group group(2);
   const auto pending = group.call(0, 1, "hold");
@@ -331,13 +460,16 @@ TEST(agent_serves_signals_while_send_waits_for_the_answer) {
     const MpiAgent::AnswerInSend answered(*group.agents[0]);
     return group.call(0, 1, text);
   };
-  CHECK_EQUAL(textOf(callAndWait("at once")->value().toCustomClass<rpc::Message>()), "at once");
+  CHECK_EQUAL(textOf(answer(callAndWait("at once"))), "at once");
   {
     Signals signals({[&] { CHECK_EQUAL(textOf(answer(group.call(0, 1, "meanwhile"))), "meanwhile"); }, interrupt});
     CHECK_THROWS(callAndWait("hold"), "interrupted");
     CHECK_EQUAL(signals.served(), size_t{2});
   }
-  CHECK_EQUAL(textOf(callAndWait("again")->value().toCustomClass<rpc::Message>()), "again");
+  {
+    Signals signals({});
+    CHECK_THAT(callAndWait("again")->completed());
+  }
   CHECK_THAT(!group.call(0, 1, "hold")->completed()); // nobody waits for it in send()
   for (const JitFuturePtr& held : group.callbacks[1]->held) {
     held->markCompleted(

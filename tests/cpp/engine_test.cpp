@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "engine/recent_work.h"
+#include "no_threads.h"
 
 using namespace torch_rpc_mpi;
 
@@ -114,6 +115,11 @@ TEST(engine_runs_what_arrives) {
   }
   done.wait();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_that_gets_no_thread_says_why) {
+  const NoThreads none;
+  CHECK_THROWS(Running(4), "no thread can be started for the engine of RPC: this process has ");
 }
 
 TEST(engine_progresses_and_completes_while_all_workers_block) {

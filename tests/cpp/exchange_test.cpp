@@ -99,19 +99,23 @@ struct Rank : ExchangeListener {
       charged.push_back(message.header.chargedBytes);
     }
   }
-  void onBadFrame(int source, const std::string& reason) override {
-    badFrames.push_back(std::to_string(source) + ": " + reason);
+  void onStrayFrame(int source, const std::string& reason) override {
+    strayFrames.push_back(std::to_string(source) + ": " + reason);
   }
-  void onPeerGone(ProgressToken&, int, const std::string& reason) override {
-    gone.push_back(reason);
+  std::string failureText(int peer, const std::string& cause) const override {
+    return "peer " + std::to_string(peer) + ": " + cause;
+  }
+  void onPeerEnded(ProgressToken&, int, const std::string& reason) override {
+    ended.push_back(reason);
   }
   void post(OutboundPtr message) {
     exchange.post(*hold, std::move(message));
   }
   bool poll() {
     const bool moved = exchange.poll(*hold);
-    exchange.takeFinished(*hold);
-    for (auto& [message, reason] : exchange.takeFailed(*hold)) {
+    const DoneMessages done = exchange.takeDone(*hold);
+    sent += done.sent.size();
+    for (const auto& [message, reason] : done.failed) {
       message->failed(reason);
       ++failures;
     }
@@ -124,7 +128,8 @@ struct Rank : ExchangeListener {
   TokenHold hold;
   bool refuseTargets = false;
   int failures = 0;
-  std::vector<std::string> bodies, errors, badFrames, gone;
+  size_t sent = 0; // messages
+  std::vector<std::string> bodies, errors, strayFrames, ended;
   std::vector<std::vector<std::string>> parts;
   std::vector<uint64_t> charged;
 };
@@ -198,8 +203,8 @@ TEST(exchange_carries_parts_of_every_size_around_the_chunk) {
       CHECK_EQUAL(pair.b.parts.size(), 1U);
       CHECK_THAT(pair.b.parts[0] == parts);
       CHECK_EQUAL(pair.b.errors[0], "");
-      CHECK_EQUAL(pair.a.exchange.counts().unfinishedSends, 0U);
-      CHECK_EQUAL(pair.b.exchange.counts().bulkInFlight, 0U);
+      CHECK_EQUAL(pair.a.exchange.counters().unfinishedSends, 0U);
+      CHECK_EQUAL(pair.b.exchange.counters().partsIn, 0U);
     }
   }
 }
@@ -250,7 +255,7 @@ TEST(exchange_requests_beyond_the_window_wait_unencoded_until_taken) {
   }
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 4U);
-  CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 6U);
+  CHECK_EQUAL(pair.a.exchange.counters().waitingForCredit, 6U);
   CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 1));
   for (size_t taken = 0; taken < 10; ++taken) {
     CHECK_THAT(taken < pair.b.bodies.size());
@@ -273,8 +278,8 @@ TEST(exchange_reports_little_credit_when_nothing_else_tells_of_it) {
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 4U);
   const auto now = std::chrono::steady_clock::now();
-  pair.b.exchange.reportStaleCredits(*pair.b.hold, now);
-  pair.b.exchange.reportStaleCredits(*pair.b.hold, now + std::chrono::milliseconds(1));
+  pair.b.exchange.look(*pair.b.hold, now);
+  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(1));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 5U);
 }
@@ -306,7 +311,7 @@ TEST(exchange_small_requests_do_not_wait_behind_large_ones) {
   }
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 4U); // the first large one, and as many small ones as the other window allows
-  CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 3U);
+  CHECK_EQUAL(pair.a.exchange.counters().waitingForCredit, 3U);
   CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 0));
   // The large one that waits goes before the small ones that do, whatever the order in which they were called.
   for (const uint64_t charged : pair.b.charged) {
@@ -314,7 +319,7 @@ TEST(exchange_small_requests_do_not_wait_behind_large_ones) {
   }
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 7U);
-  CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 0U);
+  CHECK_EQUAL(pair.a.exchange.counters().waitingForCredit, 0U);
 }
 
 TEST(exchange_a_large_request_is_not_kept_waiting_by_small_ones) {
@@ -361,24 +366,177 @@ TEST(exchange_drops_what_has_no_memory_and_goes_on) {
   CHECK_THAT(pair.b.parts.back()[0] == pattern(5000, 3));
 }
 
-TEST(exchange_reports_a_bad_frame_with_its_source) {
+// What a peer must not send: each of them fails it, and from then on nothing of it counts.
+namespace {
+
+struct Ignore final : Operation {
+  void complete(ProgressToken&, const OperationStatus&) noexcept override {}
+} ignore;
+
+void sendRaw(Pair& pair, Channel channel, const std::string& bytes) {
+  pair.a.transport.send(*pair.a.hold, 1, channel, bytes.data(), bytes.size(), &ignore);
+}
+
+std::string frame(const FrameHeader& header, const std::string& body = "") {
+  return std::string(reinterpret_cast<const char*>(&header), sizeof(header)) + body;
+}
+
+FrameHeader headerOf(FrameKind kind, uint64_t bodyBytes, uint32_t bulkParts = 0) {
+  FrameHeader header;
+  header.kind = kind;
+  header.bodyBytes = bodyBytes;
+  header.bulkParts = bulkParts;
+  return header;
+}
+
+} // namespace
+
+TEST(exchange_a_frame_that_makes_no_sense_fails_its_peer) {
+  FrameHeader acknowledging = headerOf(FrameKind::kCredit, 0);
+  acknowledging.releasedRequests = 3;
+  FrameHeader acknowledgingBytes = headerOf(FrameKind::kCredit, 0);
+  acknowledgingBytes.releasedBytes = 1;
+  const std::vector<std::pair<std::string, std::string>> bad{
+      {pattern(60, 5), "not of this protocol"},
+      {"x", "not of this protocol"},
+      {pattern(10000, 6), "could not be received"},
+      {frame(headerOf(FrameKind::kRequest, 1000)), "not of this protocol"},
+      {frame(headerOf(static_cast<FrameKind>(77), 0)), "not of this protocol"},
+      {frame(headerOf(FrameKind::kRequest, 8, 2), "12345678"), "not of this protocol"},
+      {frame(acknowledging), "it acknowledges 3 requests"},
+      {frame(acknowledgingBytes), "of 1 bytes"}};
+  for (const auto& [bytes, why] : bad) {
+    Pair pair;
+    pair.network->eagerBytes = 100000;
+    sendRaw(pair, Channel::kFrame, bytes);
+    pair.a.post(request("after it"));
+    pair.settle();
+    CHECK_EQUAL(pair.b.ended.size(), 1U);
+    CHECK_THAT(pair.b.ended[0].starts_with("peer 0: ") && pair.b.ended[0].find(why) != std::string::npos);
+    CHECK_EQUAL(pair.b.bodies.size(), 0U);
+    CHECK_EQUAL(pair.b.exchange.counters().framesDropped, 1U);
+    CHECK_EQUAL(pair.b.transport.parked, 1);
+  }
+}
+
+TEST(exchange_a_chunk_that_is_not_as_announced_fails_its_peer_and_spoils_no_other_message) {
+  for (const size_t wrong : {size_t{0}, size_t{1}, size_t{999}, size_t{2000}}) { // of 1000
+    Pair pair;
+    pair.network->eagerBytes = 100000;
+    const uint64_t bytes = 1000;
+    sendRaw(
+        pair, Channel::kFrame,
+        frame(
+            headerOf(FrameKind::kRequest, sizeof(bytes), 1),
+            std::string(reinterpret_cast<const char*>(&bytes), sizeof(bytes))));
+    sendRaw(pair, Channel::kBulk, pattern(wrong, 1));
+    pair.a.post(request("next", {pattern(1000, 2)}));
+    pair.settle();
+    CHECK_EQUAL(pair.b.bodies.size(), 0U); // neither a part of the first nor the second with its chunks
+    CHECK_EQUAL(pair.b.ended.size(), 1U);
+    CHECK_EQUAL(pair.b.exchange.counters().partsIn, 0U);
+  }
+}
+
+TEST(exchange_a_body_for_which_there_is_no_memory_fails_its_peer_if_it_alone_tells_what_follows) {
   Pair pair;
-  struct Ignore : Operation {
-    void complete(ProgressToken&, const OperationStatus&) noexcept override {}
-  } ignore;
-  const std::string garbage = pattern(60, 5);
-  pair.a.transport.send(*pair.a.hold, 1, Channel::kFrame, garbage.data(), garbage.size(), &ignore);
-  const std::string tooShort = "x";
-  pair.a.transport.send(*pair.a.hold, 1, Channel::kFrame, tooShort.data(), tooShort.size(), &ignore);
-  const std::string tooLong = pattern(10000, 6);
-  pair.network->eagerBytes = 100000;
-  pair.a.transport.send(*pair.a.hold, 1, Channel::kFrame, tooLong.data(), tooLong.size(), &ignore);
-  FrameHeader lying;
-  lying.bodyBytes = 1000;
-  pair.a.transport.send(*pair.a.hold, 1, Channel::kFrame, &lying, sizeof(lying), &ignore);
+  FrameHeader header = headerOf(FrameKind::kRequest, uint64_t{1} << 60, 1);
+  header.bodyInBulk = 1;
+  sendRaw(pair, Channel::kFrame, frame(header));
   pair.settle();
-  CHECK_EQUAL(pair.b.badFrames.size(), 4U);
-  CHECK_THAT(pair.b.badFrames[0].starts_with("0: "));
+  CHECK_EQUAL(pair.b.ended.size(), 1U);
+  CHECK_THAT(
+      pair.b.ended[0].find("there is no memory for a message of 1152921504606846976 bytes") != std::string::npos);
+  CHECK_EQUAL(pair.b.bodies.size(), 0U);
+}
+
+TEST(exchange_other_peers_do_not_notice_that_one_has_failed) {
+  const auto network = std::make_shared<FakeNetwork>(3);
+  network->eagerBytes = 0;
+  Rank receiver(network, 0, Pair::smallOptions());
+  Rank good(network, 1, Pair::smallOptions());
+  Rank bad(network, 2, Pair::smallOptions());
+  const auto toReceiver = [](const std::string& text, std::vector<std::string> parts = {}) {
+    return std::make_unique<TextMessage>(0, FrameKind::kResponse, text, std::move(parts));
+  };
+  good.post(toReceiver("first", {pattern(5000, 1)}));
+  bad.post(toReceiver("lost", {pattern(5000, 2)}));
+  receiver.poll();
+  receiver.exchange.fail(*receiver.hold, 2, "it crashed");
+  good.post(toReceiver("second", {pattern(3000, 3)}));
+  while (receiver.poll() | good.poll()) {
+  }
+  CHECK_THAT(receiver.bodies == (std::vector<std::string>{"first", "second"}));
+  CHECK_THAT(receiver.parts[1][0] == pattern(3000, 3));
+  CHECK_THAT(receiver.exchange.quiet(*receiver.hold));
+}
+
+// In both directions at once, whatever was under way.
+TEST(exchange_a_peer_that_fails_leaves_nothing_to_wait_for) {
+  for (int turns = 0; turns < 12; ++turns) {
+    Pair pair;
+    pair.network->eagerBytes = turns % 2 == 0 ? 0 : 100;
+    pair.a.post(request("out", {pattern(9000, 1), pattern(1500, 2)}));
+    pair.a.post(request(pattern(3000, 3), {pattern(100, 4)}));
+    pair.b.post(
+        std::make_unique<TextMessage>(
+            0, FrameKind::kResponse, pattern(4000, 5), std::vector<std::string>{pattern(7000, 6)}));
+    for (int turn = 0; turn < turns; ++turn) {
+      pair.a.poll();
+      pair.b.poll();
+    }
+    pair.a.exchange.fail(*pair.a.hold, 1, "first");
+    pair.a.exchange.fail(*pair.a.hold, 1, "second");
+    pair.settle();
+    CHECK_THAT(pair.a.exchange.quiet(*pair.a.hold));
+    CHECK_EQUAL(pair.a.ended.size(), 1U);
+    CHECK_EQUAL(pair.a.ended[0], "peer 1: first");
+    CHECK_THAT(pair.a.exchange.stateOf(1) == Peer::State::kFailed);
+  }
+}
+
+TEST(exchange_a_peer_that_leaves_is_gone_when_what_it_had_sent_has_arrived) {
+  Pair pair;
+  pair.network->eagerBytes = 0;
+  const auto now = std::chrono::steady_clock::now();
+  pair.a.post(
+      std::make_unique<TextMessage>(1, FrameKind::kResponse, "last", std::vector<std::string>{pattern(5000, 1)}));
+  pair.b.poll();
+  pair.b.exchange.leaves(*pair.b.hold, 0, "it left", now);
+  CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kLeaving);
+  pair.b.post(std::make_unique<TextMessage>(0, FrameKind::kRequest, "too late"));
+  pair.settle();
+  CHECK_EQUAL(pair.b.failures, 1);
+  CHECK_EQUAL(TextMessage::lastFailure, "peer 0: it left");
+  CHECK_EQUAL(pair.b.bodies.size(), 1U);
+  CHECK_THAT(pair.b.parts[0][0] == pattern(5000, 1));
+  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(10));
+  CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kGone);
+  CHECK_EQUAL(pair.b.ended.size(), 1U);
+}
+
+TEST(exchange_a_peer_that_leaves_without_sending_the_rest_is_gone_after_a_while) {
+  Pair pair;
+  pair.network->eagerBytes = 0;
+  const auto now = std::chrono::steady_clock::now();
+  pair.a.post(
+      std::make_unique<TextMessage>(1, FrameKind::kResponse, "last", std::vector<std::string>{pattern(5000, 1)}));
+  pair.b.poll();
+  pair.b.exchange.leaves(*pair.b.hold, 0, "it left", now);
+  pair.b.exchange.look(*pair.b.hold, now + std::chrono::seconds(1));
+  CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kLeaving);
+  pair.b.exchange.look(*pair.b.hold, now + std::chrono::seconds(3));
+  CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kGone);
+  CHECK_THAT(pair.b.exchange.quiet(*pair.b.hold));
+}
+
+TEST(exchange_a_frame_of_no_known_rank_is_told) {
+  Pair pair;
+  OperationStatus status;
+  status.error = "MPI_ERR_OTHER";
+  pair.b.transport.fail(*pair.b.hold, status);
+  CHECK_EQUAL(pair.b.strayFrames.size(), 1U);
+  CHECK_EQUAL(pair.b.strayFrames[0], "-1: MPI_ERR_OTHER");
   pair.a.post(request("still works"));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 1U);
@@ -402,12 +560,12 @@ TEST(exchange_refuses_messages_to_a_peer_that_is_gone) {
   Pair pair(options);
   pair.a.post(request("sent"));
   pair.a.post(request("waits"));
-  pair.a.exchange.dropPeer(*pair.a.hold, 1, "it left");
+  pair.a.exchange.fail(*pair.a.hold, 1, "it left");
   pair.a.post(request("late"));
   pair.settle();
   CHECK_EQUAL(pair.a.failures, 2);
-  CHECK_EQUAL(TextMessage::lastFailure, "it left");
-  CHECK_EQUAL(pair.a.exchange.counts().waitingForCredit, 0U);
+  CHECK_EQUAL(TextMessage::lastFailure, "peer 1: it left");
+  CHECK_EQUAL(pair.a.exchange.counters().waitingForCredit, 0U);
 }
 
 TEST(exchange_refuses_messages_after_it_closed) {

@@ -93,7 +93,7 @@ class FakeTransport final : public Transport {
     if (eager) {
       op->complete(token, {});
     } else {
-      sends_.push_back({taken, op});
+      sends_.push_back({peer, taken, op});
     }
   }
   std::vector<int> frameSources() const override {
@@ -132,8 +132,8 @@ class FakeTransport final : public Transport {
         receive = bulk_.erase(receive);
       }
       for (auto sent = sends_.begin(); sent != sends_.end();) {
-        if (*sent->first) {
-          done.emplace_back(sent->second, OperationStatus{});
+        if (*sent->taken) {
+          done.emplace_back(sent->op, OperationStatus{});
           sent = sends_.erase(sent);
         } else {
           ++sent;
@@ -145,14 +145,39 @@ class FakeTransport final : public Transport {
     }
     return done.size();
   }
-  void close(ProgressToken&, bool agreed) noexcept override {
+  void park(ProgressToken&, int peer) override {
+    const auto parkAll = [&](auto& posted, const auto& peerOf, const auto& operationOf) {
+      std::erase_if(posted, [&](const auto& each) {
+        if (peerOf(each) == peer) {
+          parkingLot().push_back(operationOf(each));
+        }
+        return peerOf(each) == peer;
+      });
+    };
+    const auto peerOf = [](const auto& each) { return each.peer; };
+    const auto operationOf = [](const auto& each) { return each.op; };
+    parkAll(frames_, peerOf, operationOf);
+    parkAll(bulk_, peerOf, operationOf);
+    parkAll(sends_, peerOf, operationOf);
+    ++parked;
+  }
+  size_t close(ProgressToken&, bool agreed) noexcept override {
     closed = true;
     closedByAgreement = agreed;
     frames_.clear();
+    return 0;
+  }
+
+  // The receive of a frame that is next fails.
+  void fail(ProgressToken& token, const OperationStatus& status) {
+    Operation* op = frames_.front().op;
+    frames_.pop_front();
+    op->complete(token, status);
   }
 
   int sends = 0;
   std::vector<int> sources{kAnySource}; // before the exchange starts
+  int parked = 0;                       // peers
   bool closed = false;
   bool closedByAgreement = false;
 
@@ -184,7 +209,17 @@ class FakeTransport final : public Transport {
   const int rank_;
   std::deque<Receive> frames_;
   std::vector<Receive> bulk_;
-  std::vector<std::pair<std::shared_ptr<bool>, Operation*>> sends_;
+  struct Send {
+    int peer;
+    std::shared_ptr<bool> taken;
+    Operation* op;
+  };
+  // What MPI might still touch lives for ever, and is no leak.
+  static std::vector<Operation*>& parkingLot() {
+    static auto* operations = new std::vector<Operation*>();
+    return *operations;
+  }
+  std::vector<Send> sends_;
 };
 
 } // namespace torch_rpc_mpi::testing

@@ -38,7 +38,7 @@ kept: list[object] = []  # what is alive when the interpreter ends
 # in it stays wrong.
 
 
-@program()
+@program(any_world=True)
 def shutdown_ignores_living_rrefs(world: World) -> None:
     world.init()
     rref = rpc.remote(world.next, identity, args=(1,))
@@ -48,7 +48,7 @@ def shutdown_ignores_living_rrefs(world: World) -> None:
         rref.to_here()
 
 
-@program()
+@program(any_world=True)
 def shutdown_reports_leaks_when_asked_to(world: World) -> None:
     world.init()
     rref = rpc.remote(world.next, identity, args=(1,))
@@ -62,7 +62,7 @@ def shutdown_reports_leaks_when_asked_to(world: World) -> None:
     assert not rpc.api._is_current_rpc_agent_set()
 
 
-@program()
+@program(any_world=True)
 def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
     world.init()
     rref = rpc.remote(world.next, Account, args=(1,))
@@ -72,7 +72,7 @@ def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
     rpc.shutdown()
 
 
-@program()
+@program(any_world=True)
 def remote_calls_that_cannot_be_read(world: World) -> None:
     """torch gives the owner's copy no value and the user no error, so only a timeout ends to_here()."""
     world.init()
@@ -90,7 +90,7 @@ def remote_that_cannot_be_read(world: World) -> Any:
     return rref
 
 
-@program(tensorpipe="rpc.remote() itself raises there if the error is early")
+@program(any_world=True, tensorpipe="rpc.remote() itself raises there if the error is early")
 def rrefs_at_one_who_left(world: World) -> None:
     """The call fails at once, but the error is the RRef's: the caller has one, and a profile ends as it should."""
     world.init()
@@ -115,7 +115,7 @@ def known_to_have_run_out(rref: Any) -> bool:
     return "RRef creation via rpc.remote() timed out" in str(caught.value)
 
 
-@program(size=3)
+@program(any_world=True, size=3)
 def creation_of_rrefs_that_runs_out(world: World) -> None:
     world.init()
     go = world.event("go")
@@ -136,7 +136,7 @@ def creation_of_rrefs_that_runs_out(world: World) -> None:
     rpc.shutdown(graceful=False)  # as above
 
 
-@program(tensorpipe=FIRST_AGENT)
+@program(any_world=True, tensorpipe=FIRST_AGENT)
 def rrefs_in_a_later_session(world: World) -> None:
     for _ in range(2):
         world.init()
@@ -147,7 +147,7 @@ def rrefs_in_a_later_session(world: World) -> None:
         rpc.shutdown()
 
 
-@program(tensorpipe=FIRST_AGENT)
+@program(any_world=True, tensorpipe=FIRST_AGENT)
 def unconfirmed_rrefs_of_an_earlier_session(world: World) -> None:
     """A graceful shutdown, which gives unconfirmed RRefs 100 s, waits for those of its own session only."""
     world.init()
@@ -299,6 +299,14 @@ def bad_name_on_one_rank(world: World) -> None:
     world.init("a bad name" if world.rank == 1 else None, init_timeout=5)
 
 
+@program(size=2, tensorpipe=INIT_TIMEOUT)
+def longest_init_timeout(world: World) -> None:
+    """It is no limit, and not one that is over at once."""
+    world.init(init_timeout=sys.float_info.max)
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    rpc.shutdown()
+
+
 # How it ends
 
 
@@ -432,7 +440,7 @@ class Caller(threading.Thread):
             self.error = error
 
 
-@program()
+@program(any_world=True)
 def shutdown_waits_for_callbacks(world: World) -> None:
     """Those of answers that came before it, which may make calls, to workers that are shutting down as well."""
     world.init()

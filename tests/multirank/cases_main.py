@@ -185,7 +185,7 @@ def rrefs_in_the_arguments(world: World, api: Any) -> None:
     settled(world)
 
 
-@program(size=3, tensorpipe=TORCH_CANNOT)
+@program(any_world=True, size=3, tensorpipe=TORCH_CANNOT)
 def main_pickling_leaks_no_rref(world: World) -> None:
     world.init()
     total, point = mine(world, "total"), mine(world, "Point")
@@ -200,7 +200,7 @@ def main_pickling_leaks_no_rref(world: World) -> None:
     shut_down_without_leaks(world)
 
 
-@program(size=3, tensorpipe=TORCH_CANNOT)
+@program(any_world=True, size=3, tensorpipe=TORCH_CANNOT)
 def main_pickling_that_fails_the_second_time_leaks_no_rref(world: World) -> None:
     world.init()
     for api in (rpc.rpc_sync, APIS["async"]):
@@ -213,7 +213,7 @@ def main_pickling_that_fails_the_second_time_leaks_no_rref(world: World) -> None
     shut_down_without_leaks(world)
 
 
-@program(tensorpipe=TORCH_CANNOT)
+@program(any_world=True, tensorpipe=TORCH_CANNOT)
 def remote_pickling_that_fails_the_second_time(world: World) -> None:
     """rpc.remote() has returned when the callee misses the name; the RRef's value is the error."""
     world.init()
@@ -316,6 +316,8 @@ def mode_pickle_does_not_send_again(world: World) -> None:
 MISLEADING = (
     "Can't get attribute 'name' on <module '__main__' from 'program.py'>",
     "MissingInMain: Can't get attribute 'name' on <module '__main__' from 'program.py'>",
+    "torch_rpc_mpi callee lacks a name of __main__: Can't get attribute 'name' on <module '__main__'>",
+    "the call was not run, because a name of __main__ is missing: Can't get attribute 'name' on <module '__main__'>",
 )
 
 COUNTED = """

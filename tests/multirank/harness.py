@@ -1,7 +1,7 @@
 """What rank programs are made of: cases, programs, and the world they run in.
 
-A *case* is a function that every rank of one launch runs. Importing torch takes seconds and a case milliseconds, so
-all cases of a module share one launch per world size, and by default one RPC session. A *program* has a launch of its
+A *case* is a function that every rank of one launch runs. A launch takes seconds and a case milliseconds, so
+many cases share one launch per world size, and by default one RPC session. A *program* has a launch of its
 own, because it ends, or fails to begin, in a special way. `ranks.py` runs them, `launcher.py` starts that.
 
 Ranks meet through events.py, never through the backend under test.
@@ -50,6 +50,7 @@ class Program:
     function: Callable[[World], None]
     size: int
     launcher: bool
+    any_world: bool
     succeeds: bool | None
     expect: Sequence[str]
     forbid: Sequence[str]
@@ -61,6 +62,12 @@ class Program:
 
 CASES: dict[str, dict[str, Case]] = {}
 PROGRAMS: dict[str, dict[str, Program]] = {}
+
+
+def find_case(name: str) -> Case:
+    """The case of a name like MODULE:CASE; the module has been imported."""
+    module, _, case_name = name.partition(":")
+    return CASES[module][case_name]
 
 
 def case(
@@ -107,6 +114,7 @@ def program(
     *,
     size: int = 2,
     launcher: bool = True,
+    any_world: bool = False,
     succeeds: bool | None = True,
     expect: Sequence[str] = (),
     forbid: Sequence[str] = (),
@@ -120,6 +128,7 @@ def program(
     Args:
         size: number of ranks.
         launcher: False to start it without mpirun.
+        any_world: it is about nothing of MPI or its launcher, and only needs a process of its own.
         succeeds: whether the launch must end with status 0, or with another; None if either will do.
         expect: regular expressions that its output must contain.
         forbid: regular expressions that its output must not contain.
@@ -132,7 +141,18 @@ def program(
     def register(function: Callable[[World], None]) -> Callable[[World], None]:
         name = function.__name__
         PROGRAMS.setdefault(function.__module__, {})[name] = Program(
-            name, function, size, launcher, succeeds, expect, forbid, dict(env or {}), limit, tensorpipe, skip
+            name,
+            function,
+            size,
+            launcher,
+            any_world,
+            succeeds,
+            expect,
+            forbid,
+            dict(env or {}),
+            limit,
+            tensorpipe,
+            skip,
         )
         return function
 

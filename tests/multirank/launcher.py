@@ -1,4 +1,4 @@
-"""Starts ranks, under mpirun or directly, watches over them, and reads what they report."""
+"""Starts ranks, under mpirun or from a server that has torch loaded, watches over them, and reads what they report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from typing import NamedTuple
 
 import harness
 from events import EventServer
+from rank_server import ForkedRank, RankServer
 
 # MPI under mpirun; MPI of processes that find each other by a file; TensorPipe.
 BACKENDS = ("mpi", "mpi-by-store", "tensorpipe")
 HERE = Path(__file__).resolve().parent
+RANKS = (sys.executable, str(HERE / "ranks.py"))
 START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
 # What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
 SAY_STATUS = ("sh", "-c", '"$@"; status=$?; echo "a rank ended with status $status"; exit $status', "rank")
+LAUNCHES = 4  # of the same cases at most, the first included
 GRACE = 15.0  # from a case's limit, when its stacks are written, to the end of the launch
 
 
@@ -52,6 +55,10 @@ def mpirun() -> tuple[str, ...]:
     return (path,)
 
 
+def is_open_mpi() -> bool:
+    return "--oversubscribe" in mpirun()
+
+
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     # One thread per rank: more would only fight over the few cores of a test machine.
     fixed = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -61,37 +68,67 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, **fixed, **extra}
 
 
-def commands_for(command: Sequence[str], size: int, backend: str, env: Mapping[str, str]) -> list[Command]:
-    """What starts the ranks: one launcher, or a process for each."""
+def commands_for(
+    arguments: Sequence[str], size: int, backend: str, env: Mapping[str, str], within: Sequence[str] = ()
+) -> list[Command]:
+    """What starts the ranks: one launcher, or the server for each.
+
+    Args:
+        arguments: to ranks.py.
+        within: a command that the launcher is to run ranks.py with.
+    """
     if backend == "mpi":
-        return [Command([*mpirun(), "-n", str(size), *command], env)]
-    return [Command(command, {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}) for rank in range(size)]
+        return [Command([*mpirun(), "-n", str(size), *within, *RANKS, *arguments], env)]
+    return [
+        Command(arguments, {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}, forked=True)
+        for rank in range(size)
+    ]
 
 
 class Command(NamedTuple):
-    """A command and the variables that it gets."""
+    """A command and the variables that it gets, or the arguments of a rank that the server forks."""
 
     arguments: Sequence[str]
     env: Mapping[str, str]
+    forked: bool = False
+
+
+_servers: list[RankServer] = []
+
+
+def rank_server() -> RankServer:
+    """The server of this process's ranks; another one if it has ended."""
+    if _servers and not _servers[-1].runs():
+        close_rank_server()
+    if not _servers:
+        _servers.append(RankServer(environment({})))
+    return _servers[-1]
+
+
+def close_rank_server() -> None:
+    while _servers:
+        _servers.pop().close()
 
 
 class Job:
     """The processes of one launch. Their common output is one file."""
 
     def __init__(self, commands: Sequence[Command], output: Path) -> None:
-        self._output = output.open("wb")
-        # A session of their own, so that they can be ended as a group without touching anything else.
-        self._processes = [
-            subprocess.Popen(
-                command.arguments,
-                env=environment(command.env),
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for command in commands
-        ]
+        self._output = output.open("ab")
+        self._processes = [self._start(command, output) for command in commands]
+
+    def _start(self, command: Command, output: Path) -> subprocess.Popen | ForkedRank:
+        # In a session of its own, so that it can be ended with its children without touching anything else.
+        if command.forked:
+            return rank_server().fork(command.arguments, command.env, output)
+        return subprocess.Popen(
+            command.arguments,
+            env=environment(command.env),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def wait(self, expired: Callable[[], bool], pids: Callable[[], list[int]] = list) -> int | None:
         """The first exit status that is not 0, else 0; None if the job had to be ended because it `expired()`."""
@@ -103,6 +140,10 @@ class Job:
             return next((process.returncode for process in self._processes if process.returncode), 0)
         finally:
             self._end(pids())
+            for status in [process.returncode for process in self._processes if isinstance(process, ForkedRank)]:
+                # As the shell says it, of a signal as well.
+                said = "still runs" if status is None else f"ended with status {128 - status if status < 0 else status}"
+                self._output.write(f"a rank {said}\n".encode())
             self._output.close()
 
     def _end(self, pids: list[int]) -> None:
@@ -147,16 +188,18 @@ class Outcome:
 
 
 class Report:
-    """The results of one launch of cases."""
+    """The results of one launch of cases, which are named MODULE:CASE."""
 
     def __init__(self, scratch: Path, size: int, status: int | None, output: str) -> None:
         self._status, self._output = status, output
         self._records = [_records(scratch / f"rank{rank}.jsonl") for rank in range(size)]
         self._logs = [_text(scratch / f"rank{rank}.log") for rank in range(size)]
 
+    def began(self, name: str) -> bool:
+        return any(record.get("begin") == name for records in self._records for record in records)
+
     def outcome(self, name: str) -> Outcome:
-        begun = [any(record.get("begin") == name for record in records) for records in self._records]
-        if not any(begun):
+        if not self.began(name):
             return Outcome(False, f"not run: {self._fate()}\n{self._tails()}")
         ends = [next((r for r in records if r.get("end") == name), None) for records in self._records]
         problems: dict[str, list[int]] = {}  # often several ranks have the same
@@ -182,14 +225,40 @@ class Report:
         return "\n".join(f"--- last output of {who}:\n{text[-2000:]}" for who, text in outputs.items() if text)
 
 
-def run_cases(module: str, size: int, names: Sequence[str], backend: str) -> Report:
-    """Launches the named cases of a module, in this order."""
-    cases = [harness.CASES[module][name] for name in names]
-    patience = max([case.limit for case in cases], default=0.0) + GRACE
+class Reports:
+    """The results of the launches that some cases took."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self._reports = reports
+
+    def outcome(self, name: str) -> Outcome:
+        """Of a case, or of the "end", which is that of the first launch: it fails if there had to be another."""
+        if name == "end":
+            return self._reports[0].outcome(name)
+        return next((report for report in self._reports if report.began(name)), self._reports[-1]).outcome(name)
+
+
+def run_cases(module: str, names: Sequence[str], size: int, backend: str) -> Reports:
+    """Runs cases, named MODULE:CASE, in this order in one launch; those that it ended before, in another one.
+
+    Args:
+        module: any of those of the suite.
+    """
+    reports: list[Report] = []
+    while True:
+        report = _launch_cases(module, names, size, backend)
+        reports.append(report)
+        left = [name for name in names if not report.began(name)]
+        if not left or len(left) == len(names) or len(reports) == LAUNCHES:
+            return Reports(reports)
+        names = left
+
+
+def _launch_cases(module: str, names: Sequence[str], size: int, backend: str) -> Report:
+    patience = max([harness.find_case(name).limit for name in names], default=0.0) + GRACE
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
-        command = [sys.executable, str(HERE / "ranks.py"), "cases", module, *names]
-        job = Job(commands_for(command, size, backend, env), output)
+        job = Job(commands_for(["cases", *names], size, backend, env), output)
         files = [scratch / f"rank{rank}.jsonl" for rank in range(size)]
         seen, since = -1, time.monotonic()
 
@@ -212,12 +281,11 @@ def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
     program = harness.PROGRAMS[module][name]
     with meeting_point(module, backend) as (scratch, env):
         output = scratch / "output"
-        command = [*SAY_STATUS, sys.executable, str(HERE / "ranks.py"), "program", module, name]
-        variables = {**env, **program.env}
+        arguments, variables = ["program", module, name], {**env, **program.env}
         commands = (
-            commands_for(command, program.size, backend, variables)
+            commands_for(arguments, program.size, backend, variables, within=SAY_STATUS)
             if program.launcher
-            else [Command(command, variables)]
+            else [Command([*SAY_STATUS, *RANKS, *arguments], variables)]
         )
         job = Job(commands, output)
         deadline = time.monotonic() + program.limit + GRACE
@@ -227,14 +295,14 @@ def run_program(module: str, name: str, backend: str) -> tuple[int | None, str]:
 def run_script(command: Sequence[str], size: int, limit: float, launcher: bool = True) -> tuple[int | None, str]:
     """Runs any Python script (an example) under mpirun, or on its own."""
     start = [*mpirun(), "-n", str(size)] if launcher else []
-    return run_commands([[*start, sys.executable, *command]], {}, limit)
+    return run_commands([Command([*start, sys.executable, *command], {})], limit)
 
 
-def run_commands(commands: Sequence[Sequence[str]], env: Mapping[str, str], limit: float) -> tuple[int | None, str]:
+def run_commands(commands: Sequence[Command], limit: float) -> tuple[int | None, str]:
     """Runs commands side by side; returns the first status that is not 0, else 0 (None if they hung), and output."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "output")
-        job = Job([Command(command, env) for command in commands], output)
+        job = Job(commands, output)
         deadline = time.monotonic() + limit
         return job.wait(lambda: time.monotonic() > deadline), _text(output)
 

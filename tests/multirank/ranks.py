@@ -1,7 +1,9 @@
-"""One rank: runs the cases of a module, or one program. Started by launcher.py.
+"""One rank: runs cases, or one program. Started by launcher.py.
 
-    python ranks.py cases MODULE CASE...
+    python ranks.py cases MODULE:CASE...
     python ranks.py program MODULE PROGRAM
+    python ranks.py main MODULE ARGUMENT...  a module with a main() of its own, as if it were the program
+    python ranks.py serve DESCRIPTOR         a process that forks such ranks: see rank_server.py
 
 Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
 {"end": case, "error": traceback or null, "seconds"}. Their output goes to rankN.log, and so do the stacks of all
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -22,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import rank_server
 import torch
 import torch.distributed.rpc as rpc
 
@@ -54,8 +59,9 @@ class Runner:
         self._recorder = recorder
         self._options: dict[str, Any] | None = None  # of the session that is up
 
-    def run(self, case: harness.Case) -> None:
-        error = self._guarded(case.name, case.limit, lambda: self._body(case))
+    def run(self, name: str) -> None:
+        case = harness.find_case(name)
+        error = self._guarded(name, case.limit, lambda: self._body(case))
         if error and not case.session:
             self._recover()
 
@@ -108,17 +114,18 @@ class Runner:
             rpc.shutdown()
 
 
-def run_cases(world: harness.World, module: str, names: list[str]) -> None:
+def run_cases(world: harness.World, names: list[str]) -> None:
     scratch = os.environ["RPC_TEST_SCRATCH"]
     log = os.open(f"{scratch}/rank{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     recorder = Recorder(f"{scratch}/rank{world.rank}.jsonl")
     recorder.write(pid=os.getpid())
-    importlib.import_module(module)
+    for module in dict.fromkeys(name.partition(":")[0] for name in names):
+        importlib.import_module(module)
     runner = Runner(world, recorder)
     for name in names:
-        runner.run(harness.CASES[module][name])
+        runner.run(name)
     runner.end()
     faulthandler.dump_traceback_later(EXIT_LIMIT)
 
@@ -134,12 +141,26 @@ def run_program(world: harness.World, module: str, name: str) -> None:
 def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
-    kind, module, *names = sys.argv[1:]
+    arguments = sys.argv[1:]
+    if arguments[0] == "serve":
+        # What the first optimizer imports. That and the rest of torch live as long as the process: that a rank's
+        # garbage collection, and with it its end, goes through them would cost more than the rest of a short rank.
+        importlib.import_module("torch._dynamo")
+        gc.collect()
+        gc.freeze()
+        arguments = rank_server.serve(socket.socket(fileno=int(arguments[1])))
+        if arguments is None:
+            return
+    kind, *names = arguments
+    if kind == "main":
+        sys.argv[1:] = names[1:]
+        importlib.import_module(names[0]).main()
+        return
     sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
     if kind == "program":
-        run_program(harness.world(), module, names[0])
+        run_program(harness.world(), *names)
     else:
-        run_cases(harness.world(), module, names)
+        run_cases(harness.world(), names)
 
 
 if __name__ == "__main__":

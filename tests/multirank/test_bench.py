@@ -96,6 +96,7 @@ def test_a_first_session_that_fails_leaves_no_process_and_the_others_go_on(tmp_p
     assert set(found["starts"]["2"]) == {"mpi"}
 
 
+@pytest.mark.mpi
 def test_given_world(tmp_path: Path) -> None:
     command = [*launcher.mpirun(), "-n", "3", *BENCH, "--cases=udf,echo_1KiB,all_to_all", "--rounds=2"]
     _, found = run(command, tmp_path / "out")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import launcher
 import pytest
+from multirank_plugin import asked_backend
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -21,8 +22,8 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def _only_for_mpi(backend: str) -> None:
-    if backend != "mpi":
+def _only_for_mpi(pytestconfig: pytest.Config) -> None:
+    if asked_backend(pytestconfig) not in (None, "mpi"):
         pytest.skip("the examples are about this backend")
 
 
@@ -30,7 +31,7 @@ def run(arguments: list[str], size: int, start: bool = True) -> tuple[int | None
     return launcher.run_script([str(EXAMPLES / arguments[0]), *arguments[1:]], size, limit=240, launcher=start)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param("hello", marks=pytest.mark.mpi), *list(SMALL)[1:]])
 def test_small_example(name: str) -> None:
     size, expected = SMALL[name]
     status, output = run([f"{name}.py"], size)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import launcher
 import pytest
+from launcher import Command
 
 PROGRAM = str(Path(__file__).with_name("world_program.py"))
-FAMILY = "Open MPI" if "--oversubscribe" in launcher.mpirun() else "MPICH"
 
-pytestmark = pytest.mark.timeout(300)
-mpich = pytest.mark.skipif(FAMILY != "MPICH", reason="Open MPI needs its launcher")
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
+mpich = pytest.mark.skipif(launcher.is_open_mpi(), reason="Open MPI needs its launcher")
 
 
 def free_port() -> int:
@@ -28,9 +28,9 @@ def free_port() -> int:
 def run(tmp_path: Path) -> Callable[..., None]:
     """Starts processes; all must end with status 0, and as many say "ok" as there are ranks."""
 
-    def start(commands: Sequence[Sequence[str]], size: int, killed: bool = False, **environment: str) -> None:
+    def start(commands: Sequence[Command], size: int, killed: bool = False, **environment: str) -> None:
         environment = {"RPC_TEST_SCRATCH": str(tmp_path), **environment}
-        status, output = launcher.run_commands([[sys.executable, *command] for command in commands], environment, 240)
+        status, output = launcher.run_commands([command._replace(env=environment) for command in commands], 240)
         assert status == (-signal.SIGKILL if killed else 0), output
         assert sorted(line for line in output.splitlines() if line.endswith(": ok")) == sorted(
             f"rank {rank}: ok" for rank in range(size)
@@ -39,9 +39,14 @@ def run(tmp_path: Path) -> Callable[..., None]:
     return start
 
 
-def by_hand(scenario: str, size: int, *arguments: str) -> list[list[str]]:
-    """As in so many terminals."""
-    return [[PROGRAM, "--rank", str(rank), "--size", str(size), *arguments, scenario] for rank in range(size)]
+def python(*arguments: str) -> Command:
+    return Command([sys.executable, *arguments], {})
+
+
+def by_hand(scenario: str, size: int, *arguments: str) -> list[Command]:
+    """As in so many terminals; but the processes have torch loaded already."""
+    places = [("--rank", str(rank), "--size", str(size)) for rank in range(size)]
+    return [Command(["main", "world_program", *place, *arguments, scenario], {}, forked=True) for place in places]
 
 
 def by_file(directory: Path) -> tuple[str, str]:
@@ -56,7 +61,9 @@ def test_processes_with_a_file(run: Callable[..., None], tmp_path: Path, size: i
 
 @mpich
 def test_processes_with_an_address(run: Callable[..., None]) -> None:
-    run(by_hand("once", 2, "--init-method", f"tcp://127.0.0.1:{free_port()}"), 2)
+    """And nothing else in common."""
+    address = ("--init-method", f"tcp://127.0.0.1:{free_port()}")
+    run([python(PROGRAM, "--rank", str(rank), "--size", "2", *address, "once") for rank in range(2)], 2)
 
 
 @mpich
@@ -67,7 +74,7 @@ def test_processes_with_torchs_variables(run: Callable[..., None]) -> None:
 @mpich
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_multiprocessing(run: Callable[..., None], tmp_path: Path, method: str) -> None:
-    run([[PROGRAM, "--spawn", method, "--size", "4", *by_file(tmp_path), "once"]], 4)
+    run([python(PROGRAM, "--spawn", method, "--size", "4", *by_file(tmp_path), "once")], 4)
 
 
 def torchrun(scenario: str, size: int, *options: str) -> list[str]:
@@ -76,17 +83,17 @@ def torchrun(scenario: str, size: int, *options: str) -> list[str]:
 
 @mpich
 def test_torchrun(run: Callable[..., None]) -> None:
-    run([torchrun("once", 3)], 3)
+    run([python(*torchrun("once", 3))], 3)
 
 
 @mpich
 def test_torchrun_with_several_sessions(run: Callable[..., None]) -> None:
-    run([torchrun("twice", 3)], 3)
+    run([python(*torchrun("twice", 3))], 3)
 
 
 @mpich
 def test_torchrun_starts_its_workers_again(run: Callable[..., None]) -> None:
-    run([torchrun("fails_first", 2, "--max-restarts", "1")], 2)
+    run([python(*torchrun("fails_first", 2, "--max-restarts", "1"))], 2)
 
 
 @mpich
@@ -96,7 +103,7 @@ def test_within_a_task_of_a_launcher(tmp_path: Path, starter: str, size: int) ->
     """The task's own variables would make MPI take the processes for the task."""
     children = [PROGRAM, "--spawn", "spawn", "--size", str(size), *by_file(tmp_path), "once"]
     inner = torchrun("once", size) if starter == "torchrun" else children
-    status, output = launcher.run_commands([[*launcher.mpirun(), "-n", "1", sys.executable, *inner]], {}, 240)
+    status, output = launcher.run_commands([Command([*launcher.mpirun(), "-n", "1", sys.executable, *inner], {})], 240)
     assert status == 0, output
     assert all(f"rank {rank}: ok" in output for rank in range(size)), output
 
@@ -105,9 +112,10 @@ def test_within_a_task_of_a_launcher(tmp_path: Path, starter: str, size: int) ->
 @pytest.mark.parametrize("nodes", ["{rank}", "odd"])
 def test_several_nodes(run: Callable[..., None], tmp_path: Path, nodes: str) -> None:
     """Nodes share no memory. Ranks of a node need not follow each other."""
-    commands = by_hand("again", 4, *by_file(tmp_path))
-    for rank, command in enumerate(commands):
-        command[1:1] = ["--node", f"node{rank % 2 if nodes == 'odd' else rank}"]
+    commands = [
+        command._replace(arguments=[*command.arguments, "--node", f"node{rank % 2 if nodes == 'odd' else rank}"])
+        for rank, command in enumerate(by_hand("again", 4, *by_file(tmp_path)))
+    ]
     run(commands, 4)
 
 
@@ -137,17 +145,17 @@ def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scen
 @mpich
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_child_that_leaves(run: Callable[..., None], tmp_path: Path, method: str) -> None:
-    run([[PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves"]], 3)
+    run([python(PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves")], 3)
 
 
-@pytest.mark.skipif(FAMILY != "MPICH", reason="Open MPI leaves a file of every process that has no launcher")
+@pytest.mark.skipif(launcher.is_open_mpi(), reason="Open MPI leaves a file of every process that has no launcher")
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_a_child_alone_leaves_no_files(run: Callable[..., None], tmp_path: Path, method: str) -> None:
-    run([[PROGRAM, "--spawn", method, "--size", "1", *by_file(tmp_path), "alone"]], 1)
+    run([python(PROGRAM, "--spawn", method, "--size", "1", *by_file(tmp_path), "alone")], 1)
     files = [file for file in Path(tmp_path, "files").read_text().split() if Path(file).exists()]
     assert files == []
 
 
-@pytest.mark.skipif(FAMILY == "MPICH", reason="MPICH needs no launcher")
+@pytest.mark.skipif(not launcher.is_open_mpi(), reason="MPICH needs no launcher")
 def test_open_mpi_says_that_it_needs_its_launcher(run: Callable[..., None], tmp_path: Path) -> None:
     run(by_hand("no_open_mpi", 2, *by_file(tmp_path)), 2)

@@ -1,6 +1,7 @@
 """One process of a world that no MPI launcher made, or several started by multiprocessing. Run by test_worlds.py.
 
     python world_program.py [--rank R --size N] [--spawn METHOD] [--node NAME] [--init-method URL] SCENARIO
+    python ranks.py main world_program ...
 
 Prints "rank R: ok" when the scenario went as it should.
 """

@@ -4,7 +4,7 @@ import launcher
 import pytest
 from multirank_plugin import parametrize_cases
 
-pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.mpi, pytest.mark.stress, pytest.mark.timeout(3600)]
 
 
 @parametrize_cases(["cases_storm"])

@@ -15,6 +15,8 @@ LIB = Path(sys.prefix, "lib")
 MPICC = os.environ.get("MPICC")  # of an MPI that is not in this environment: knows where its mpi.h is
 COMPILER = MPICC or shutil.which(os.environ.get("CC", "cc"))
 
+pytestmark = pytest.mark.mpi
+
 
 def _package_directory() -> Path:
     # Found, not imported: the shims are independent of torch and of the extension.

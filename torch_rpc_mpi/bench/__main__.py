@@ -268,8 +268,9 @@ def _machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cpus": psutil.cpu_count(),
-        "usable_cpus": len(os.sched_getaffinity(0)),
+        "usable_cpus": _mpi.load_extension().usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
+        "usable_memory_bytes": _mpi.load_extension().usable_memory(),
     }
 
 

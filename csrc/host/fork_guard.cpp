@@ -1,4 +1,4 @@
-#include "agent/fork_guard.h"
+#include "host/fork_guard.h"
 
 #include <atomic>
 #include <mutex>

@@ -1,0 +1,37 @@
+// Where the futures of calls are completed.
+#pragma once
+
+#include <string>
+
+#include "agent/call_table.h"
+#include "agent/membership.h"
+#include "codec/message_codec.h"
+
+namespace torch_rpc_mpi {
+
+// Note [Completion]
+// ~~~~~~~~~~~~~~~~~
+// To complete a future runs its callbacks: the user's, and torch's own, of which some throw (RRefContext does when a
+// fork request has failed for the last time). So one class completes every future of a call. It is used in tasks of the
+// engine, and by a thread that leaves; never in send(), nor under a lock or the progress token. Whatever a callback
+// throws ends there, in the log, with the call's name, as in torch's own thread pools.
+//
+// A call that fails because its peer has ended fails kFailureDelay after it was made, not sooner. torch's retry thread
+// (retryExpiredRpcs in rpc_agent.cpp) sends a message and adds its callback when send() has returned; if the future is
+// complete by then, it runs the callback itself, and what that throws ends the process.
+inline constexpr auto kFailureDelay = std::chrono::milliseconds(50);
+
+// Immutable.
+class Completion {
+ public:
+  explicit Completion(const Membership& members) : members_(members) {}
+
+  // With its response, which may be an exception's.
+  void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
+  void fail(const PendingCall& call, const std::string& error) const noexcept;
+
+ private:
+  const Membership& members_;
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,196 @@
+#include "peer/incoming.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "base/error_text.h"
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+constexpr size_t kChunksIn = 2; // see Note [Frames and bulk]
+
+} // namespace
+
+// A message whose body or parts come on the bulk channel. States: the body is received first if it is not in the
+// frame, because only it tells the parts; then the parts; then the listener gets the message.
+struct Incoming::Message {
+  enum class State { kBody, kParts };
+  InboundMessage inbound;
+  State state = State::kBody;
+  std::vector<MutableSpan> spans; // of the state
+  size_t span = 0;                // next to post
+  size_t offset = 0;
+  size_t chunks = 0;    // posted and not complete
+  bool discard = false; // there is no memory for it, but its chunks come all the same
+
+  bool allPosted() const {
+    return span == spans.size();
+  }
+};
+
+struct Incoming::ChunkReceive final : Operation {
+  ChunkReceive(Incoming& receiver, Message* into, size_t bytes) : incoming(receiver), message(into), expected(bytes) {}
+  void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
+    try {
+      incoming.chunkReceived(token, message, expected, status);
+    } catch (const std::exception& error) { // no memory; what follows on this channel cannot be told apart any more
+      incoming.owner_.onPeerFailed(token, incoming.rank_, errorText(error));
+    }
+    delete this;
+  }
+  Incoming& incoming;
+  Message* const message;
+  const size_t expected; // bytes
+};
+
+Incoming::Incoming(int rank, PeerContext& context, PeerFailureListener& owner)
+    : rank_(rank),
+      context_(context),
+      owner_(owner) {}
+
+Incoming::~Incoming() = default;
+
+void Incoming::receive(ProgressToken& token, InboundMessage inbound) {
+  auto message = std::make_unique<Message>();
+  message->inbound = std::move(inbound);
+  const FrameHeader& header = message->inbound.header;
+  if (header.bodyInBulk != 0) {
+    message->spans.push_back({nullptr, header.bodyBytes});
+    try {
+      message->inbound.separateBody.reset(new char[header.bodyBytes]);
+      message->spans[0].data = message->inbound.separateBody.get();
+    } catch (const std::bad_alloc&) {
+      std::string error = "there is no memory for a message of " + std::to_string(header.bodyBytes) + " bytes";
+      if (header.bulkParts != 0) { // only the body would tell how long the parts are that follow
+        throw std::runtime_error(error);
+      }
+      message->inbound.error = std::move(error);
+      message->discard = true;
+    }
+  } else {
+    openParts(*message);
+  }
+  messages_.push_back(std::move(message));
+  ++unfinished_;
+  context_.counters.partsIn.fetch_add(1, std::memory_order_relaxed);
+  pump(token);
+}
+
+void Incoming::openParts(Message& message) {
+  InboundMessage& inbound = message.inbound;
+  const ConstSpan body = inbound.body();
+  std::vector<MutableSpan> sizes(inbound.header.bulkParts);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, body.data + i * sizeof(bytes), sizeof(bytes));
+    sizes[i].bytes = bytes;
+  }
+  message.state = Message::State::kParts;
+  message.span = 0;
+  message.offset = 0;
+  try {
+    const size_t skip = sizes.size() * sizeof(uint64_t);
+    inbound.target = context_.listener.makeTarget(rank_, inbound.header, {body.data + skip, body.bytes - skip});
+    const auto same = [](const MutableSpan& a, const MutableSpan& b) { return a.bytes == b.bytes; };
+    if (!std::ranges::equal(sizes, inbound.target->parts, same)) {
+      throw std::runtime_error("the sizes of its parts contradict each other");
+    }
+    message.spans = inbound.target->parts;
+  } catch (const std::exception& error) {
+    // The chunks come all the same; the stream goes on behind them.
+    inbound.error = errorText(error);
+    message.discard = true;
+    message.spans = std::move(sizes);
+  }
+}
+
+void Incoming::pump(ProgressToken& token) {
+  while (chunksIn_ < kChunksIn && !messages_.empty()) {
+    Message* message = messages_.front().get();
+    if (message->allPosted()) {
+      return; // a body under way: its parts are not known yet
+    }
+    const MutableSpan span = message->spans[message->span];
+    const size_t bytes = std::min(context_.options.bulkChunk, span.bytes - message->offset);
+    char* data = message->discard ? nullptr : span.data + message->offset;
+    auto operation = std::make_unique<ChunkReceive>(*this, message, bytes);
+    message->offset += bytes;
+    if (message->offset == span.bytes) {
+      message->offset = 0;
+      ++message->span;
+    }
+    ++message->chunks;
+    ++chunksIn_;
+    if (message->allPosted() && message->state == Message::State::kParts) {
+      (void)messages_.front().release(); // owned by its operations from here on
+      messages_.pop_front();
+    }
+    // Receiving into nothing makes MPI drop the chunk as truncated.
+    context_.transport.receiveBulk(token, rank_, data, message->discard ? 0 : bytes, operation.release());
+  }
+}
+
+void Incoming::chunkReceived(ProgressToken& token, Message* message, size_t expected, const OperationStatus& status) {
+  --chunksIn_;
+  --message->chunks;
+  if (abandoned_) {
+    if (message->chunks == 0) {
+      delete message;
+    }
+    return;
+  }
+  context_.counters.bytesReceived.fetch_add(status.bytes, std::memory_order_relaxed);
+  if (!message->discard && (!status.ok() || status.bytes != expected)) {
+    // What comes next on this channel belongs to no known place.
+    const std::string what = !status.ok() ? status.error
+                                          : "a chunk of " + std::to_string(status.bytes) + " bytes came where " +
+            std::to_string(expected) + " were announced";
+    if (message->chunks == 0 && message->allPosted() && message->state == Message::State::kParts) {
+      delete message; // this was its last operation
+      --unfinished_;
+      context_.counters.partsIn.fetch_sub(1, std::memory_order_relaxed);
+    }
+    owner_.onPeerFailed(token, rank_, what);
+    return;
+  }
+  if (message->chunks == 0 && message->allPosted()) {
+    if (message->state == Message::State::kBody && !message->discard) {
+      openParts(*message);
+    }
+    if (message->allPosted()) {
+      complete(token, message);
+    }
+  }
+  if (!abandoned_) {
+    pump(token);
+  }
+}
+
+void Incoming::complete(ProgressToken& token, Message* message) {
+  std::unique_ptr<Message> owned;
+  if (!messages_.empty() && messages_.front().get() == message) {
+    owned = std::move(messages_.front()); // a body without parts
+    messages_.pop_front();
+  } else {
+    owned.reset(message);
+  }
+  --unfinished_;
+  context_.counters.partsIn.fetch_sub(1, std::memory_order_relaxed);
+  context_.listener.onMessage(token, std::move(owned->inbound));
+}
+
+void Incoming::abandon() noexcept {
+  abandoned_ = true;
+  for (std::unique_ptr<Message>& message : messages_) {
+    if (message->chunks > 0) {
+      (void)message.release(); // until its operations are complete
+    }
+  }
+  messages_.clear();
+  context_.counters.partsIn.fetch_sub(std::exchange(unfinished_, 0), std::memory_order_relaxed);
+}
+
+} // namespace torch_rpc_mpi

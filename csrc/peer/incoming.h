@@ -1,0 +1,47 @@
+// What comes in from one peer on the bulk channel: bodies that did not fit their frame, and larger parts. See
+// Note [Frames and bulk] in exchange.h.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+
+#include "peer/peer_context.h"
+
+namespace torch_rpc_mpi {
+
+// Everything is guarded by the progress token.
+class Incoming {
+ public:
+  Incoming(int rank, PeerContext& context, PeerFailureListener& owner);
+  ~Incoming();
+
+  // Receives the rest of a message whose frame has arrived; the listener gets it then. Frames come here in their order.
+  // Throws when nothing can be received any more.
+  void receive(ProgressToken& token, InboundMessage message);
+  // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever.
+  void abandon() noexcept;
+  // Messages whose frame has arrived, but not all of the rest.
+  size_t unfinished() const {
+    return unfinished_;
+  }
+
+ private:
+  struct ChunkReceive;
+  struct Message;
+
+  void openParts(Message& message);
+  void pump(ProgressToken& token);
+  void chunkReceived(ProgressToken& token, Message* message, size_t expected, const OperationStatus& status);
+  void complete(ProgressToken& token, Message* message);
+
+  const int rank_;
+  PeerContext& context_;
+  PeerFailureListener& owner_;
+  std::deque<std::unique_ptr<Message>> messages_; // those not all of which is posted, in the order of their frames
+  size_t chunksIn_ = 0;                           // posted and not complete
+  size_t unfinished_ = 0;
+  bool abandoned_ = false;
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,65 @@
+// What the parts of a peer share: the transport, the limits, and whom they tell.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "peer/message.h"
+#include "transport/transport.h"
+
+namespace torch_rpc_mpi {
+
+struct ExchangeOptions {
+  size_t eagerLimit = 16384;             // bytes of a body that always fits a frame
+  size_t bulkChunk = size_t{1} << 20;    // bytes
+  size_t windowRequests = 256;           // requests with one peer that it has not begun to run
+  size_t windowBytes = size_t{16} << 20; // their bytes
+
+  size_t frameBytes() const; // what a frame takes in memory, however small its message
+};
+
+// What the layer above hears. Called by the token's holder: it notes what happened and may post messages.
+class ExchangeListener {
+ public:
+  virtual ~ExchangeListener() = default;
+  // Finds memory for the bulk parts that `body` (of a request or response) describes. May throw: the parts are then
+  // received into nothing, and the message arrives with the error.
+  virtual std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) = 0;
+  virtual void onMessage(ProgressToken& token, InboundMessage message) = 0;
+  // A frame of nobody that is known.
+  virtual void onStrayFrame(int source, const std::string& reason) = 0;
+  // The words of an error: who failed, and why.
+  virtual std::string failureText(int peer, const std::string& cause) const = 0;
+  // The peer is gone or has failed; see Note [States of a peer]. Once for each.
+  virtual void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) = 0;
+};
+
+// Counters that anyone may read.
+struct ExchangeCounters {
+  std::atomic<uint64_t> framesSent{0}, framesReceived{0}, framesDropped{0}; // without drain frames
+  std::atomic<uint64_t> bytesSent{0}, bytesReceived{0};                     // frames and bulk
+  std::atomic<uint64_t> waitingForCredit{0};
+  std::atomic<uint64_t> partsOut{0}, partsIn{0}; // messages whose bulk parts are being sent or received
+  std::atomic<uint64_t> unfinishedSends{0};
+};
+
+// One for an exchange, used under the progress token but for the counters.
+struct PeerContext {
+  Transport& transport;
+  ExchangeListener& listener;
+  const ExchangeOptions& options;
+  FramePool& frames;
+  ExchangeCounters& counters;
+  DoneMessages& done;
+};
+
+// Whom the parts of a peer tell that it has failed.
+class PeerFailureListener {
+ public:
+  virtual ~PeerFailureListener() = default;
+  virtual void onPeerFailed(ProgressToken& token, int rank, const std::string& reason) noexcept = 0;
+};
+
+} // namespace torch_rpc_mpi
