@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
-from torch._C import Future
-from torch._C._distributed_c10d import Store
-from torch._C._distributed_rpc import PyRRef, RpcAgent, WorkerInfo
 from torch.storage import UntypedStorage
+
+from ._torch_api import Future, PyRRef, RpcAgent, Store, WorkerInfo
 
 class MPIRuntime:
     """The MPI library that mpi4py has loaded, reached through the shim of its ABI."""
@@ -183,7 +182,7 @@ def match_builtin(op_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], a
 RESENDABLE: bytes  # what follows the pickle of a call that may be sent again
 
 class PlainPickler:
-    """Pickles what is plain (csrc/python/pickle/plain_pickle.h) as bytes, tensors and RRefs; None or () if it is not."""
+    """Pickles what is plain (csrc/python/pickle/plain_pickle.h): bytes, tensors and RRefs; None or () if it is not."""
 
     def __init__(self, reducers: Sequence[dict[type, Any]]) -> None: ...
     def dump_call(self, call: Any) -> tuple[bytes, list[Tensor], list[PyRRef[Any]]] | None: ...

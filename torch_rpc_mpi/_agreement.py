@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch.distributed.rpc import backend_registry
+
+from . import _torch_api
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def _check_devices(members: Sequence[Member]) -> None:
         return
     names = [member.name for member in members]
     # torch's own check, so that a device map means what it means for TensorPipe.
-    validate: Any = backend_registry._validate_device_maps
-    validate(
+    _torch_api.validate_device_maps(
         names,
         {member.name: member.device_count for member in members},
         {member.name: member.device_maps for member in members},

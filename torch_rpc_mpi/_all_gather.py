@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch.distributed.rpc import api
 from torch.distributed.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT, UNSET_RPC_TIMEOUT
 
-from . import _C, _waiting
+from . import _C, _torch_api, _waiting
+from ._torch_api import ALL_GATHER, DELETE_RREFS, WAIT_ALL_WORKERS, Place
 
 # seconds that a wait goes on when a worker is lost. The leader lets all go at once: one that it has let go may leave,
 # and be known to have left, before the leader's message to another one has arrived.
@@ -31,20 +31,20 @@ class Watch:
     def __init__(self, agent: _C.MPIAgent) -> None:
         self._agent = agent
         self._ended = False
-        self._torchs_all_gather = api._all_gather
-        self._torchs_wait_all_workers = api._wait_all_workers
-        self._torchs_delete_rrefs = api._delete_all_user_and_unforked_owner_rrefs  # type: ignore[attr-defined]
+        self._torchs_all_gather = ALL_GATHER.current
+        self._torchs_wait_all_workers = WAIT_ALL_WORKERS.current
+        self._torchs_delete_rrefs = DELETE_RREFS.current
 
-    def replacements(self) -> dict[str, Any]:
-        """What to set in ``torch.distributed.rpc.api`` while the session lasts."""
+    def replacements(self) -> dict[Place, Any]:
+        """What to put in torch's places while the session lasts."""
         return {
-            "_all_gather": self._all_gather,
-            "_wait_all_workers": self._wait_all_workers,
-            "_delete_all_user_and_unforked_owner_rrefs": self._delete_rrefs,
+            ALL_GATHER: self._all_gather,
+            WAIT_ALL_WORKERS: self._wait_all_workers,
+            DELETE_RREFS: self._delete_rrefs,
             # torch counts the rounds for ever. Of its own, each session counts from 0: a worker that left an earlier
             # one ungracefully has counted fewer, and all would wait for each other.
-            "_all_gather_sequence_id": {},
-            "_all_gather_sequence_id_to_states": defaultdict(_States),
+            _torch_api.ALL_GATHER_SEQUENCE_ID: {},
+            _torch_api.ALL_GATHER_STATES: defaultdict(_States),
         }
 
     def end(self) -> None:
@@ -86,10 +86,11 @@ class Watch:
     def _wait_all_workers(self, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
         """As torch's, which also logs the error: to log its first one, torch imports SymPy, which takes seconds."""
         if self._ended:
-            return self._torchs_wait_all_workers(timeout)
+            self._torchs_wait_all_workers(timeout)
+            return
         before, _this_thread.shuts_down = _this_thread.shuts_down, True
         try:
-            api._all_gather(None, timeout=timeout)
+            ALL_GATHER.current(None, timeout=timeout)
         finally:
             _this_thread.shuts_down = before
 
@@ -136,9 +137,9 @@ class _Signal(threading.Event):
         return True
 
 
-class _States(api.AllGatherStates):
+class _States(_torch_api.AllGatherStates):  # type: ignore[misc]
     """torch's record of one all-gather."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.proceed_signal = _Signal()

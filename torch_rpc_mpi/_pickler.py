@@ -29,11 +29,10 @@ import cloudpickle
 import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
-from torch._C._distributed_rpc import PyRRef
-from torch.distributed.rpc import api, internal
+from torch.distributed.rpc import internal
 from torch.storage import TypedStorage, UntypedStorage
 
-from . import _C, _remote_errors, _unsendable
+from . import _C, _remote_errors, _torch_api, _unsendable
 
 Pickled = tuple[bytes, list[Tensor]]
 
@@ -77,7 +76,7 @@ class Resendable(bytes):
 
 
 def _receive_tensor(index: int) -> Tensor:
-    tensor: Tensor = internal._thread_local_tensor_tables.recv_tables[index]
+    tensor: Tensor = _torch_api.tensor_tables.recv_tables[index]
     return tensor
 
 
@@ -86,13 +85,13 @@ def _receive_storage(index: int) -> UntypedStorage:
 
 
 def _receive_typed_storage(storage: UntypedStorage, dtype: torch.dtype) -> TypedStorage:
-    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+    return _torch_api.typed_storage(storage, dtype)
 
 
 def _receive_rref(index: int) -> Any:
     assert _receiving.rrefs is not None
     fork = _receiving.rrefs[index]
-    return PyRRef._deserialize(fork) if isinstance(fork, tuple) else fork
+    return _torch_api.rref_of_fork(fork) if isinstance(fork, tuple) else fork
 
 
 def _receive_script_module(data: bytes) -> Any:
@@ -121,7 +120,7 @@ def missing_in_main(result: BaseException, data: bytes) -> str | None:
 
 def again(data: bytes, tensors: list[Tensor]) -> Pickled:
     """Pickles a call by value that was pickled as ``data``, with these tensors and no RRefs."""
-    current = api._default_pickler
+    current = _torch_api.DEFAULT_PICKLER.current
     return (current if isinstance(current, RpcPickler) else RpcPickler()).again(data, tensors, [])
 
 
@@ -182,7 +181,7 @@ def _reduce_storage(storage: UntypedStorage) -> tuple[Any, ...]:
 
 
 def _reduce_typed_storage(storage: TypedStorage) -> tuple[Any, ...]:
-    return _receive_typed_storage, (storage._untyped_storage, storage.dtype)
+    return _receive_typed_storage, (_torch_api.untyped_storage_of(storage), storage.dtype)
 
 
 def _reduce_rref(rref: Any) -> tuple[Any, ...]:
@@ -205,7 +204,7 @@ _OURS: dict[type, Callable[[Any], Any]] = {
     Tensor: _reduce_tensor,
     UntypedStorage: _reduce_storage,
     TypedStorage: _reduce_typed_storage,
-    PyRRef: _reduce_rref,
+    _torch_api.PyRRef: _reduce_rref,
     rpc.RRef: _reduce_rref,
     internal.RemoteException: _remote_errors.reduce,
     # cloudpickle would send an open file as a StringIO of what is in it (and sys.stdout as that of the callee), and a
@@ -249,7 +248,7 @@ def _is_name_of_main(obj: Any) -> bool:
     return target is obj
 
 
-class RpcPickler(internal._InternalRPCPickler):
+class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
     """Pickles what goes to other workers.
 
     Args:
@@ -258,11 +257,11 @@ class RpcPickler(internal._InternalRPCPickler):
     """
 
     def __init__(self, always_by_value: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._always_by_value = always_by_value
-        self.plain = _C.PlainPickler(
-            [copyreg.dispatch_table, internal._internal_rpc_pickler._class_reducer_dict, self._class_reducer_dict]
-        )
+        # Other parts of torch register theirs (RemoteModule) with the one instance that they know.
+        self._registered = (copyreg.dispatch_table, *map(_torch_api.reducers_of, (_torch_api.torchs_pickler, self)))
+        self.plain = _C.PlainPickler(list(self._registered))
         self._table: dict[type, Callable[[Any], Any]] = {}
         self._table_of = (0, 0, 0)  # how many reducers of each origin there were when it was made; none is ever removed
 
@@ -295,11 +294,10 @@ class RpcPickler(internal._InternalRPCPickler):
         return message, tensors
 
     def _reducers(self, obj: Any) -> dict[type, Callable[[Any], Any]]:
-        # Other parts of torch register theirs (RemoteModule) with the one instance that they know.
-        torchs = internal._internal_rpc_pickler._class_reducer_dict
-        origin = (len(copyreg.dispatch_table), len(torchs), len(self._class_reducer_dict))
+        pythons, torchs, mine = self._registered
+        origin = (len(pythons), len(torchs), len(mine))
         if self._table_of != origin:
-            self._table = {**copyreg.dispatch_table, **_OURS, **torchs, **self._class_reducer_dict}
+            self._table = {**pythons, **_OURS, **torchs, **mine}
             self._table_of = origin
         if isinstance(obj, torch.jit.ScriptModule):
             return {**self._table, type(obj): _reduce_script_module}
@@ -339,8 +337,7 @@ class RpcPickler(internal._InternalRPCPickler):
     def again(self, data: bytes, tensors: list[Tensor], rrefs: list[Any]) -> Pickled:
         """Pickles a call by value that was pickled as ``data``, with these tensors and RRefs."""
         try:
-            torchs = internal._thread_local_tensor_tables
-            with _tables(_receiving, rrefs=rrefs), _tables(torchs, recv_tables=tensors):
+            with _tables(_receiving, rrefs=rrefs), _tables(_torch_api.tensor_tables, recv_tables=tensors):
                 obj = pickle.loads(data)
             return self._by_value(obj)
         except Exception as error:
@@ -352,7 +349,7 @@ def _complete(data: bytes, rrefs: list[Any], names_main: bool) -> bytes:
     """The message: `data`, around it what `_load` needs, if it needs anything. Forks the RRefs."""
     if not rrefs:
         return data + _C.RESENDABLE if names_main else data
-    return pickle.dumps(_Loader(data, [rref._serialize() for rref in rrefs], names_main))
+    return pickle.dumps(_Loader(data, [_torch_api.fork_rref(rref) for rref in rrefs], names_main))
 
 
 class _Loader:

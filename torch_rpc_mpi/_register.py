@@ -15,8 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch._C._distributed_rpc import RpcAgent
-
+    from ._torch_api import RpcAgent
     from .options import MPIRpcBackendOptions
 
 BACKEND_NAME = "MPI"
@@ -48,6 +47,8 @@ def register() -> None:
     rpc = _rpc_module()
     if rpc is None:
         return
+    from . import _torch_api
+
     registry = rpc.backend_registry
     if not registry.backend_registered(BACKEND_NAME):
         registry.register_backend(BACKEND_NAME, _construct_options, _init_backend)
@@ -61,7 +62,7 @@ def register() -> None:
     _register_rendezvous()
     _synchronize_backend_type(rpc)
     if not hasattr(rpc.init_rpc, _WRAPPER_MARK):
-        rpc.init_rpc = _wrap_init_rpc(rpc.init_rpc)  # type: ignore[attr-defined]
+        _torch_api.INIT_RPC.set(_wrap_init_rpc(rpc.init_rpc))
 
 
 def is_registered() -> bool:
@@ -104,16 +105,20 @@ def _rendezvous(url: str, **kwargs: Any) -> Any:
 
 def _register_rendezvous() -> None:
     # From the module, not from torch.distributed, where a function of the same name hides it.
-    from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
+    from torch.distributed.rendezvous import register_rendezvous_handler
 
-    if RENDEZVOUS_SCHEME not in _rendezvous_handlers:
+    from . import _torch_api
+
+    if not _torch_api.has_rendezvous_handler(RENDEZVOUS_SCHEME):
         register_rendezvous_handler(RENDEZVOUS_SCHEME, _rendezvous)  # type: ignore[no-untyped-call]
 
 
 def _synchronize_backend_type(rpc: ModuleType) -> None:
+    from . import _torch_api
+
     # register_backend() builds a new enum and rebinds it in backend_registry only. With the old one in rpc, even a
     # plain TensorPipe init_rpc() fails, because its default backend is no member of the new enum.
-    rpc.BackendType = rpc.backend_registry.BackendType  # type: ignore[attr-defined]
+    _torch_api.BACKEND_TYPE.set(rpc.backend_registry.BackendType)
 
 
 def _current_member(rpc: ModuleType, backend: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 import cloudpickle
 from torch.distributed.rpc import internal
 
+from . import _torch_api
+
 
 class FunctionMissingError(AttributeError, RuntimeError):
     """The callee lacks a name: what torch's ``to_here()`` and its ``rpc_sync`` raise then, in one."""
@@ -56,7 +58,7 @@ def text_of(remote: Any) -> str:
 
 def raise_again(remote: Any) -> None:
     """Raises the exception."""
-    internal._handle_exception(_readable(remote))  # type: ignore[no-untyped-call]
+    _torch_api.handle_exception(_readable(remote))
 
 
 def short_text(kind: type[BaseException], value: Any) -> str:

@@ -14,17 +14,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch._C import Future
-from torch._C._distributed_rpc import PyRRef
-from torch.distributed.rpc import api, internal
+from torch.distributed.rpc import internal
 
-from . import _C, _all_gather, _pickler, _remote_errors, calls
+from . import _C, _all_gather, _pickler, _remote_errors, _torch_api, calls
 from . import functions as entry_points
+from ._torch_api import Place, Replacements
 
 _WAKING_LIMIT = 0.5  # seconds
 
@@ -45,20 +44,11 @@ class Agent(_C.MPIAgent):
             end(self)
 
 
-class _Replaced(NamedTuple):
-    """A name of torch's that means something of ours while the session lasts."""
-
-    owner: Any
-    name: str
-    ours: Any
-    torchs: Any
-
-
 @dataclass
 class _Session:
     agent: Agent
     pid: int
-    replaced: list[_Replaced]
+    replaced: Replacements
     second_interrupt: _C.SecondInterrupt
     all_gathers: _all_gather.Watch
 
@@ -77,10 +67,10 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -
     global _current
     # First: should the handler of a signal raise in what follows, agent.shutdown() puts back what was replaced by then.
     second_interrupt = _C.SecondInterrupt(agent, whereabouts)
-    _current = _Session(agent, os.getpid(), [], second_interrupt, _all_gather.Watch(agent))
-    _hook_into_api(_current.replaced, agent, pickler)
-    _hook_into_futures(_current.replaced)
-    _replace(_current.replaced, api, _current.all_gathers.replacements())
+    _current = _Session(agent, os.getpid(), Replacements(), second_interrupt, _all_gather.Watch(agent))
+    _current.replaced.make(_hooks_into_api(agent, pickler))
+    _current.replaced.make(_hooks_into_futures())
+    _current.replaced.make(_current.all_gathers.replacements())
 
 
 def end(agent: Agent) -> None:
@@ -92,55 +82,45 @@ def end(agent: Agent) -> None:
     _current = None
     session.second_interrupt.cancel()
     session.all_gathers.end()
-    for owner, name, ours, torchs in session.replaced:
-        if vars(owner)[name] is ours:  # not if somebody has put theirs in its place since
-            setattr(owner, name, torchs)
+    session.replaced.undo()
 
 
-def _hook_into_api(replaced: list[_Replaced], agent: Agent, pickler: _pickler.RpcPickler | None) -> None:
-    """Lets ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and a pickler of ours.
+def _hooks_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[Place, Any]:
+    """What makes ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and our pickler.
 
     All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
     they are, as TorchScript knows them.
     """
-    ours: dict[str, Any] = {
-        "_invoke_rpc": _make_invoke_rpc(agent, api._invoke_rpc),
-        "_invoke_rpc_builtin": _invoke_rpc_builtin,
-        "_invoke_remote_builtin": _invoke_remote_builtin,
-        "_invoke_remote_python_udf": entry_points.py_remote_python_udf,
-        "_invoke_rpc_torchscript": entry_points.py_rpc_torchscript,
-        "_invoke_remote_torchscript": _invoke_remote_torchscript,
+    hooks: dict[Place, Any] = {
+        _torch_api.INVOKE_RPC: _make_invoke_rpc(agent, _torch_api.INVOKE_RPC.current),
+        _torch_api.INVOKE_RPC_BUILTIN: _invoke_rpc_builtin,
+        _torch_api.INVOKE_REMOTE_BUILTIN: _invoke_remote_builtin,
+        _torch_api.INVOKE_REMOTE_PYTHON_UDF: entry_points.py_remote_python_udf,
+        _torch_api.INVOKE_RPC_TORCHSCRIPT: entry_points.py_rpc_torchscript,
+        _torch_api.INVOKE_REMOTE_TORCHSCRIPT: _invoke_remote_torchscript,
     }
     if pickler is not None:
-        ours |= {
-            "_internal_rpc_pickler": pickler,  # what _use_rpc_pickler() goes back to
-            "_default_pickler": pickler,
-            "_invoke_rpc_python_udf": entry_points.py_rpc_python_udf,
+        hooks |= {
+            _torch_api.INTERNAL_RPC_PICKLER: pickler,  # what _use_rpc_pickler() goes back to
+            _torch_api.DEFAULT_PICKLER: pickler,
+            _torch_api.INVOKE_RPC_PYTHON_UDF: entry_points.py_rpc_python_udf,
         }
-    _replace(replaced, api, ours)
+    return hooks
 
 
-def _hook_into_futures(replaced: list[_Replaced]) -> None:
+def _hooks_into_futures() -> dict[Place, Any]:
     """Two changes of what futures and RRefs do.
 
     Their waits let Python run the handlers of signals meanwhile. Each callback of a future begins and ends in a clean
     thread state where the engine runs it.
     """
-    future = {
-        "add_done_callback": _C.future_add_done_callback,
-        "then": _C.future_then,
-        "wait": _C.future_wait,
+    return {
+        _torch_api.FUTURE_ADD_DONE_CALLBACK: _C.future_add_done_callback,
+        _torch_api.FUTURE_THEN: _C.future_then,
+        _torch_api.FUTURE_WAIT: _C.future_wait,
+        _torch_api.RREF_LOCAL_VALUE: _C.rref_local_value,
+        _torch_api.RREF_TO_HERE: _C.rref_to_here,
     }
-    rref = {"local_value": _C.rref_local_value, "to_here": _C.rref_to_here}
-    _replace(replaced, Future, future)
-    _replace(replaced, PyRRef, rref)
-
-
-def _replace(replaced: list[_Replaced], owner: Any, names: Mapping[str, Any]) -> None:
-    """Sets names of a module or class, and notes what was there."""
-    for name, ours in names.items():
-        replaced.append(_Replaced(owner, name, ours, vars(owner)[name]))
-        setattr(owner, name, ours)
 
 
 class _Answer:

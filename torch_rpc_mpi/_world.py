@@ -24,9 +24,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
-
 from . import _mpi
+from ._torch_api import FileStore, PrefixStore, Store
 
 if TYPE_CHECKING:
     from . import _C

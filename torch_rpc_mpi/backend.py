@@ -18,25 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
-from torch._C._distributed_c10d import HashStore, Store
-from torch._C._distributed_rpc import (
-    _DEFAULT_INIT_METHOD,
-    _DEFAULT_RPC_TIMEOUT_SEC,
-    RpcBackendOptions,
-    WorkerInfo,
-    _is_current_rpc_agent_set,
-    _reset_current_rpc_agent,
-)
 from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
-from torch.distributed.rpc import api, internal
+from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _mpi, _waiting, _world
+from . import __version__, _agreement, _mpi, _torch_api, _waiting, _world
+from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, HashStore, RpcBackendOptions, Store, WorkerInfo
 from .options import OPTIONS, MPIRpcBackendOptions
 
 if TYPE_CHECKING:
-    from torch._C._distributed_rpc import RpcAgent
-
     from . import _C
+    from ._torch_api import RpcAgent
 
 _DEFAULT_URL = "mpi://"
 
@@ -54,13 +45,13 @@ class InitCall(NamedTuple):
 
 
 def construct_options(
-    rpc_timeout: float = _DEFAULT_RPC_TIMEOUT_SEC, init_method: str = _DEFAULT_INIT_METHOD, **given: Any
+    rpc_timeout: float = DEFAULT_RPC_TIMEOUT, init_method: str = DEFAULT_INIT_METHOD, **given: Any
 ) -> MPIRpcBackendOptions:
     """Torch's option handler; also called, without arguments, for every backend when torch infers one from options."""
-    if init_method == _DEFAULT_INIT_METHOD:
+    if init_method == DEFAULT_INIT_METHOD:
         # torch fills in its own default, which asks for MASTER_ADDR.
         init_method = _DEFAULT_URL
-    if rpc_timeout == _DEFAULT_RPC_TIMEOUT_SEC and init_method == _DEFAULT_URL and not given:
+    if rpc_timeout == DEFAULT_RPC_TIMEOUT and init_method == _DEFAULT_URL and not given:
         try:
             return MPIRpcBackendOptions()
         except ValueError:
@@ -133,7 +124,7 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
         ValueError: rank or world size are missing, or disagree with the communicator.
     """
     _mpi.refuse_forked_child()
-    if _is_current_rpc_agent_set():
+    if _torch_api.is_current_rpc_agent_set():
         raise RuntimeError("RPC is already initialized")
     _check_name(name)
     options = MPIRpcBackendOptions() if options is None else _checked_options(options)
@@ -247,11 +238,11 @@ def init_backend(
     agent = agents.pop()
     try:
         _session.begin(agent, pickler, whereabouts)
-        api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
+        _torch_api.init_rpc_states(agent)
     except BaseException:
         agent.shutdown()
-        if _is_current_rpc_agent_set():
-            _reset_current_rpc_agent()  # type: ignore[no-untyped-call]
+        if _torch_api.is_current_rpc_agent_set():
+            _torch_api.reset_current_rpc_agent()
         raise
     return agent
 

@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C._distributed_rpc import _get_current_rpc_agent, _is_current_rpc_agent_set
-from torch.distributed.rpc import api, internal
+from torch.distributed.rpc import internal
 
-from . import _C, functions
+from . import _C, _torch_api, functions
 
 if TYPE_CHECKING:
-    from torch._C import Future
-    from torch._C._distributed_rpc import PyRRef, WorkerInfo
+    from ._torch_api import Future, PyRRef, WorkerInfo
 
 __all__ = ["remote", "rpc_async", "rpc_sync"]
 
@@ -46,7 +44,7 @@ def rpc_sync(
         Exception: what ``func`` raised; see docs/entry_points.md.
     """
     call = functools.partial(_call, internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout)
-    agent = _get_current_rpc_agent() if _is_current_rpc_agent_set() else None
+    agent = _torch_api.get_current_rpc_agent() if _torch_api.is_current_rpc_agent_set() else None
     if not isinstance(agent, _C.MPIAgent):
         return call().wait()
     return agent.wait(announced(agent, call))
@@ -75,8 +73,8 @@ def rpc_async(
         The future of its result. Its ``wait()`` raises what :func:`rpc_sync` would.
     """
     future = _call(internal.RPCExecMode.ASYNC, to, func, args, kwargs, timeout)
-    if hasattr(api._thread_local_var, "future_list"):  # inside torch's _wait_all()
-        api._thread_local_var.future_list.append(future)
+    if hasattr(_torch_api.waiting_for_all, "future_list"):  # inside torch's _wait_all()
+        _torch_api.waiting_for_all.future_list.append(future)
     return future
 
 
@@ -97,7 +95,7 @@ def remote(
     rref: PyRRef[Any]
     rref, finish = _prepare(internal.RPCExecMode.REMOTE, to, func, args, kwargs, timeout)
     if finish is not None:
-        rref._set_profiling_future(finish(rref._get_future()))
+        _torch_api.set_profiling_future(rref, finish(_torch_api.future_of_rref(rref)))
     return rref
 
 
@@ -107,17 +105,17 @@ def _call(mode: Any, *call: Any) -> Future[Any]:
     return ended
 
 
-@api._require_initialized
+@_torch_api.require_initialized
 def _prepare(mode: Any, to: Any, func: Any, args: Any, kwargs: Any, timeout: float) -> tuple[Any, Any]:
     """Makes the call. Returns its future or RRef, and what ends the profiler's record of it, if it has one."""
     if not callable(func):
         raise TypeError("function should be callable.")
-    operator = torch.jit._builtins._find_builtin(func)  # type: ignore[no-untyped-call]
-    dst = api._to_worker_info(to)  # type: ignore[no-untyped-call]
-    profiled = api._get_should_profile()  # type: ignore[no-untyped-call]
-    with api._enable_rpc_profiler(profiled, operator, func, mode, dst) as record:  # type: ignore[no-untyped-call]
+    operator = _torch_api.find_builtin(func)
+    dst = _torch_api.to_worker_info(to)
+    profiled = _torch_api.should_profile()
+    with _torch_api.enable_rpc_profiler(profiled, operator, func, mode, dst) as record:
         made = _invoke(mode is internal.RPCExecMode.REMOTE, dst, operator, func, args or (), kwargs or {}, timeout)
-    return made, record._call_end_callbacks_on_future if profiled else None
+    return made, _torch_api.end_of_record(record) if profiled else None
 
 
 def _invoke(
@@ -127,14 +125,15 @@ def _invoke(
         if as_rref:
             return functions.py_remote_builtin(dst, operator, timeout, args, kwargs)
         return functions.py_rpc_builtin(dst, operator, args, kwargs, timeout)
-    is_async = hasattr(func, "_wrapped_async_rpc_function")
-    if is_async and isinstance(func._wrapped_async_rpc_function, torch.jit.ScriptFunction):
-        func = func._wrapped_async_rpc_function
+    wrapped = _torch_api.async_execution(func)
+    is_async = wrapped is not None
+    if isinstance(wrapped, torch.jit.ScriptFunction):
+        func = wrapped
     if isinstance(func, torch.jit.ScriptFunction):
-        name = torch._jit_internal._qualified_name(func)
+        name = _torch_api.qualified_name(func)
         if as_rref:
             return functions.py_remote_torchscript(dst.name, name, timeout, is_async, args, kwargs)
         return functions.py_rpc_torchscript(dst.name, name, args, kwargs, timeout, is_async)
-    pickled, tensors = api._default_pickler.serialize(internal.PythonUDF(func, args, kwargs))
+    pickled, tensors = _torch_api.DEFAULT_PICKLER.current.serialize(internal.PythonUDF(func, args, kwargs))
     invoke = functions.py_remote_python_udf if as_rref else functions.py_rpc_python_udf
     return invoke(dst, pickled, tensors, timeout, is_async)

@@ -31,8 +31,8 @@ from . import _C
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch._C import Future
-    from torch._C._distributed_rpc import PyRRef, WorkerInfo
+
+    from ._torch_api import Future, PyRRef, WorkerInfo
 
 __all__ = [
     "as_asyncio",

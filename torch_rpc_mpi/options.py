@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import torch
-from torch._C._distributed_rpc import RpcBackendOptions
 
 from ._option_checks import (
     Option,
@@ -28,6 +27,7 @@ from ._option_checks import (
     check_str,
     to_device_map,
 )
+from ._torch_api import RpcBackendOptions
 
 if TYPE_CHECKING:
     from mpi4py import MPI

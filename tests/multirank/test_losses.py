@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import launcher
 import losses
 import pytest
+from launcher import Command
 from test_worlds import mpich
 
 pytestmark = [mpich, pytest.mark.timeout(1200)]  # the first test runs all cases
@@ -18,8 +18,8 @@ def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """By case, for those that are selected."""
     mine = [item for item in request.session.items if item.parent is request.node]
     names = [item.callspec.params["name"] for item in mine]
-    command = [sys.executable, losses.__file__, str(tmp_path_factory.mktemp("losses")), *names]
-    _, output = launcher.run_commands([command], {}, 60 + losses.LIMIT * len(names))
+    command = Command(["main", "losses", str(tmp_path_factory.mktemp("losses")), *names], {}, forked=True)
+    _, output = launcher.run_commands([command], 60 + losses.LIMIT * len(names))
     return dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
 
 

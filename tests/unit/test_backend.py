@@ -13,7 +13,7 @@ import torch
 import unit_fakes
 
 import torch_rpc_mpi
-from torch_rpc_mpi import MPIRpcBackendOptions, _agreement, _mpi, backend
+from torch_rpc_mpi import MPIRpcBackendOptions, _agreement, _mpi, _torch_api, backend
 from torch_rpc_mpi._agreement import Member
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -98,7 +98,7 @@ class TestPrepare:
             backend.prepare("worker", rank, None, None)
 
     def test_refuses_a_second_session(self, mpi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backend, "_is_current_rpc_agent_set", lambda: True)
+        monkeypatch.setattr(_torch_api, "is_current_rpc_agent_set", lambda: True)
         with pytest.raises(RuntimeError, match=r"^RPC is already initialized$"):
             backend.prepare("worker", -1, None, None)
         assert _mpi._loaded is None

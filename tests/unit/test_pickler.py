@@ -15,7 +15,7 @@ import torch.distributed.rpc as rpc
 from torch.distributed.rpc import api, internal
 import unit_fakes
 extension = unit_fakes.install_extension(pathlib.Path.cwd())
-from torch_rpc_mpi import _pickler, _unsendable, MPIRpcBackendOptions
+from torch_rpc_mpi import _pickler, _torch_api, _unsendable, MPIRpcBackendOptions
 from torch_rpc_mpi._pickler import MissingInMain, Resendable, RpcPickler
 
 main = sys.modules["__main__"]
@@ -407,8 +407,8 @@ init()
 rref = rpc.RRef(5)
 data, tensors = auto.serialize(call(plus, rref, [rref]))
 taken = []
-torchs = rpc.PyRRef._deserialize
-_pickler.PyRRef = types.SimpleNamespace(_deserialize=lambda fork: taken.append(fork) or torchs(fork))
+torchs = _torch_api.rref_of_fork
+_torch_api.rref_of_fork = lambda fork: taken.append(fork) or torchs(fork)
 kept = main.plus
 del main.plus
 assert type(received((data, tensors))) is MissingInMain

@@ -13,58 +13,63 @@ from typing import Any
 import torch
 import torch.distributed.rpc as rpc
 from mpi4py import MPI
-from torch._C import _distributed_rpc as torchs
-from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
+from torch.distributed.rpc.internal import PythonUDF, serialize
 
-from .. import functions
+from .. import _torch_api, functions
 from .cases import empty, script_add
 
 ROUNDS, SAMPLES = 30, 100
 Call = Callable[[], Any]
 
 
-_torchs: Any = torchs  # its stubs take the bytes for a str
+# Now, before a session puts others in their places.
+_invoke_rpc_builtin = _torch_api.INVOKE_RPC_BUILTIN.current
+_invoke_rpc_python_udf = _torch_api.INVOKE_RPC_PYTHON_UDF.current
+_invoke_rpc_torchscript = _torch_api.INVOKE_RPC_TORCHSCRIPT.current
+_invoke_remote_builtin = _torch_api.INVOKE_REMOTE_BUILTIN.current
+_invoke_remote_python_udf = _torch_api.INVOKE_REMOTE_PYTHON_UDF.current
+_invoke_remote_torchscript = _torch_api.INVOKE_REMOTE_TORCHSCRIPT.current
 
 
 def calls(dst: Any) -> dict[str, tuple[Call, Call]]:
     """By name: torch's own, and ours."""
     x = torch.ones(2)
-    name = torch._jit_internal._qualified_name(script_add)
+    name = _torch_api.qualified_name(script_add)
 
     def udf() -> tuple[bytes, list[torch.Tensor]]:
-        pickled: tuple[bytes, list[torch.Tensor]] = _internal_rpc_pickler.serialize(PythonUDF(empty, (), {}))  # type: ignore[no-untyped-call]
+        pickled: tuple[bytes, list[torch.Tensor]] = serialize(PythonUDF(empty, (), {}))  # type: ignore[no-untyped-call]
         return pickled
 
     return {
         "py_rpc_builtin": (
-            lambda: _torchs._invoke_rpc_builtin(dst, "aten::add", -1.0, x, 1),
+            lambda: _invoke_rpc_builtin(dst, "aten::add", -1.0, x, 1),
             lambda: functions.py_rpc_builtin(dst, "aten::add", (x, 1)),
         ),
         "py_rpc_python_udf": (
-            lambda: _torchs._invoke_rpc_python_udf(dst, *udf(), -1.0, False),
+            lambda: _invoke_rpc_python_udf(dst, *udf(), -1.0, False),
             lambda: functions.py_rpc_python_udf(dst, *udf()),
         ),
         "py_rpc_torchscript": (
-            lambda: _torchs._invoke_rpc_torchscript(dst.name, name, (x, 1), {}, -1.0, False),
+            lambda: _invoke_rpc_torchscript(dst.name, name, (x, 1), {}, -1.0, False),
             lambda: functions.py_rpc_torchscript(dst.name, name, (x, 1)),
         ),
         "py_remote_builtin": (
-            lambda: _torchs._invoke_remote_builtin(dst, "aten::add", -1.0, x, 1),
+            lambda: _invoke_remote_builtin(dst, "aten::add", -1.0, x, 1),
             lambda: functions.py_remote_builtin(dst, "aten::add", args=(x, 1)),
         ),
         "py_remote_python_udf": (
-            lambda: _torchs._invoke_remote_python_udf(dst, *udf(), -1.0, False),
+            lambda: _invoke_remote_python_udf(dst, *udf(), -1.0, False),
             lambda: functions.py_remote_python_udf(dst, *udf()),
         ),
         "py_remote_torchscript": (
-            lambda: _torchs._invoke_remote_torchscript(dst.name, name, -1.0, False, x, 1),
+            lambda: _invoke_remote_torchscript(dst.name, name, -1.0, False, x, 1),
             lambda: functions.py_remote_torchscript(dst.name, name, args=(x, 1)),
         ),
     }
 
 
 def wait(made: Any) -> None:
-    if isinstance(made, rpc.PyRRef):  # type: ignore[attr-defined]
+    if isinstance(made, _torch_api.PyRRef):
         made.to_here()
     else:
         made.wait()

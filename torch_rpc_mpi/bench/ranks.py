@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from .._torch_api import PrefixStore, TCPStore
 from .worker import how_it_ended
 
 START_LIMIT = 600.0  # seconds, for all ranks to import torch

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed.rpc as rpc
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from .. import MPIRpcBackendOptions, _mpi
+from .._torch_api import PrefixStore, TCPStore
 from .case import Case
 from .cases import CASES, call_all
 from .raw import Raw
