@@ -78,6 +78,10 @@ def a_barrier_that_waits_does_not_stop_rpc(world: World) -> None:
 
 # Process groups
 
+# In c10d the last reference to a group goes with the GIL held, and then its destructor joins threads that may be about
+# to take the GIL. So the groups live until their process ends.
+groups: list[dist.ProcessGroup | None] = []
+
 
 def gloo(world: World, name: str) -> None:
     with warnings.catch_warnings():
@@ -88,6 +92,7 @@ def gloo(world: World, name: str) -> None:
             rank=world.rank,
             world_size=world.size,
         )
+    groups.append(dist.group.WORLD)
 
 
 @case()

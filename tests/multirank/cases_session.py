@@ -195,7 +195,7 @@ def arguments(world: World, **options: Any) -> dict[str, Any]:
 # Rank and world size
 
 
-@case(session=False, sizes=(1, 4), tensorpipe=MPI_ONLY)
+@case(session=False, launched=True, sizes=(1, 4), tensorpipe=MPI_ONLY)
 def rank_and_world_size_are_known(world: World) -> None:
     for given in (
         {},
@@ -212,7 +212,7 @@ def rank_and_world_size_are_known(world: World) -> None:
         rpc.shutdown()
 
 
-@case(session=False, tensorpipe=MPI_ONLY)
+@case(session=False, launched=True, tensorpipe=MPI_ONLY)
 def rank_or_world_size_that_disagree(world: World) -> None:
     other = (world.rank + 1) % world.size
     for given, wrong, right in (
@@ -229,7 +229,7 @@ def rank_or_world_size_that_disagree(world: World) -> None:
     rpc.shutdown()
 
 
-@case(session=False, tensorpipe=MPI_ONLY)
+@case(session=False, launched=True, tensorpipe=MPI_ONLY)
 def backend_as_member_of_the_enum_and_from_the_options(world: World) -> None:
     import torch_rpc_mpi
 

@@ -39,6 +39,7 @@ class Case:
     options: Mapping[str, Any]
     limit: float
     large: bool
+    launched: bool
     tensorpipe: str | None
 
 
@@ -78,6 +79,7 @@ def case(
     options: Mapping[str, Any] | None = None,
     limit: float = 60.0,
     large: bool = False,
+    launched: bool = False,
     tensorpipe: str | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function of the world as a case.
@@ -89,6 +91,7 @@ def case(
         options: backend options that differ from the shared session's; the runner makes a session with them.
         limit: seconds after which the case counts as hanging.
         large: the case needs several GiB.
+        launched: it is about what MPI's launcher tells the ranks; the case is skipped in other worlds.
         tensorpipe: why TensorPipe cannot do this; the case is then skipped there.
     """
     if each is None:
@@ -103,7 +106,16 @@ def case(
         for suffix, arguments in variants.items():
             name = function.__name__ + suffix
             registry[name] = Case(
-                name, function, arguments, tuple(sizes), session, dict(options or {}), limit, large, tensorpipe
+                name,
+                function,
+                arguments,
+                tuple(sizes),
+                session,
+                dict(options or {}),
+                limit,
+                large,
+                launched,
+                tensorpipe,
             )
         return function
 

@@ -130,14 +130,24 @@ class Job:
             start_new_session=True,
         )
 
-    def wait(self, expired: Callable[[], bool], pids: Callable[[], list[int]] = list) -> int | None:
-        """The first exit status that is not 0, else 0; None if the job had to be ended because it `expired()`."""
+    def wait(
+        self, expired: Callable[[], bool], pids: Callable[[], list[int]] = list, together: bool = False
+    ) -> int | None:
+        """The first exit status that is not 0, else 0; None if the job had to be ended because it `expired()`.
+
+        Args:
+            expired: whether it has run for too long.
+            pids: those of the ranks, as far as they are known.
+            together: whether it is over when one process has failed, as MPI's launchers see it.
+        """
         try:
-            while any(process.poll() is None for process in self._processes):
+            while None in (statuses := [process.poll() for process in self._processes]):
+                if together and any(statuses):
+                    break
                 if expired():
                     return None
                 time.sleep(0.05)
-            return next((process.returncode for process in self._processes if process.returncode), 0)
+            return next(filter(None, statuses), 0)
         finally:
             self._end(pids())
             for status in [process.returncode for process in self._processes if isinstance(process, ForkedRank)]:
@@ -272,7 +282,7 @@ def _launch_cases(module: str, names: Sequence[str], size: int, backend: str) ->
         def pids() -> list[int]:
             return [record["pid"] for file in files for record in _records(file)[:1]]
 
-        status = job.wait(expired, pids)
+        status = job.wait(expired, pids, together=True)
         return Report(scratch, size, status, _text(output))
 
 

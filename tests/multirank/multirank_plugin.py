@@ -139,7 +139,9 @@ def outcome(launch: str, module: str, size: int, name: str, backend: str) -> lau
 def _reason_to_skip(case: harness.Case, backend: str) -> str:
     if case.large and _available_memory() < LARGE_NEEDS:
         return f"needs {LARGE_NEEDS // GIB} GiB of free memory"
-    return (case.tensorpipe or "") if backend == "tensorpipe" else ""
+    if backend == "tensorpipe" and case.tensorpipe:
+        return case.tensorpipe
+    return "about what the launcher tells" if case.launched and backend != "mpi" else ""
 
 
 def _available_memory() -> int:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed.rpc as rpc
 
 EXIT_LIMIT = 30.0
+STACKS_LIMIT = 5.0  # to write the stacks
 
 
 class Recorder:
@@ -90,12 +91,16 @@ class Runner:
             error = _report(raised)
             self._world.fail()
         self._world.enter(f"{name}/after")
+        together = True
         try:
-            self._world.barrier(limit)
+            self._world.barrier(limit + STACKS_LIMIT)
         except Exception as raised:
-            error = error or _report(raised)
+            error, together = error or _report(raised), False
         faulthandler.cancel_dump_traceback_later()
         self._recorder.write(end=name, error=error, seconds=round(time.perf_counter() - begin, 3))
+        if not together:
+            # A rank hangs, and has written its stacks. The next cases need a launch in which they all are there.
+            os._exit(1)
         return error
 
     def _body(self, case: harness.Case) -> None:

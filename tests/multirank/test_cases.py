@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import harness
 import launcher
 import pytest
 from multirank_plugin import parametrize_cases
@@ -22,6 +23,12 @@ pytestmark = pytest.mark.timeout(1200)
 def test_case(outcome: launcher.Outcome) -> None:
     if outcome.error:
         pytest.fail(outcome.error, pytrace=False)
+
+
+def test_cases_about_the_launcher_run_under_it() -> None:
+    about_it = {module for module in MODULES if any(case.launched for case in harness.CASES[module].values())}
+    assert about_it
+    assert about_it <= set(DEPEND_ON_MPI)
 
 
 @pytest.mark.mpi
