@@ -28,9 +28,11 @@ bool Doorbell::wait(uint32_t ticket, std::chrono::nanoseconds limit) {
 }
 
 void Doorbell::ring(BellWord& word) {
-  // Orders the caller's earlier stores (the work it queued) before the look at sleepers; pairs with prepare().
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (word.sleepers.load() == 0) {
+  // A read-modify-write of what prepare() counts in, though it changes nothing: of the two one comes first, and what
+  // was done before that one, by whatever stores, is seen after the other. So either this sees the sleeper, or the
+  // sleeper's second look sees the work that was queued. With a load, each of them would need a fence between its two
+  // steps.
+  if (word.sleepers.fetch_add(0) == 0) {
     return;
   }
   word.rings.fetch_add(1);

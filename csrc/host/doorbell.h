@@ -29,7 +29,7 @@ class Doorbell {
   // Returns when rung (true) or after `limit`; leaves the sleeping state.
   bool wait(uint32_t ticket, std::chrono::nanoseconds limit);
 
-  // Any thread, any process that maps the word. Costs one load when nobody sleeps.
+  // Any thread, any process that maps the word. Costs one atomic operation when nobody sleeps.
   static void ring(BellWord& word);
   void ring() {
     ring(word_);
