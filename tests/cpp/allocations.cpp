@@ -6,6 +6,20 @@
 namespace {
 
 thread_local int failing = 0;
+// No machine has so many bytes; the address sanitizer ends a process that asks for them.
+constexpr size_t kAll = size_t{1} << 40;
+
+void* allocate(size_t bytes) {
+  if (failing > 0) {
+    --failing;
+    throw std::bad_alloc();
+  }
+  void* memory = bytes < kAll ? std::malloc(bytes) : nullptr;
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+  return memory;
+}
 
 } // namespace
 
@@ -14,14 +28,11 @@ void torch_rpc_mpi::testing::failAllocations(int count) {
 }
 
 void* operator new(size_t bytes) {
-  if (failing > 0) {
-    --failing;
-    throw std::bad_alloc();
-  }
-  if (void* memory = std::malloc(bytes)) {
-    return memory;
-  }
-  throw std::bad_alloc();
+  return allocate(bytes);
+}
+
+void* operator new[](size_t bytes) {
+  return allocate(bytes);
 }
 
 void operator delete(void* memory) noexcept {
@@ -29,5 +40,13 @@ void operator delete(void* memory) noexcept {
 }
 
 void operator delete(void* memory, size_t /*bytes*/) noexcept {
+  std::free(memory);
+}
+
+void operator delete[](void* memory) noexcept {
+  std::free(memory);
+}
+
+void operator delete[](void* memory, size_t /*bytes*/) noexcept {
   std::free(memory);
 }
