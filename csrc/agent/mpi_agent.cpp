@@ -133,6 +133,22 @@ bool MpiAgent::rests() const {
 }
 
 bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
+  const auto handOver = [&] {
+    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
+    arrivals_.clear();
+  };
+  bool active = false;
+  try {
+    active = progress(token);
+  } catch (...) {
+    handOver(); // the calls that they complete are in no table any more, and there will be no other turn
+    throw;
+  }
+  handOver();
+  return active;
+}
+
+bool MpiAgent::progress(ProgressToken& token) {
   std::vector<OutboundPtr> queued;
   if (outboxFilled_.load()) {
     const std::lock_guard<std::mutex> lock(outboxMutex_);
@@ -162,10 +178,6 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   auto failed = exchange_.takeFailed(token);
   if (!finished.empty() || !failed.empty()) {
     arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(finished), std::move(failed)));
-  }
-  if (!arrivals_.empty()) {
-    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
-    arrivals_.clear();
   }
   return moved || !queued.empty();
 }

@@ -150,6 +150,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   RpcMessage errorResponse(const std::string& what, int64_t id) const;
 
   void submit(OutboundPtr message, bool expectsReply);
+  bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
   void advanceDrain(ProgressToken& token);
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
