@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The C++ unit tests, with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to the test program.
+# The model of the engine, and the C++ unit tests, with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to
+# the unit tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make --no-print-directory env-mpich
@@ -7,7 +8,9 @@ source .venv/bin/activate
 
 cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DTORCH_RPC_MPI_BUILD_TESTS=ON -DTORCH_RPC_MPI_SANITIZE=ON -DTORCH_RPC_MPI_WERROR=ON
-cmake --build build/sanitize --target torch_rpc_mpi_unit_tests
+cmake --build build/sanitize --target torch_rpc_mpi_model torch_rpc_mpi_unit_tests
+
+timeout 300 build/sanitize/torch_rpc_mpi_model
 
 # detect_container_overflow: torch is not instrumented, so a vector that one side grows and the other reads would be
 # reported although both are right.

@@ -1,4 +1,6 @@
 // How the agent ends: by agreement (join, then shutdown) or on its own (shutdown without join, exit).
+#include <string_view>
+
 #include "agent/engine_work.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
@@ -14,7 +16,8 @@ namespace {
 constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
 // Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
 constexpr auto kFlushLimit = std::chrono::milliseconds(500);
-// Of a goodbye, which is to fit its frame, in bytes.
+// In a goodbye; of which so many bytes at most, because that is to fit its frame.
+constexpr std::string_view kCause = ", after it had lost another worker: ";
 constexpr size_t kCauseLength = 400;
 
 // Agents some of whose threads outlive them.
@@ -156,7 +159,10 @@ void MpiAgent::sayGoodbye() {
   std::string text = "it shut RPC down or exited without waiting for the others";
   const auto lost = members_.lost();
   if (!lost.empty()) { // the cause, for those that hear of this before they hear of that
-    text += ", after it had lost another worker: " + lost.front().reason.substr(0, kCauseLength);
+    const std::string& reason = lost.front().reason;
+    const size_t passedOn = reason.rfind(kCause); // that of a worker which had left for the same cause
+    const size_t begin = passedOn == std::string::npos ? 0 : passedOn + kCause.size();
+    text += std::string(kCause) + reason.substr(begin, kCauseLength);
   }
   engine_->withToken([&](ProgressToken& token) {
     try {

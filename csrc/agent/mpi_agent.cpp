@@ -137,6 +137,22 @@ bool MpiAgent::postOutbox(ProgressToken& token) {
 }
 
 bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
+  const auto handOver = [&] {
+    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
+    arrivals_.clear();
+  };
+  bool active = false;
+  try {
+    active = progress(token);
+  } catch (...) {
+    handOver(); // the calls that they complete are in no table any more, and there will be no other turn
+    throw;
+  }
+  handOver();
+  return active;
+}
+
+bool MpiAgent::progress(ProgressToken& token) {
   const bool posted = postOutbox(token);
   const bool moved = exchange_.poll(token);
   const auto now = Clock::now();
@@ -159,10 +175,6 @@ bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   DoneMessages done = exchange_.takeDone(token);
   if (!done.sent.empty() || !done.failed.empty()) {
     arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(done)));
-  }
-  if (!arrivals_.empty()) {
-    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
-    arrivals_.clear();
   }
   return moved || posted;
 }
@@ -242,6 +254,7 @@ void MpiAgent::onBroken(const std::string& reason) noexcept {
     const std::lock_guard<std::mutex> lock(brokenMutex_);
     brokenReason_ = text;
   }
+  members_.lose(rank_, text);
   std::vector<TaskPtr> failures;
   for (PendingCall& call : calls_.close()) {
     failures.push_back(std::make_unique<ErrorTask>(*this, std::move(call), text));

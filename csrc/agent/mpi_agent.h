@@ -105,7 +105,8 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
   std::vector<WorkerInfo> getWorkerInfos() const override;
   std::unordered_map<std::string, std::string> getMetrics() override;
   void addGilWaitTime(const std::chrono::microseconds gilWaitTime) override;
-  // The workers to which calls can no longer be answered, in the order in which they were lost.
+  // The workers to which calls can no longer be answered, in the order in which they were lost; this one itself if its
+  // transport is broken.
   std::vector<Membership::Loss> lostWorkers() const {
     return members_.lost();
   }
@@ -157,6 +158,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
 
   void submit(OutboundPtr message, bool expectsReply);
   bool postOutbox(ProgressToken& token); // whether there was something
+  bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
   // Of leaving; what a signal throws meanwhile cuts them short and is kept.

@@ -122,8 +122,9 @@ TaskPtr Engine::take() {
   if (!lanes_.runnable()) {
     return nullptr;
   }
-  // Beside this one there is to be a leader and a standby; without another thread in the process, one for both.
-  if (threads_ - lanes_.running() < 3 && !spawn() && threads_ - lanes_.running() < 2) {
+  // Beside this one there is to be a leader and a standby; without another thread in the process, one for both. Without
+  // any, this one does what is short, for which those that run may be waiting.
+  if (threads_ - lanes_.running() < 3 && !spawn() && threads_ - lanes_.running() < 2 && !lanes_.mayComplete()) {
     return nullptr;
   }
   TaskPtr task = lanes_.take();

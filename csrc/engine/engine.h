@@ -9,9 +9,10 @@
 // progress by at most two ticks. While the
 // process is idle the standby does not tick; the leader wakes it when it leaves sleep to run a task.
 //
-// A thread takes a task only if two others remain that run none, starting new ones if it must. So progress,
-// deadlines and flow control never depend on how long user code takes. Requests are bounded by num_worker_threads;
-// completions of futures are not counted with them, because a request may be waiting for just that completion. How many
+// A thread takes a task only if two others remain that run none, starting new ones if it must; a process that may have
+// no more threads does with one, and for a completion with none. So progress, deadlines and flow control never depend
+// on how long user code takes. Requests are bounded by num_worker_threads; completions of futures are not counted with
+// them, because a request may be waiting for just that completion. How many
 // of them run: Note [How many at once] in task_lanes.h.
 //
 // Note [Guests]

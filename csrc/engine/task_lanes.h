@@ -34,6 +34,9 @@ class TaskLanes {
   bool runnable() const { // a queued task could be taken now
     return runnable_;
   }
+  bool mayComplete() const { // take() would give a completion
+    return mayRun(Task::Kind::kCompletion);
+  }
   bool backlog() const; // something waits only because others of its kind run
   int running() const;
   int running(Task::Kind kind) const {

@@ -437,6 +437,27 @@ TEST(agent_fails_calls_to_a_process_that_has_ended) {
   CHECK_EQUAL(textOf(answer(group.call(2, 0, "hello"))), "hello");
 }
 
+TEST(agent_completes_a_call_whose_answer_came_when_the_transport_broke) {
+  std::atomic<MpiAgent*> caller{nullptr}; // once it has called
+  const auto prepare = [&](FakeNetwork& network) {
+    network.fails = [&](int rank) { return rank == 0 && caller != nullptr && !caller.load()->awaitsAnswers(); };
+  };
+  Group group(2, {}, prepare);
+  const JitFuturePtr future = group.call(0, 1, "hold");
+  caller = group.agents[0].get();
+  JitFuturePtr held;
+  while (held == nullptr) {
+    std::this_thread::yield();
+    const std::lock_guard<std::mutex> lock(group.callbacks[1]->mutex);
+    held = group.callbacks[1]->held.empty() ? nullptr : group.callbacks[1]->held[0];
+  }
+  held->markCompleted(
+      at::IValue(
+          c10::make_intrusive<rpc::Message>(
+              std::vector<char>{'a'}, std::vector<at::Tensor>{}, rpc::MessageType::SCRIPT_RET)));
+  CHECK_EQUAL(textOf(answer(future)), "a");
+}
+
 TEST(agent_serves_signals_while_it_waits_to_join) {
   AgentOptions options;
   options.signals = Signals::service();

@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -27,6 +29,8 @@ class FakeNetwork {
   bool rings = false;
   // Sends up to so many bytes are copied at once, as eager MPI messages are; the others when they are received.
   size_t eagerBytes = 4096;
+  // Asked after a poll of a rank in which something has finished: whether it fails all the same.
+  std::function<bool(int rank)> fails = [](int) { return false; };
   // The process of a rank ends.
   void end(int rank) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -142,6 +146,9 @@ class FakeTransport final : public Transport {
     }
     for (auto& [op, status] : done) {
       op->complete(token, status);
+    }
+    if (!done.empty() && network_->fails(rank_)) {
+      throw std::runtime_error("the wire is cut");
     }
     return done.size();
   }
