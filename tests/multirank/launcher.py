@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import harness
 from events import EventServer
-from rank_server import ForkedRank, RankServer
+from fork_server import ForkedProcess, ForkServer
 
 # MPI under mpirun; MPI of processes that find each other by a file; TensorPipe.
 BACKENDS = ("mpi", "mpi-by-store", "tensorpipe")
@@ -93,15 +93,15 @@ class Command(NamedTuple):
     forked: bool = False
 
 
-_servers: list[RankServer] = []
+_servers: list[ForkServer] = []
 
 
-def rank_server() -> RankServer:
+def rank_server() -> ForkServer:
     """The server of this process's ranks; another one if it has ended."""
     if _servers and not _servers[-1].runs():
         close_rank_server()
     if not _servers:
-        _servers.append(RankServer(environment({})))
+        _servers.append(ForkServer([*RANKS, "serve"], environment({})))
     return _servers[-1]
 
 
@@ -117,7 +117,7 @@ class Job:
         self._output = output.open("ab")
         self._processes = [self._start(command, output) for command in commands]
 
-    def _start(self, command: Command, output: Path) -> subprocess.Popen | ForkedRank:
+    def _start(self, command: Command, output: Path) -> subprocess.Popen | ForkedProcess:
         # In a session of its own, so that it can be ended with its children without touching anything else.
         if command.forked:
             return rank_server().fork(command.arguments, command.env, output)
@@ -150,7 +150,7 @@ class Job:
             return next(filter(None, statuses), 0)
         finally:
             self._end(pids())
-            for status in [process.returncode for process in self._processes if isinstance(process, ForkedRank)]:
+            for status in [process.returncode for process in self._processes if isinstance(process, ForkedProcess)]:
                 # As the shell says it, of a signal as well.
                 said = "still runs" if status is None else f"ended with status {128 - status if status < 0 else status}"
                 self._output.write(f"a rank {said}\n".encode())

@@ -3,7 +3,7 @@
     python ranks.py cases MODULE:CASE...
     python ranks.py program MODULE PROGRAM
     python ranks.py main MODULE ARGUMENT...  a module with a main() of its own, as if it were the program
-    python ranks.py serve DESCRIPTOR         a process that forks such ranks: see rank_server.py
+    python ranks.py serve DESCRIPTOR         a process that forks such ranks: see fork_server.py
 
 Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
 {"end": case, "error": traceback or null, "seconds"}. Their output goes to rankN.log, and so do the stacks of all
@@ -18,15 +18,14 @@ import gc
 import importlib
 import json
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import fork_server
 import harness
-import rank_server
 import torch
 import torch.distributed.rpc as rpc
 
@@ -153,7 +152,7 @@ def main() -> None:
         importlib.import_module("torch._dynamo")
         gc.collect()
         gc.freeze()
-        arguments = rank_server.serve(socket.socket(fileno=int(arguments[1])))
+        arguments = fork_server.serve(arguments[1])
         if arguments is None:
             return
     kind, *names = arguments

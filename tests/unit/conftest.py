@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +18,29 @@ import torch_rpc_mpi
 from torch_rpc_mpi import _mpi
 
 HERE = Path(__file__).parent
+MULTIRANK = HERE.parent / "multirank"  # has what starts processes
+sys.path.insert(0, str(MULTIRANK))
+
+from fork_server import ForkServer  # noqa: E402
+
 PACKAGE_ROOT = Path(torch_rpc_mpi.__file__).parent.parent
 
 # Well below pytest's own limits, so that a child that hangs shows where.
 CHILD_TIMEOUT = 120
+GUARD = f"import faulthandler; faulthandler.dump_traceback_later({CHILD_TIMEOUT - 20}, exit=True)\n"
+
+
+def as_installed(site: Path) -> Path:
+    """Makes the folder one with the package's entry point, as that of an environment in which it is installed."""
+    metadata = site / "as_installed-1.0.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: as_installed\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_rpc_mpi = torch_rpc_mpi._register:autoload\n")
+    return site
+
+
+def inherited_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("TORCH_RPC_MPI_")}
 
 
 @pytest.fixture
@@ -32,18 +53,10 @@ def run_python(tmp_path: Path) -> RunPython:
     def run(program: str, *, installed: bool = False, path: tuple[Path, ...] = (), **environment: str) -> str:
         search = [*path, PACKAGE_ROOT, HERE]
         if installed:
-            metadata = tmp_path / "site" / "as_installed-1.0.dist-info"
-            metadata.mkdir(parents=True, exist_ok=True)
-            (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: as_installed\nVersion: 1.0\n")
-            (metadata / "entry_points.txt").write_text(
-                "[torch.backends]\ntorch_rpc_mpi = torch_rpc_mpi._register:autoload\n"
-            )
-            search.append(metadata.parent)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_RPC_MPI_")}
-        guard = f"import faulthandler; faulthandler.dump_traceback_later({CHILD_TIMEOUT - 20}, exit=True)\n"
+            search.append(as_installed(tmp_path / "site"))
         child = subprocess.run(
-            [sys.executable, "-c", guard + program],
-            env={**inherited, "PYTHONPATH": os.pathsep.join(map(str, search)), **environment},
+            [sys.executable, "-c", GUARD + program],
+            env={**inherited_environment(), "PYTHONPATH": os.pathsep.join(map(str, search)), **environment},
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -66,6 +79,36 @@ def run_with_fakes(run_python: RunPython, tmp_path: Path) -> RunPython:
 
     def run(preamble: str, program: str, **environment: str) -> str:
         return run_python(preamble + program, installed=True, path=(tmp_path / "fakes",), **environment)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Forks programs from a process that has imported torch where the package is installed."""
+    search = [as_installed(tmp_path_factory.mktemp("site")), PACKAGE_ROOT, HERE, MULTIRANK]
+    env = {**inherited_environment(), "PYTHONPATH": os.pathsep.join(map(str, search)), "OMP_NUM_THREADS": "1"}
+    with contextlib.closing(ForkServer([sys.executable, str(HERE / "forked_program.py")], env)) as server:
+        yield server
+
+
+@pytest.fixture
+def run_forked_with_fakes(torch_server: ForkServer, tmp_path: Path) -> RunPython:
+    """As `run_with_fakes`, for many programs to which it does not matter how torch was imported."""
+    unit_fakes.write_mpi4py(tmp_path / "fakes")
+
+    def run(preamble: str, program: str, **environment: str) -> str:
+        output = tmp_path / "output"
+        output.touch()
+        arguments = [GUARD + preamble + program, str(tmp_path), str(tmp_path / "fakes")]
+        child = torch_server.fork(arguments, environment, output)
+        try:
+            status = child.wait(CHILD_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.kill(child.pid, signal.SIGKILL)
+            raise
+        assert status == 0, f"exit code {status}\n{output.read_text()}"
+        return output.read_text()
 
     return run
 

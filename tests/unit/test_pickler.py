@@ -65,8 +65,8 @@ def plus(x, y):
 
 
 @pytest.fixture
-def run_pickler(run_with_fakes: RunPython) -> RunPython:
-    return functools.partial(run_with_fakes, PREAMBLE)
+def run_pickler(run_forked_with_fakes: RunPython) -> RunPython:
+    return functools.partial(run_forked_with_fakes, PREAMBLE)
 
 
 # Session

@@ -60,8 +60,8 @@ class Point:
 
 
 @pytest.fixture
-def run_plain(run_with_fakes: RunPython) -> RunPython:
-    return functools.partial(run_with_fakes, PREAMBLE)
+def run_plain(run_forked_with_fakes: RunPython) -> RunPython:
+    return functools.partial(run_forked_with_fakes, PREAMBLE)
 
 
 def test_plain_values_arrive_as_they_are(run_plain: RunPython) -> None:

@@ -1,9 +1,9 @@
-"""A process that has torch loaded and forks ranks from itself: importing torch takes seconds, a fork milliseconds.
+"""A process that has torch loaded and forks others from itself: importing torch takes seconds, a fork milliseconds.
 
-`python ranks.py serve` becomes that process; the launcher starts it and asks it for ranks. Each goes on in ranks.py as
-if it had been started with the arguments of the request: that is its `__main__`, and its end is an ordinary end of the
-interpreter. What ranks that mpirun starts do not have in common is the same in all of one server: the seed of hashes,
-and where libraries and functions lie in memory.
+`python ranks.py serve` becomes such a process; the launcher starts it and asks it for ranks. Each goes on in ranks.py
+as if it had been started with the arguments of the request: that is its `__main__`, and its end is an ordinary end of
+the interpreter. What processes that are started one by one do not have in common is the same in all of one server: the
+seed of hashes, and where libraries and functions lie in memory.
 """
 
 from __future__ import annotations
@@ -29,26 +29,30 @@ class ServerEnded(Exception):
     """The server has ended, although it is still wanted."""
 
 
-class RankServer:
-    """The launcher's side: starts the server, which ends when its other side of the channel does.
+class ForkServer:
+    """The side of who asks: starts the server, which ends when this side of the channel does.
+
+    Args:
+        command: calls `serve` with the descriptor that is added to it.
+        env: the variables of the server.
 
     A message is a packet. The server says {"ready"} first. A request is {"arguments", "env", "output"}, its answer
-    {"pid"}; and when a rank has ended, the server says {"ended": pid, "status"}.
+    {"pid"}; and when a process has ended, the server says {"ended": pid, "status"}.
     """
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
         self._statuses: dict[int, int] = {}
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("ranks.py")), "serve", str(theirs.fileno())],
+                [*command, str(theirs.fileno())],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C is the launcher's affair
+                start_new_session=True,  # a Ctrl-C is the affair of who asks
             )
         self._await("ready")
 
@@ -60,14 +64,14 @@ class RankServer:
         self._process.wait()
         self._log.close()
 
-    def fork(self, arguments: Sequence[str], env: Mapping[str, str], output: Path) -> ForkedRank:
-        """Forks a rank with these arguments to ranks.py, more variables, and its output appended to a file."""
+    def fork(self, arguments: Sequence[str], env: Mapping[str, str], output: Path) -> ForkedProcess:
+        """Forks a process with these arguments, more variables, and its output appended to a file."""
         request = {"arguments": list(arguments), "env": dict(env), "output": str(output)}
         self._channel.send(json.dumps(request).encode())
-        return ForkedRank(self, self._await("pid")["pid"])
+        return ForkedProcess(self, self._await("pid")["pid"])
 
     def status(self, pid: int, timeout: float) -> int | None:
-        """The status with which a rank has ended; None if it runs on for so many seconds."""
+        """The status with which a process has ended; None if it runs on for so many seconds."""
         while pid not in self._statuses and select.select([self._channel], [], [], timeout)[0]:
             self._receive()
         return self._statuses.get(pid)
@@ -78,7 +82,7 @@ class RankServer:
             if kind in message:
                 return message
         self._process.kill()
-        raise ServerEnded(f"the server of ranks said nothing for {START_LIMIT:g} s. {self._end()}")
+        raise ServerEnded(f"the server said nothing for {START_LIMIT:g} s. {self._end()}")
 
     def _receive(self) -> dict:
         packet = self._channel.recv(LARGEST)
@@ -92,13 +96,13 @@ class RankServer:
     def _end(self) -> str:
         status = self._process.wait()
         self._log.seek(0)
-        return f"The server of ranks ended with status {status}. Its output:\n{self._log.read().decode()}"
+        return f"The server ended with status {status}. Its output:\n{self._log.read().decode()}"
 
 
-class ForkedRank:
-    """A rank of a server, with what the launcher uses of subprocess.Popen."""
+class ForkedProcess:
+    """A process of a server, with some of what subprocess.Popen has."""
 
-    def __init__(self, server: RankServer, pid: int) -> None:
+    def __init__(self, server: ForkServer, pid: int) -> None:
         self._server, self.pid = server, pid
         self.returncode: int | None = None
 
@@ -111,12 +115,13 @@ class ForkedRank:
         if self.returncode is None:
             self.returncode = self._server.status(self.pid, timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired("ranks.py", timeout)
+            raise subprocess.TimeoutExpired("a forked process", timeout)
         return self.returncode
 
 
-def serve(channel: socket.socket) -> list[str] | None:
-    """The server's side. Returns the arguments in each rank that it forks, and None in the server when that ends."""
+def serve(descriptor: str) -> list[str] | None:
+    """The server's side. Returns the arguments in each process that it forks, and None in the server when it ends."""
+    channel = socket.socket(fileno=int(descriptor))
     with channel, selectors.DefaultSelector() as selector, _children_that_end() as ended:
         selector.register(channel, selectors.EVENT_READ)
         selector.register(ended, selectors.EVENT_READ)
@@ -152,7 +157,7 @@ def _send(channel: socket.socket, **message: object) -> None:
 
 @contextlib.contextmanager
 def _children_that_end() -> Iterator[socket.socket]:
-    """A socket that can be read when a child has ended. A rank that leaves this has the handlers of a new process."""
+    """A socket that can be read when a child has ended. A child that leaves this has the handlers of a new one."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
