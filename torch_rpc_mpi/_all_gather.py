@@ -64,9 +64,11 @@ class Watch:
                 raise _Hopeless
             return self._torchs_all_gather(obj, worker_names, timeout)
         except Exception as error:
-            if (why := why_hopeless()) is not None:
-                raise RuntimeError(why) from (None if isinstance(error, _Hopeless) else error)
-            raise
+            if (why := why_hopeless()) is None:
+                raise
+            if isinstance(error, _Hopeless):
+                raise RuntimeError(why) from None
+            raise RuntimeError(f"{why}\n{error}") from error  # a call of torch's failed: of that, or of something else
         finally:
             _this_thread.why_hopeless = before
 

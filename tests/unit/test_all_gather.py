@@ -117,6 +117,18 @@ assert text == (
     )
 
 
+def test_an_error_of_torchs_beside_a_loss_is_shown_as_well(run_group: RunPython) -> None:
+    run_group(
+        """
+lose_at_look(3, (1, "the other is gone"))
+text, torchs = error_of(api._all_gather, None, {"alone", "other"}, timeout=0.01).split("\\n", 1)
+assert text == "An all-gather over RPC of 'alone', 'other' is not possible: the other is gone", text
+assert "other" in torchs, torchs
+rpc.shutdown(graceful=False)
+"""
+    )
+
+
 def test_other_errors_stay_as_they_are(run_group: RunPython) -> None:
     run_group(
         """
