@@ -158,7 +158,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
 
   void submit(OutboundPtr message, bool expectsReply);
   bool postOutbox(ProgressToken& token); // whether there was something
-  bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
+  bool progress(ProgressToken& token);   // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
   // Of leaving; what a signal throws meanwhile cuts them short and is kept.
