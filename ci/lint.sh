@@ -8,6 +8,7 @@ source .venv/bin/activate
 ruff check .
 ruff format --check .
 find csrc tests -name '*.[ch]' -o -name '*.cpp' | xargs clang-format --dry-run --Werror
+python ci/rooms.py
 mypy torch_rpc_mpi
 # The stubs are compared with the installed package, which has the extension: from a directory without the sources.
 root=$PWD
