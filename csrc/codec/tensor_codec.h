@@ -30,6 +30,11 @@ class BadMessage : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+inline void require(bool holds, const char* otherwise) {
+  if (!holds) {
+    throw BadMessage(otherwise);
+  }
+}
 
 // The sender's side. Holds on to the memory of the slices.
 class TensorWriter {

@@ -236,17 +236,45 @@ class Arrival {
   std::vector<std::string> parts;
 };
 
+// All bytes from a tensor's first to its last. Here, because AddressSanitizer does not see what torch's own code reads.
+void touch(const at::Tensor& tensor) {
+  size_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    last += static_cast<size_t>(tensor.size(d) - 1) * static_cast<size_t>(tensor.stride(d));
+  }
+  const auto* bytes = static_cast<const volatile char*>(tensor.const_data_ptr());
+  for (size_t i = 0; tensor.numel() > 0 && i < (last + 1) * tensor.itemsize(); ++i) {
+    (void)bytes[i];
+  }
+}
+
 // All that a program may read of a tensor.
 void readAll(const at::Tensor& tensor) {
   if (!tensor.defined()) {
     return;
   }
+  if (tensor.layout() == at::kSparse) {
+    touch(tensor._indices());
+    touch(tensor._values());
+  } else if (tensor.layout() == at::kSparseCsr) {
+    touch(tensor.crow_indices());
+    touch(tensor.col_indices());
+    touch(tensor.values());
+  } else {
+    touch(tensor);
+  }
+  if (tensor.is_quantized() && tensor.qscheme() != at::kPerTensorAffine) {
+    const int64_t channels = tensor.size(tensor.q_per_channel_axis());
+    for (const at::Tensor& each : {tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()}) {
+      touch(each);
+      CHECK_EQUAL(each.numel(), channels);
+    }
+  }
   // Shapes without end over little memory are valid (strides of 0), but take for ever.
-  if (tensor.numel() > (1 << 16)) {
+  if (tensor.numel() > (1 << 12)) {
     return;
   }
   if (tensor.is_quantized()) {
-    (void)tensor.int_repr();
     (void)tensor.dequantize();
   } else if (tensor.layout() != at::kStrided) {
     (void)tensor.to_dense();
@@ -261,12 +289,14 @@ void decodeAndRead(const Arrival& arrival) {
     for (const at::Tensor& tensor : message->tensors()) {
       readAll(tensor);
     }
+  } catch (const check::Failure&) {
+    throw;
   } catch (const std::exception&) { // refused, or by torch when it is read
   }
 }
 
-// Messages of each form of tensor, their parts inside the body or beside it.
-std::vector<Arrival> arrivals() {
+// Messages with a tensor of each form, and with all of them, their parts inside the body or beside it.
+std::vector<Arrival> arrivals(bool together) {
   const at::Tensor dense = at::randn({3, 4});
   const at::Tensor quantized = at::quantize_per_tensor(dense, 0.1, 2, at::kQInt8);
   const at::Tensor channels = at::quantize_per_channel(dense, at::rand({4}), at::zeros({4}, at::kLong), 1, at::kQInt8);
@@ -275,10 +305,13 @@ std::vector<Arrival> arrivals() {
       dense.t(), at::eye(3).to_sparse(), at::eye(3).to_sparse_csr(), at::Tensor(), quantized, channels, floats};
   std::vector<Arrival> result;
   for (const size_t inlineLimit : {size_t{1} << 14, size_t{1}}) {
+    if (together) {
+      result.emplace_back(all, inlineLimit);
+      continue;
+    }
     for (const at::Tensor& tensor : all) {
       result.emplace_back(std::vector<at::Tensor>{tensor}, inlineLimit);
     }
-    result.emplace_back(all, inlineLimit);
   }
   return result;
 }
@@ -286,7 +319,7 @@ std::vector<Arrival> arrivals() {
 } // namespace
 
 TEST(codec_says_who_and_what_when_a_message_ends_early) {
-  for (Arrival& arrival : arrivals()) {
+  for (Arrival& arrival : arrivals(/*together=*/false)) {
     CHECK_THAT(!arrival.decode()->payload().empty());
     while (!arrival.body.empty()) {
       arrival.body.pop_back();
@@ -297,7 +330,7 @@ TEST(codec_says_who_and_what_when_a_message_ends_early) {
 }
 
 TEST(codec_refuses_what_belongs_to_nothing) {
-  for (Arrival& arrival : arrivals()) {
+  for (Arrival& arrival : arrivals(/*together=*/false)) {
     arrival.body += '\0';
     CHECK_THROWS(arrival.decode(), "belong to nothing");
   }
@@ -317,16 +350,16 @@ TEST(codec_says_what_there_is_no_memory_for) {
   }
 }
 
-// Everything in a description that says how long or how many something is has 8, 4 or 1 bytes somewhere.
+// Each byte changed, and each eight of them overwritten with a number that is small, or larger than anything.
 TEST(codec_reads_nothing_beyond_what_arrived) {
-  for (const Arrival& arrival : arrivals()) {
+  for (const Arrival& arrival : arrivals(/*together=*/false)) {
     for (size_t at = 0; at < arrival.body.size(); ++at) {
-      for (const uint8_t change : {0x01, 0x81, 0xff}) {
+      for (const uint8_t change : {0x81, 0xff}) {
         Arrival changed = arrival;
         changed.body[at] = static_cast<char>(changed.body[at] ^ change);
         decodeAndRead(changed);
       }
-      for (const uint64_t value : {uint64_t{5}, uint64_t{1} << 31, ~uint64_t{0} >> 1}) {
+      for (const uint64_t value : {uint64_t{5}, ~uint64_t{0} >> 1}) {
         Arrival changed = arrival;
         std::memcpy(changed.body.data() + at, &value, std::min(sizeof(value), changed.body.size() - at));
         decodeAndRead(changed);
@@ -334,8 +367,8 @@ TEST(codec_reads_nothing_beyond_what_arrived) {
     }
   }
   std::mt19937 random(13);
-  const std::vector<Arrival> all = arrivals();
-  for (int round = 0; round < 5000; ++round) {
+  const std::vector<Arrival> all = arrivals(/*together=*/true);
+  for (int round = 0; round < 3000; ++round) {
     Arrival changed = all[random() % all.size()];
     for (unsigned i = random() % 4 + 1; i > 0; --i) {
       const size_t at = random() % changed.body.size();

@@ -1,6 +1,8 @@
 // What a forked child does with what it inherited, while the locks of the parent's other threads stay locked.
 #include <functional>
 #include <future>
+#include <memory>
+#include <mutex>
 #include <thread>
 
 #include <sys/wait.h>
@@ -58,17 +60,20 @@ int inChild(std::mutex& mutex, const std::function<void()>& what) {
 } // namespace
 
 TEST(forked_child_frees_what_was_received) {
+  constexpr size_t kBytes = 3 << 20;
   ReceivePool pool(size_t{10} << 20);
   std::mutex& mutex = pool.*memberOf(torch_compat::ReceivePoolMutex());
-  void* block = pool.allocate(3 << 20);
-  CHECK_EQUAL(inChild(mutex, [&] { pool.release(block, 3 << 20); }), 0);
-  CHECK_EQUAL(inChild(mutex, [&] { pool.release(pool.allocate(3 << 20), 3 << 20); }), 0);
+  const auto release = [&pool](void* block) { pool.release(block, kBytes); };
+  std::unique_ptr<void, decltype(release)> block(pool.allocate(kBytes), release);
+  CHECK_EQUAL(inChild(mutex, [&] { block.reset(); }), 0);
+  CHECK_EQUAL(inChild(mutex, [&] { release(pool.allocate(kBytes)); }), 0);
   CHECK_EQUAL(inChild(mutex, [&] { pool.trim(ReceivePool::Clock::now()); }), 0);
   CHECK_EQUAL(inChild(mutex, [&] { CHECK_EQUAL(pool.cachedBytes(), 0U); }), 0);
-  pool.release(block, 3 << 20);
   CHECK_THAT(!inForkedChild());
-  CHECK_THAT(pool.allocate(3 << 20) == block); // here it still comes from the pool
-  pool.release(block, 3 << 20);
+  const void* first = block.get();
+  block.reset();
+  block.reset(pool.allocate(kBytes)); // here it still comes from the pool
+  CHECK_THAT(block.get() == first);
 }
 
 TEST(forked_child_frees_frames) {
