@@ -13,6 +13,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "transport/transport.h"
@@ -172,6 +173,12 @@ class FakeTransport final : public Transport {
     closed = true;
     closedByAgreement = agreed;
     frames_.clear();
+    for (const Receive& receive : std::exchange(bulk_, {})) {
+      parkingLot().push_back(receive.op);
+    }
+    for (const Send& send : std::exchange(sends_, {})) {
+      parkingLot().push_back(send.op);
+    }
     return 0;
   }
 
