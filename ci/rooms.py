@@ -55,4 +55,4 @@ def check() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(check()))
+    sys.exit("\n".join(check()) or 0)

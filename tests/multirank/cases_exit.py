@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,50 @@ def creation_of_rrefs_that_runs_out(world: World) -> None:
     equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
     world.barrier()
     rpc.shutdown(graceful=False)  # as above
+
+
+@contextlib.contextmanager
+def standard_error() -> Iterator[Callable[[], str]]:
+    """What the process writes to it, also in C++; in the end it goes there."""
+    with tempfile.TemporaryFile() as file:
+        original = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        written = functools.partial(os.pread, file.fileno(), 1 << 20, 0)
+        try:
+            yield lambda: written().decode()
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+            sys.stderr.write(written().decode())
+
+
+@program(any_world=True, size=3)
+def rref_whose_owner_has_left(world: World) -> None:
+    """Rank 1 tells it in vain, six times in 13 s, that it has one; then torch throws in a callback of a future."""
+    world.init()
+    if world.rank == 0:
+        rref = rpc.remote(world.name(2), identity, args=(1,))
+        equal(rref.to_here(), 1)
+    world.barrier()
+    if world.rank == 2:
+        rpc.shutdown(graceful=False)
+        world.barrier()
+        world.wait("over")
+        return
+    if world.rank == 0:
+        world.barrier()
+        with pytest.raises(RuntimeError, match=ran_out(500)):
+            rpc.rpc_sync(world.name(1), identity, args=(rref,), timeout=0.5)
+        world.wait("over")
+        equal(rpc.rpc_sync(world.name(1), identity, args=(1,)), 1)  # it lives
+        world.signal("seen")
+    else:
+        with standard_error() as written:
+            world.barrier()
+            eventually(lambda: "after the specified number of max retries" in written(), "torch gives up", timeout=40)
+        world.signal("over")
+        world.wait("seen")
+    rpc.shutdown(graceful=False)
 
 
 @program(any_world=True, tensorpipe=FIRST_AGENT)
