@@ -196,9 +196,10 @@ bool MpiAgent::failLater(PendingCall call, const std::string& reason) {
 
 void MpiAgent::expire(Clock::time_point now) {
   for (PendingCall& call : calls_.takeExpired(now)) {
-    std::string error =
-        call.failure.empty() ? rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT) : call.failure;
-    arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), std::move(error)));
+    if (call.failure.empty()) {
+      call.failure = rpc::makeRPCError(timeoutText(call.timeout), rpc::RPCErrorType::TIMEOUT);
+    }
+    arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call)));
   }
 }
 

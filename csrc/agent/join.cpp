@@ -18,8 +18,14 @@ Join::Result Join::wait(const SignalService& signals, float seconds, bool last, 
   const auto over = [this] { return agreed_ || !failure_.empty(); };
   try {
     (void)waitServing(signals, lock, changed_, deadlineAfter(seconds), over);
-  } catch (...) {
+  } catch (...) { // thrown without the lock, by a signal's handler
+    lock.lock();
+    const bool agreed = agreed_;
     request_ = Request::kWithdraw;
+    lock.unlock();
+    if (agreed) {
+      missed();
+    }
     throw;
   }
   if (agreed_) {
@@ -62,9 +68,14 @@ void Join::advance(
   }
   if (drain_.agreements() != agreements_) {
     agreements_ = drain_.agreements();
-    const std::lock_guard<std::mutex> lock(mutex_);
-    agreed_ = true;
+    std::unique_lock<std::mutex> lock(mutex_);
+    agreed_ = request_ != Request::kWithdraw; // which is set with the lock
+    const bool tooLate = !agreed_;
     changed_.notify_all();
+    lock.unlock();
+    if (tooLate) {
+      missed();
+    }
   }
   if (drain_.takeMissed()) {
     missed();

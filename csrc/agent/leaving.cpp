@@ -87,7 +87,7 @@ void MpiAgent::shutdownImpl() {
     });
     dropped.clear();
     for (const PendingCall& call : calls_.close()) {
-      completion_.fail(call, shutDownText());
+      completion_.fail(call, call.failure.empty() ? shutDownText() : call.failure);
     }
   }
   ReceivePool::instance().trim(Clock::time_point::max());

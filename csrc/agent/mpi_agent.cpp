@@ -69,8 +69,8 @@ void MpiAgent::startImpl() {
     adoptRRefContext(shared_from_this());
   }
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
+  started_ = true; // also if the engine cannot: what was posted is taken back then
   engine_->start();
-  started_ = true;
 }
 
 // ---- who is who ----
@@ -181,6 +181,10 @@ bool MpiAgent::progress(ProgressToken& token) {
 
 void MpiAgent::watchNeighbours(ProgressToken& token, Clock::time_point now) {
   nextWatch_ = now + options_.watchInterval;
+  {
+    const std::lock_guard<std::mutex> lock(outboxMutex_);
+    outboxFilled_ = outboxFilled_ || !owedErrors_.empty(); // for which there was no memory again
+  }
   // What they sent before they ended, a goodbye perhaps, has had the time since the last look to arrive, and everything
   // that has arrived was read.
   for (const int peer : endedProcesses_) {
@@ -223,7 +227,14 @@ void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
 void MpiAgent::onResponse(ProgressToken& token, InboundMessage message) {
   const uint64_t id = message.header.callId;
   if (auto call = calls_.take(id, message.source)) {
-    arrivals_.push_back(std::make_unique<ResponseTask>(*this, std::move(*call), std::move(message)));
+    try {
+      arrivals_.push_back(std::make_unique<ResponseTask>(*this, std::move(*call), std::move(message)));
+    } catch (const std::bad_alloc&) {
+      if (call->future != nullptr) { // it was not moved yet
+        (void)failLater(std::move(*call), "There was no memory for the response");
+      }
+      throw;
+    }
   } else if (calls_.awaitsOther(id, message.source)) {
     exchange_.fail(token, message.source, "it answered a call that was made to another worker");
   } // else it came too late
@@ -241,7 +252,8 @@ void MpiAgent::onPeerEnded(ProgressToken&, int peer, const std::string& reason) 
   members_.lose(peer, reason);
   for (PendingCall& call : calls_.takeAllOf(peer)) {
     if (!failLater(call, reason)) {
-      arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call), reason));
+      call.failure = reason;
+      arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call)));
     }
   }
   join_.fail(reason);
@@ -257,7 +269,10 @@ void MpiAgent::onBroken(const std::string& reason) noexcept {
   members_.lose(rank_, text);
   std::vector<TaskPtr> failures;
   for (PendingCall& call : calls_.close()) {
-    failures.push_back(std::make_unique<ErrorTask>(*this, std::move(call), text));
+    if (call.failure.empty()) {
+      call.failure = text;
+    }
+    failures.push_back(std::make_unique<ErrorTask>(*this, std::move(call)));
   }
   engine_->post(failures);
   join_.fail(text);

@@ -145,8 +145,10 @@ void MpiAgent::payErrors(ProgressToken& token, std::vector<std::pair<int, uint64
       break;
     }
   }
+  // The next look at the neighbours tries again. No more than fit: without memory there can be no more.
   const std::lock_guard<std::mutex> lock(outboxMutex_);
-  owedErrors_.insert(owedErrors_.end(), owed.begin(), owed.end());
+  const size_t room = owedErrors_.capacity() - owedErrors_.size();
+  owedErrors_.insert(owedErrors_.end(), owed.begin(), owed.begin() + std::min(room, owed.size()));
 }
 
 } // namespace torch_rpc_mpi

@@ -8,7 +8,7 @@ namespace rpc = torch::distributed::rpc;
 
 MpiAgent::CompletionTask::~CompletionTask() {
   if (call_.future != nullptr) {
-    completion().fail(call_, agent_.shutDownText());
+    completion().fail(call_, call_.failure.empty() ? agent_.shutDownText() : call_.failure);
   }
   agent_.completing_.fetch_sub(1);
 }

@@ -79,15 +79,12 @@ class MpiAgent::ResponseTask final : public CompletionTask {
 // Of a call that failed here.
 class MpiAgent::ErrorTask final : public CompletionTask {
  public:
-  ErrorTask(MpiAgent& agent, PendingCall call, std::string error)
-      : CompletionTask(agent, std::move(call)),
-        error_(std::move(error)) {}
+  // With call.failure, which is also what becomes of it if the engine stops first.
+  ErrorTask(MpiAgent& agent, PendingCall call) : CompletionTask(agent, std::move(call)) {}
   void run() noexcept override {
-    completion().fail(take(), error_);
+    const PendingCall call = take();
+    completion().fail(call, call.failure);
   }
-
- private:
-  const std::string error_;
 };
 
 // Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.

@@ -62,7 +62,14 @@ void MpiTransport::send(
   // Eager sends are complete when they return: one test now spares them the array.
   int done = 0;
   trm_status status{};
-  if (mpi_->test(&request, &done, &status) == 0 && done != 0) {
+  const int tested = mpi_->test(&request, &done, &status);
+  if (tested != 0) { // the request is complete with it
+    OperationStatus failed;
+    failed.error = "MPI_Test of a message of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(tested);
+    op->complete(token, failed);
+    return;
+  }
+  if (done != 0) {
     op->complete(token, translate(status));
     return;
   }

@@ -22,11 +22,15 @@ struct Exchange::FrameReceive final : Operation {
   FrameReceive(Exchange& owner, int from) : exchange(owner), source(from) {}
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
     FrameBuffer arrived = std::move(buffer);
+    OperationStatus known = status;
+    if (source != kAnySource) {
+      known.source = source; // an error need not tell it
+    }
     try {
       if (source == kAnySource || !exchange.peers_[source]->ended()) {
         exchange.postFrameReceive(token, this);
       }
-      exchange.onFrame(token, std::move(arrived), status);
+      exchange.onFrame(token, std::move(arrived), known);
     } catch (const std::exception& error) {
       exchange.fatal_ = errorText(error);
     }
@@ -168,6 +172,10 @@ void Exchange::onFrameOf(ProgressToken& token, int source, FrameBuffer frame, si
   }
   if (peer.state() == Peer::State::kOpen) {
     peer.outgoing.sendWaiting(token);
+    if (peer.ended()) { // what was sent failed at once
+      counters_.framesDropped.fetch_add(1, std::memory_order_relaxed);
+      return;
+    }
   }
   if (header->kind == FrameKind::kCredit) {
     return;

@@ -33,11 +33,7 @@ struct Outgoing::ChunkSend final : Operation {
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
     --outgoing.chunksOut_;
     outgoing.operationDone(token, message, 1, status.error);
-    try {
-      outgoing.pump(token);
-    } catch (const std::exception& error) { // no memory for an operation
-      outgoing.owner_.onPeerFailed(token, outgoing.rank_, errorText(error));
-    }
+    outgoing.pump(token);
     delete this;
   }
   Outgoing& outgoing;
@@ -131,12 +127,15 @@ void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
 }
 
 void Outgoing::pump(ProgressToken& token) {
-  if (pumping_) {
+  if (std::exchange(pumping_, true)) {
     return;
   }
-  pumping_ = true;
-  while (chunksOut_ < kChunksOut && !streams_.empty()) {
-    sendChunk(token);
+  try {
+    while (chunksOut_ < kChunksOut && !streams_.empty()) {
+      sendChunk(token);
+    }
+  } catch (const std::exception& error) { // no memory for an operation
+    owner_.onPeerFailed(token, rank_, errorText(error));
   }
   pumping_ = false;
 }

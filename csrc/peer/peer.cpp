@@ -5,7 +5,7 @@ namespace torch_rpc_mpi {
 namespace {
 
 // A rank that leaves gives what it has sent half a second to arrive (kFlushLimit in agent/leaving.cpp).
-constexpr auto kLeavingLimit = std::chrono::seconds(2);
+constexpr auto kLeavingLimit = std::chrono::milliseconds(800);
 
 } // namespace
 

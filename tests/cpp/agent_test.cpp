@@ -288,6 +288,15 @@ TEST(agent_calls_to_a_lost_worker_are_pending_when_send_returns) {
   }
 }
 
+TEST(agent_calls_to_a_lost_worker_keep_its_reason_when_this_one_leaves) {
+  Group group(2);
+  group.agents[1]->shutdown();
+  errorOf(group.call(0, 1, "while it is found out"));
+  const JitFuturePtr future = group.call(0, 1, "later");
+  group.agents[0]->shutdown();
+  CHECK_THAT(errorOf(future).find("it has left") != std::string::npos);
+}
+
 TEST(agent_lives_when_callbacks_throw) {
   Group group(2);
   const auto throwing = [](rpc::JitFuture&) { throw std::runtime_error("a callback failed"); };

@@ -523,11 +523,29 @@ TEST(exchange_a_peer_that_leaves_without_sending_the_rest_is_gone_after_a_while)
       std::make_unique<TextMessage>(1, FrameKind::kResponse, "last", std::vector<std::string>{pattern(5000, 1)}));
   pair.b.poll();
   pair.b.exchange.leaves(*pair.b.hold, 0, "it left", now);
-  pair.b.exchange.look(*pair.b.hold, now + std::chrono::seconds(1));
+  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(600));
   CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kLeaving);
-  pair.b.exchange.look(*pair.b.hold, now + std::chrono::seconds(3));
+  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(900));
   CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kGone);
   CHECK_THAT(pair.b.exchange.quiet(*pair.b.hold));
+}
+
+// A frame grants credit, what waited for it fails as it is sent, and the frame has parts: none of them is received.
+TEST(exchange_a_peer_that_fails_while_its_frame_is_read_sends_nothing_more) {
+  auto options = Pair::smallOptions();
+  options.windowRequests = 1;
+  Pair pair(options);
+  pair.network->eagerBytes = 100000;
+  pair.a.post(request("first"));
+  pair.a.post(request("waits"));
+  pair.settle();
+  pair.b.exchange.released(0, pair.b.charged[0]);
+  pair.b.post(std::make_unique<TextMessage>(0, FrameKind::kResponse, "x", std::vector<std::string>{pattern(5000, 1)}));
+  pair.a.transport.sendsFail = true;
+  pair.settle();
+  CHECK_EQUAL(pair.a.ended.size(), 1U);
+  CHECK_EQUAL(pair.a.bodies.size(), 0U);
+  CHECK_THAT(pair.a.exchange.quiet(*pair.a.hold));
 }
 
 TEST(exchange_a_frame_of_no_known_rank_is_told) {

@@ -79,6 +79,12 @@ class FakeTransport final : public Transport {
   }
 
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override {
+    if (sendsFail) {
+      OperationStatus status;
+      status.error = "the send failed";
+      op->complete(token, status);
+      return;
+    }
     auto taken = std::make_shared<bool>(false);
     FakeNetwork::Message message{static_cast<const char*>(data), "", bytes, rank_, taken};
     const bool eager = bytes <= network_->eagerBytes;
@@ -190,6 +196,7 @@ class FakeTransport final : public Transport {
   }
 
   int sends = 0;
+  bool sendsFail = false;
   std::vector<int> sources{kAnySource}; // before the exchange starts
   int parked = 0;                       // peers
   bool closed = false;

@@ -87,6 +87,24 @@ TEST(join_fails_where_the_others_left_by_an_earlier_agreement) {
   CHECK_THAT(ranks.joins[1]->failure().find("have left") != std::string::npos);
 }
 
+// The others agree while a signal's handler runs, which then raises.
+TEST(join_that_a_signal_ends_does_not_lose_an_agreement) {
+  static Ranks* current = nullptr;
+  Ranks ranks(1);
+  current = &ranks;
+  const SignalService interrupting{
+      [] { return true; },
+      [] {
+        for (int turn = 0; turn < kEnough; ++turn) {
+          current->advanceAll();
+        }
+        throw std::runtime_error("interrupted");
+      }};
+  CHECK_THROWS((void)ranks.joins[0]->wait(interrupting, 0, /*last=*/true, [] {}), "interrupted");
+  CHECK_THAT(ranks.join(0, 0) == Join::Result::kFailed);
+  CHECK_THAT(ranks.joins[0]->failure().find("have left") != std::string::npos);
+}
+
 TEST(join_knows_of_a_failure_before_it_begins) {
   Ranks ranks(2);
   ranks.joins[0]->fail("worker1 is gone");
