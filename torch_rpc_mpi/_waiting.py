@@ -38,6 +38,8 @@ def interruptibly(work: Callable[[], T], look: Callable[[], None] | None = None)
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="rpc_mpi_wait", daemon=True).start()
-    while look is not None and not concurrent.futures.wait([outcome], LOOK_INTERVAL).done:
-        look()
+    # No wait without an end: a signal that comes just before it would be served only after it.
+    while not concurrent.futures.wait([outcome], LOOK_INTERVAL).done:
+        if look is not None:
+            look()
     return outcome.result()

@@ -74,7 +74,7 @@ def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
     """
     inner = url.removeprefix("mpi:")
     if urlsplit(inner).scheme:
-        yield _waiting.interruptibly(lambda: next(torchs_rendezvous(inner)))
+        yield _rendezvous_interruptibly(inner)
         return
     query = dict(parse_qsl(urlsplit(url).query))
     rank, world_size = int(query.get("rank", -1)), int(query.get("world_size", -1))
@@ -91,6 +91,27 @@ def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
 
 
 _store: Store | None = None
+_abandoned: list[list[Store]] = []
+
+
+def _rendezvous_interruptibly(*where: Any) -> tuple[Store, int, int]:
+    """Torch's rendezvous. One that a signal ends goes on, and what it finds is kept.
+
+    Its store may have a server, to which other ranks have come meanwhile: without it they would be lost to the next
+    attempt, which shares the server.
+    """
+    found: list[Store] = []
+
+    def meet() -> tuple[Store, int, int]:
+        met: tuple[Store, int, int] = next(torchs_rendezvous(*where))
+        found.append(met[0])
+        return met
+
+    try:
+        return _waiting.interruptibly(meet)
+    except BaseException:
+        _abandoned.append(found)
+        raise
 
 
 def _store_of_environment(rank: int, world_size: int) -> Store:
@@ -102,7 +123,7 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
     if _store is not None and _world.is_formed():
         return _store
     try:
-        _store, _, _ = _waiting.interruptibly(lambda: next(torchs_rendezvous("env://", rank, world_size)))
+        _store, _, _ = _rendezvous_interruptibly("env://", rank, world_size)
         return _store
     except ValueError as error:
         raise RuntimeError(

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -153,6 +154,15 @@ std::vector<int> Neighbours::takeEnded() {
       return ended;
     }
   }
+}
+
+bool Neighbours::hasEnded(int rank, std::chrono::milliseconds limit) const {
+  const auto index = static_cast<size_t>(rank);
+  if (index >= processes_.size() || processes_[index] < 0) {
+    return false;
+  }
+  pollfd process{processes_[index], POLLIN, 0};
+  return ::poll(&process, 1, static_cast<int>(limit.count())) > 0;
 }
 
 } // namespace torch_rpc_mpi

@@ -1,6 +1,7 @@
 // The other ranks of this host, reached without MPI: how to wake them, and whether they are still alive.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <string>
 #include <vector>
@@ -48,6 +49,8 @@ class Neighbours {
   }
   // The neighbours whose processes have ended since the last call.
   std::vector<int> takeEnded();
+  // Any thread: whether the process of that rank has ended, or does within the limit.
+  bool hasEnded(int rank, std::chrono::milliseconds limit) const;
 
  private:
   struct Page;

@@ -14,6 +14,9 @@ constexpr size_t kFrameBatch = 16;
 // For all receives together; those that can be cancelled are at once.
 constexpr auto kCancelLimit = std::chrono::milliseconds(200);
 
+// A process's memory is gone, which MPI notices, a little before the system says that it has ended.
+constexpr auto kEndingLimit = std::chrono::milliseconds(50);
+
 } // namespace
 
 MpiTransport::MpiTransport(
@@ -26,12 +29,20 @@ MpiTransport::MpiTransport(
       anySource_(anySource),
       frames_(anySource ? 1 : communicator_->size()) {}
 
-OperationStatus MpiTransport::translate(const trm_status& status) const {
+// An error of MPI's is often the first that is heard of a process that has ended: that is then what helps.
+std::string MpiTransport::failureText(int peer, const std::string& what) const {
+  return neighbours_->hasEnded(peer, kEndingLimit)
+      ? "its process has ended without leaving (it crashed or was killed): " + what
+      : what;
+}
+
+// peer: where the status does not tell it, or kAnySource.
+OperationStatus MpiTransport::translate(const trm_status& status, int peer) const {
   OperationStatus result;
   result.source = status.source;
   result.bytes = status.bytes;
   if (status.error != 0) {
-    result.error = mpi_.errorText(status.error);
+    result.error = failureText(peer == kAnySource ? status.source : peer, mpi_.errorText(status.error));
   } else if (status.cancelled != 0) {
     result.error = "cancelled";
   }
@@ -54,7 +65,8 @@ void MpiTransport::send(
   const int code = mpi_->isend(data, bytes, peer, static_cast<int>(channel), communicator_->handle(), &request);
   if (code != 0) {
     OperationStatus status;
-    status.error = "MPI_Isend of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code);
+    status.error =
+        failureText(peer, "MPI_Isend of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code));
     op->complete(token, status);
     return;
   }
@@ -65,12 +77,13 @@ void MpiTransport::send(
   const int tested = mpi_->test(&request, &done, &status);
   if (tested != 0) { // the request is complete with it
     OperationStatus failed;
-    failed.error = "MPI_Test of a message of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(tested);
+    failed.error = failureText(
+        peer, "MPI_Test of a message of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(tested));
     op->complete(token, failed);
     return;
   }
   if (done != 0) {
-    op->complete(token, translate(status));
+    op->complete(token, translate(status, peer));
     return;
   }
   track(request, peer, op);
@@ -103,7 +116,8 @@ void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_
   if (code != 0) {
     OperationStatus status;
     status.source = peer;
-    status.error = "MPI_Irecv of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code);
+    status.error =
+        failureText(peer, "MPI_Irecv of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code));
     op->complete(token, status);
     return;
   }
@@ -132,7 +146,7 @@ size_t MpiTransport::pollFrames(ProgressToken& token) {
     if (code != 0) {
       status.error = code;
     }
-    op->complete(token, translate(status));
+    op->complete(token, translate(status, kAnySource));
     ++completed;
   }
   return completed;
@@ -148,7 +162,7 @@ size_t MpiTransport::pollFramesOfEach(ProgressToken& token) {
   std::vector<std::pair<Operation*, OperationStatus>> finished; // their callbacks may use the arrays
   for (int i = 0; i < completed; ++i) {
     std::deque<FrameReceive>& frames = frames_[indices_[i]];
-    finished.emplace_back(frames.front().op, translate(statuses_[i]));
+    finished.emplace_back(frames.front().op, translate(statuses_[i], indices_[i]));
     frames.pop_front();
   }
   for (auto& [op, status] : finished) {
@@ -180,7 +194,8 @@ size_t MpiTransport::pollOthers(ProgressToken& token) {
   std::vector<std::pair<Operation*, OperationStatus>> finished;
   finished.reserve(completed);
   for (int i = 0; i < completed; ++i) {
-    finished.emplace_back(operations_[indices_[i]].op, translate(statuses_[i]));
+    const Posted& posted = operations_[indices_[i]];
+    finished.emplace_back(posted.op, translate(statuses_[i], posted.peer));
     operations_[indices_[i]].op = nullptr;
   }
   dropFinished();

@@ -57,7 +57,8 @@ class MpiTransport final : public Transport {
   int testSome(std::vector<trm_handle>& requests);
   void track(trm_handle request, int peer, Operation* op);
   void dropFinished(); // those without an operation
-  OperationStatus translate(const trm_status& status) const;
+  OperationStatus translate(const trm_status& status, int peer) const;
+  std::string failureText(int peer, const std::string& what) const;
   size_t cancelFrames() noexcept; // how many are still posted
 
   const std::shared_ptr<Communicator> communicator_;

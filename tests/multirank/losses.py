@@ -29,7 +29,8 @@ from torch.distributed.rpc import api
 
 SIZE = 3
 LIMIT = 40.0  # seconds for a case
-AT_ONCE = 1.0  # seconds from a rank's end until the others know
+CLOCK = struct.calcsize("d")  # what the ranks share: when one was lost, and a byte of each that knows all others
+AT_ONCE = 3.0  # seconds from a rank's end until the others know: one is promised, where there is a core for them
 DELETE = "_delete_all_user_and_unforked_owner_rrefs"
 
 WAYS: dict[str, tuple[Callable[[], object], int]] = {}  # how a rank ends, and its exit status
@@ -85,8 +86,8 @@ def is_killed() -> None:
 class Rank:
     """This rank of the case."""
 
-    def __init__(self, case: Case, rank: int, store: Path, lost_at: mmap.mmap) -> None:
-        self.case, self.rank, self._store, self._lost_at = case, rank, store, lost_at
+    def __init__(self, case: Case, rank: int, store: Path, shared: mmap.mmap) -> None:
+        self.case, self.rank, self._store, self._shared = case, rank, store, shared
         self.is_lost = rank == case.lost
         self.lost_name = f"worker{case.lost}"
         self.survivors = {f"worker{other}" for other in range(SIZE) if other != case.lost}
@@ -99,11 +100,15 @@ class Rank:
 
     def lose(self, *_: object) -> None:
         """Ends this rank."""
-        self._lost_at[:] = struct.pack("d", time.monotonic())
+        self._shared[:CLOCK] = struct.pack("d", time.monotonic())
         WAYS[self.case.way][0]()
 
     def lost_at(self) -> float:
-        return float(struct.unpack("d", self._lost_at[:])[0])
+        return float(struct.unpack("d", self._shared[:CLOCK])[0])
+
+    def await_all(self) -> None:
+        self._shared[CLOCK + self.rank] = 1
+        until(lambda: all(self._shared[CLOCK:]))
 
     def await_loss(self) -> None:
         until(lambda: self.lost_at() > 0)
@@ -278,6 +283,7 @@ def run(rank: Rank) -> None:
     # Nobody is lost before all know each other.
     for other in range(SIZE):
         rpc.rpc_sync(f"worker{other}", torch.add, args=(torch.ones(1), 1))
+    rank.await_all()
     MOMENTS[rank.case.moment](rank)
     faulthandler.cancel_dump_traceback_later()
 
@@ -303,7 +309,7 @@ def main() -> None:
     directory = Path(sys.argv[1]).resolve()
     for name in sys.argv[2:]:
         case = CASES[name]
-        lost_at = mmap.mmap(-1, struct.calcsize("d"))
+        shared = mmap.mmap(-1, CLOCK + SIZE)
         outputs = [directory / f"{name}.{rank}" for rank in range(SIZE)]
         pids = []
         for rank, output in enumerate(outputs):
@@ -312,7 +318,7 @@ def main() -> None:
                 file = os.open(output, os.O_WRONLY | os.O_CREAT)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
-                run(Rank(case, rank, directory / f"{name}.store", lost_at))
+                run(Rank(case, rank, directory / f"{name}.store", shared))
                 return  # and so ends as a program of its own does
             pids.append(pid)
         print(json.dumps([name, problems_of(case, pids, outputs)]), flush=True)
