@@ -30,9 +30,6 @@ class Membership {
 
   Membership(int rank, const std::vector<GroupMember>& members);
 
-  int rank() const {
-    return rank_;
-  }
   const std::string& host() const {
     return hosts_[rank_];
   }

@@ -1,12 +1,12 @@
 // The callee's side of the agent: requests in, responses out.
+#include <algorithm>
+#include <new>
+
 #include "agent/engine_work.h"
 #include "agent/mpi_agent.h"
 #include "agent/tasks.h"
-
-#include <new>
-#include <thread>
-
 #include "base/error_text.h"
+#include "host/resources.h"
 
 namespace torch_rpc_mpi {
 
@@ -59,7 +59,7 @@ JitFuturePtr MpiAgent::process(rpc::Message& request) {
   // profiles miss them once each of its threads has had its turn): so each gets a new thread.
   JitFuturePtr future;
   std::exception_ptr error;
-  std::thread([&] {
+  startThread("a call that is profiled", [&] {
     options_.threadHook([&] {
       try {
         future = (*cb_)(request, {});

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error_text.h"
+#include "host/no_memory.h"
 
 namespace torch_rpc_mpi {
 
@@ -63,11 +64,11 @@ void Incoming::receive(ProgressToken& token, InboundMessage inbound) {
       message->inbound.separateBody.reset(new char[header.bodyBytes]);
       message->spans[0].data = message->inbound.separateBody.get();
     } catch (const std::bad_alloc&) {
-      std::string error = "there is no memory for a message of " + std::to_string(header.bodyBytes) + " bytes";
+      const NoMemory error("a message", header.bodyBytes);
       if (header.bulkParts != 0) { // only the body would tell how long the parts are that follow
-        throw std::runtime_error(error);
+        throw error;
       }
-      message->inbound.error = std::move(error);
+      message->inbound.error = error.what();
       message->discard = true;
     }
   } else {

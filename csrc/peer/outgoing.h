@@ -25,10 +25,6 @@ class Outgoing {
   bool wouldSendAtOnce(uint64_t chargedBytes) const;
   // The peer takes no more. What waits fails with the reason; what was posted is left to the transport, which parks it.
   void abandon(ProgressToken& token, const std::string& reason);
-  // What was posted and is not complete, as far as anybody will wait for it.
-  size_t unfinished() const {
-    return unfinished_;
-  }
 
  private:
   friend class OutboundMessage;

@@ -495,14 +495,23 @@ TEST(exchange_a_peer_that_fails_leaves_nothing_to_wait_for) {
   }
 }
 
+namespace {
+
+// Rank 0's goodbye has come, but not all of the parts of its last response.
+struct LeavingPair : Pair {
+  LeavingPair() {
+    network->eagerBytes = 0;
+    a.post(std::make_unique<TextMessage>(1, FrameKind::kResponse, "last", std::vector<std::string>{pattern(5000, 1)}));
+    b.poll();
+    b.exchange.leaves(*b.hold, 0, "it left", left);
+  }
+  const Exchange::Time left = std::chrono::steady_clock::now();
+};
+
+} // namespace
+
 TEST(exchange_a_peer_that_leaves_is_gone_when_what_it_had_sent_has_arrived) {
-  Pair pair;
-  pair.network->eagerBytes = 0;
-  const auto now = std::chrono::steady_clock::now();
-  pair.a.post(
-      std::make_unique<TextMessage>(1, FrameKind::kResponse, "last", std::vector<std::string>{pattern(5000, 1)}));
-  pair.b.poll();
-  pair.b.exchange.leaves(*pair.b.hold, 0, "it left", now);
+  LeavingPair pair;
   CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kLeaving);
   pair.b.post(std::make_unique<TextMessage>(0, FrameKind::kRequest, "too late"));
   pair.settle();
@@ -510,22 +519,16 @@ TEST(exchange_a_peer_that_leaves_is_gone_when_what_it_had_sent_has_arrived) {
   CHECK_EQUAL(TextMessage::lastFailure, "peer 0: it left");
   CHECK_EQUAL(pair.b.bodies.size(), 1U);
   CHECK_THAT(pair.b.parts[0][0] == pattern(5000, 1));
-  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(10));
+  pair.b.exchange.look(*pair.b.hold, pair.left + std::chrono::milliseconds(10));
   CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kGone);
   CHECK_EQUAL(pair.b.ended.size(), 1U);
 }
 
 TEST(exchange_a_peer_that_leaves_without_sending_the_rest_is_gone_after_a_while) {
-  Pair pair;
-  pair.network->eagerBytes = 0;
-  const auto now = std::chrono::steady_clock::now();
-  pair.a.post(
-      std::make_unique<TextMessage>(1, FrameKind::kResponse, "last", std::vector<std::string>{pattern(5000, 1)}));
-  pair.b.poll();
-  pair.b.exchange.leaves(*pair.b.hold, 0, "it left", now);
-  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(600));
+  LeavingPair pair;
+  pair.b.exchange.look(*pair.b.hold, pair.left + std::chrono::milliseconds(600));
   CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kLeaving);
-  pair.b.exchange.look(*pair.b.hold, now + std::chrono::milliseconds(900));
+  pair.b.exchange.look(*pair.b.hold, pair.left + std::chrono::milliseconds(900));
   CHECK_THAT(pair.b.exchange.stateOf(0) == Peer::State::kGone);
   CHECK_THAT(pair.b.exchange.quiet(*pair.b.hold));
 }
