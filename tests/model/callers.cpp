@@ -1,4 +1,6 @@
 // Engine's and MpiAgent's functions that any thread may run: turn, post, submitted, send.
+#include <utility>
+
 #include "model/engine_model.h"
 
 namespace model {
@@ -46,7 +48,7 @@ bool EngineModel::stepOfTurn(State& s, Thread& t) {
       }
       return true;
     case At::kTurnGone:
-      step_ = "onPeerGone: takes the peer's calls";
+      step_ = "onPeerEnded: takes the peer's calls";
       if (!is(Mutation::kGoneCallsForgotten)) {
         const Set failed = s.calls & completionTasks_;
         s.calls &= ~failed;
@@ -80,10 +82,20 @@ bool EngineModel::stepOfTurn(State& s, Thread& t) {
       }
       return true;
     case At::kOnBroken:
-      step_ = "onBroken: failAllCalls()";
+      step_ = "onBroken: takes the calls that are left";
       s.callsClosed = 1;
-      complete(s, s.calls);
-      s.calls = 0;
+      if (s.calls == 0) {
+        go(t, t.afterTurn);
+        return true;
+      }
+      s.made |= s.calls;
+      t.kept = std::exchange(t.tasks, std::exchange(s.calls, 0));
+      t.at = At::kPost;
+      t.afterPost = At::kOnBrokenPosted;
+      return true;
+    case At::kOnBrokenPosted:
+      step_ = "onBroken: has posted their failures";
+      t.tasks = std::exchange(t.kept, 0);
       go(t, t.afterTurn);
       return true;
     default:
@@ -110,17 +122,17 @@ void EngineModel::receive(State& s, Thread& t) {
   t.active |= arrived != 0;
   if (arrived & kGoodbye) {
     step_ = "turn: polls, a goodbye has arrived";
-    t.at = onPeerGone(s, Gone::kLeft) ? At::kTurnGone : At::kTurnEnd;
+    t.at = onPeerEnded(s, Gone::kLeft) ? At::kTurnGone : At::kTurnEnd;
   } else if (arrived == 0 && s.peerEnded && !s.endNoticed && pick(2) == 1) {
     step_ = "watchNeighbours: the peer's process has ended";
     s.endNoticed = 1;
-    t.at = onPeerGone(s, Gone::kEnded) ? At::kTurnGone : At::kTurnEnd;
+    t.at = onPeerEnded(s, Gone::kEnded) ? At::kTurnGone : At::kTurnEnd;
   } else {
     step_ = "turn: polls";
   }
 }
 
-bool EngineModel::onPeerGone(State& s, Gone why) {
+bool EngineModel::onPeerEnded(State& s, Gone why) {
   if (s.gone != Gone::kNo) {
     if (is(Mutation::kGoneTwice)) {
       violate("the first reason why a peer is gone does not stick");

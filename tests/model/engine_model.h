@@ -6,8 +6,9 @@
 //
 // Left out: what time decides. A leader may go to sleep after any look in vain, a guest may leave after any, a tick may
 // come at any moment and find any task stuck. But a sleep at the doorbell has no limit here, and so it can hide no lost
-// wake-up; only the end of a peer's process, which rings nobody, lets it end. Deadlines, naps, credits, bulk streams
-// and draining are left out, and a peer of another host, which cannot ring.
+// wake-up; only the end of a peer's process, which rings nobody, lets it end. Deadlines are left out, and so calls to a
+// peer that has ended fail here at once; also naps, credits, bulk streams and draining, and a peer of another host,
+// which cannot ring.
 #pragma once
 
 #include <array>
@@ -59,6 +60,7 @@ enum class At : uint8_t {
   kTurnEnd,
   kBreakDown,
   kOnBroken,
+  kOnBrokenPosted,
   // Engine::post, Doorbell::ring
   kPost,
   kRingLook,
@@ -101,6 +103,7 @@ struct Thread {
   At at = At::kNowhere;
   At afterTurn = At::kNowhere, afterPost = At::kNowhere, afterRing = At::kNowhere, afterSubmit = At::kNowhere;
   Set tasks = 0; // that its turn yielded, or that it posts
+  Set kept = 0;  // that its turn yielded, while it posts others
   Set task = 0;  // an engine thread's: what it runs; a caller's: its call
   Set out = 0;   // the message that it submits
   uint8_t mayLead : 1 = 0, spinning : 1 = 0, active : 1 = 0, notified : 1 = 0;
@@ -260,7 +263,7 @@ class EngineModel {
   void complete(State& s, Set calls);
   void drop(State& s, Set& tasks);
   void receive(State& s, Thread& t);
-  bool onPeerGone(State& s, Gone why); // whether it is the first to say so
+  bool onPeerEnded(State& s, Gone why); // whether it is the first to say so
   void threw(State& s, Thread& t);
 
   // guests.cpp

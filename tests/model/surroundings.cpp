@@ -53,7 +53,7 @@ bool EngineModel::stepOfStopper(State& s, Thread& t) {
       t.at = At::kFailAll;
       return true;
     case At::kFailAll:
-      step_ = "shutdown: failAllCalls()";
+      step_ = "shutdown: fails the calls that are left";
       s.callsClosed = 1;
       complete(s, s.calls);
       s.calls = 0;
