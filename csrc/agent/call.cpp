@@ -21,6 +21,9 @@ thread_local JitFuturePtr awaited;
 // Whether send() is to wait for it; see AnswerInSend.
 thread_local bool answersInSend = false;
 
+// See SecondAttempt.
+thread_local bool sendsAgain = false;
+
 // A guest is announced for one call. Whatever becomes of that, it does not stay so.
 struct GuestAnnouncement {
   GuestAnnouncement() = default;
@@ -133,6 +136,14 @@ MpiAgent::AnswerInSend::~AnswerInSend() {
   answersInSend = false;
 }
 
+MpiAgent::SecondAttempt::SecondAttempt() {
+  sendsAgain = true;
+}
+
+MpiAgent::SecondAttempt::~SecondAttempt() {
+  sendsAgain = false;
+}
+
 void MpiAgent::expectAnswer(bool expected) {
   if (engine_->onEngineThread()) {
     return; // so send() leaves `awaited` empty, and driveUntil() has nothing to drive for
@@ -162,6 +173,7 @@ void MpiAgent::sendToPeer(int peer, uint64_t id, RpcMessage message) {
   auto out = std::make_unique<OutboundRpc>(
       peer, FrameKind::kRequest, id, std::move(message), options_.exchange.eagerLimit,
       static_cast<SendFailureListener&>(*this));
+  out->header().secondAttempt = sendsAgain ? 1 : 0;
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
   if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
     out->encode(exchange_.frames());

@@ -93,6 +93,15 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent,
     MpiAgent& agent_;
   };
 
+  // While it lives, the request that this thread sends is the second attempt of one that its callee did not run.
+  class SecondAttempt {
+   public:
+    SecondAttempt();
+    ~SecondAttempt();
+    SecondAttempt(const SecondAttempt&) = delete;
+    SecondAttempt& operator=(const SecondAttempt&) = delete;
+  };
+
   // Whether calls of this process are unanswered.
   bool awaitsAnswers() const override;
 

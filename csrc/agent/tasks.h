@@ -10,7 +10,7 @@ class MpiAgent::RequestTask final : public Task {
  public:
   RequestTask(MpiAgent& agent, InboundMessage inbound) : agent_(agent), inbound_(std::move(inbound)) {}
   Kind kind() const override {
-    return Kind::kRequest;
+    return inbound_.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest;
   }
   void run() noexcept override;
 

@@ -20,12 +20,13 @@ namespace {
 constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
-thread_local const Engine* currentEngine = nullptr;
+thread_local Engine* currentEngine = nullptr;
 
 // What this engine thread runs.
 thread_local struct {
   Task::Kind kind = Task::Kind::kCompletion;
   bool waiting = false; // it made a call, for which it probably waits
+  bool running = false;
 } currentTask;
 
 } // namespace
@@ -74,14 +75,14 @@ bool Engine::spawn() {
 void Engine::threadMain() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (TaskPtr task = nextTask(lock)) {
-    currentTask = {task->kind(), false};
+    currentTask = {task->kind(), /*waiting=*/false, /*running=*/true};
     lock.unlock();
-    if (currentTask.kind ==
-        Task::Kind::kRequest) { // a completion is short, and says so itself if a user's code is in it
+    if (currentTask.kind != Task::Kind::kCompletion) { // which is short, and says so itself if a user's code is in it
       ThreadAttributes::runs();
     }
     task->run();
     task.reset();
+    currentTask.running = false;
     lock.lock();
     lanes_.ended(currentTask.kind, currentTask.waiting);
     ++workDone_;
@@ -156,13 +157,28 @@ bool Engine::standBy(std::unique_lock<std::mutex>& lock) {
 }
 
 void Engine::taskMayWait() {
-  const std::lock_guard<std::mutex> lock(mutex_);
   if (!currentTask.waiting) {
     currentTask.waiting = true;
     lanes_.mayWait(currentTask.kind);
   }
   if (!leading_ || lanes_.runnable()) {
     wakeIdleThread();
+  }
+}
+
+Engine::Blocked::Blocked()
+    : engine_(currentTask.running && currentTask.kind != Task::Kind::kCompletion ? currentEngine : nullptr) {
+  if (engine_ != nullptr) {
+    const std::lock_guard<std::mutex> lock(engine_->mutex_);
+    engine_->lanes_.blocks(currentTask.kind, true);
+    engine_->taskMayWait();
+  }
+}
+
+Engine::Blocked::~Blocked() {
+  if (engine_ != nullptr) {
+    const std::lock_guard<std::mutex> lock(engine_->mutex_);
+    engine_->lanes_.blocks(currentTask.kind, false);
   }
 }
 
@@ -318,6 +334,7 @@ void Engine::submitted(bool expectsReply) {
     }
     doorbell_.ring();
     if (onEngineThread()) {
+      const std::lock_guard<std::mutex> lock(mutex_);
       taskMayWait();
     }
   }

@@ -131,6 +131,18 @@ class Engine : public std::enable_shared_from_this<Engine> {
     doorbell_.ring();
   }
 
+  // While one lives, the request that this thread runs, if it runs one, waits for something: Note [Second attempts].
+  class Blocked {
+   public:
+    Blocked();
+    ~Blocked();
+    Blocked(const Blocked&) = delete;
+    Blocked& operator=(const Blocked&) = delete;
+
+   private:
+    Engine* const engine_;
+  };
+
   EngineCounts counts() const;
   bool onEngineThread() const;
 
@@ -149,7 +161,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
   bool guestLeads() const;
   bool sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks); // whether there is something to do
-  void taskMayWait();
+  void taskMayWait();                                                      // with mutex_ held
   void breakDown(const std::string& reason);
 
   const EngineOptions options_;

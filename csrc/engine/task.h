@@ -12,8 +12,9 @@ using Clock = std::chrono::steady_clock;
 class Task {
  public:
   enum class Kind : size_t {
-    kCompletion, // completes a future, releases memory: short, must not wait behind requests
-    kRequest     // runs what a peer asked for: as long as the user's function takes
+    kCompletion,   // completes a future, releases memory: short, must not wait behind requests
+    kRequest,      // runs what a peer asked for: as long as the user's function takes
+    kSecondAttempt // a request that has been here before: see Note [Second attempts]
   };
   virtual ~Task() = default;
   virtual Kind kind() const = 0;

@@ -11,7 +11,7 @@ namespace {
 // another call needs a thread more, which completes that.
 constexpr int kCompletionThreads = 48;
 // Those that wait included: where a program that waits without end is stopped from taking all threads there are.
-constexpr int kAllCompletionThreads = 2048;
+constexpr int kAllThreads = 2048;
 // How long no task of a kind ends, while others wait, before more of them run at once. Completions are short by nature;
 // what holds them up is usually the GIL, which Python's threads pass on every 5 ms.
 constexpr auto kStuckRequests = std::chrono::milliseconds(1);
@@ -25,7 +25,8 @@ TaskLanes::TaskLanes(int numWorkerThreads, int coresToSpare)
 
 void TaskLanes::add(std::vector<TaskPtr>& tasks) {
   for (TaskPtr& task : tasks) {
-    lane(task->kind()).queue.push_back(std::move(task));
+    Lane& to = lane(task->kind());
+    (task->kind() == Task::Kind::kSecondAttempt ? to.secondAttempts : to.queue).push_back(std::move(task));
   }
   tasks.clear();
   update();
@@ -33,8 +34,11 @@ void TaskLanes::add(std::vector<TaskPtr>& tasks) {
 
 TaskPtr TaskLanes::take() {
   Lane& from = lane(mayRun(Task::Kind::kCompletion) ? Task::Kind::kCompletion : Task::Kind::kRequest);
-  TaskPtr task = std::move(from.queue.front());
-  from.queue.pop_front();
+  // Completions have no second attempts.
+  std::deque<TaskPtr>& queue =
+      &from == &lane(Task::Kind::kRequest) && mayTakeSecondAttempt() ? from.secondAttempts : from.queue;
+  TaskPtr task = std::move(queue.front());
+  queue.pop_front();
   ++from.running;
   update();
   return task;
@@ -42,6 +46,11 @@ TaskPtr TaskLanes::take() {
 
 void TaskLanes::mayWait(Task::Kind kind) {
   ++lane(kind).waiting;
+  update();
+}
+
+void TaskLanes::blocks(Task::Kind kind, bool isBlocked) {
+  lane(kind).blocked += isBlocked ? 1 : -1;
   update();
 }
 
@@ -56,7 +65,7 @@ void TaskLanes::look() {
   const auto now = Clock::now();
   for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
     Lane& each = lane(kind);
-    if (each.queue.empty() || each.ended != each.endedAtLook) {
+    if (each.empty() || each.ended != each.endedAtLook) {
       each.endedAtLook = each.ended;
       each.stuckSince = now;
     } else if (now - each.stuckSince >= (kind == Task::Kind::kRequest ? kStuckRequests : kStuckCompletions)) {
@@ -70,8 +79,10 @@ void TaskLanes::look() {
 std::deque<TaskPtr> TaskLanes::takeAll() {
   std::deque<TaskPtr> all;
   for (Lane& each : lanes_) {
-    std::move(each.queue.begin(), each.queue.end(), std::back_inserter(all));
-    each.queue.clear();
+    for (std::deque<TaskPtr>* queue : {&each.secondAttempts, &each.queue}) {
+      std::move(queue->begin(), queue->end(), std::back_inserter(all));
+      queue->clear();
+    }
   }
   update();
   return all;
@@ -79,7 +90,7 @@ std::deque<TaskPtr> TaskLanes::takeAll() {
 
 bool TaskLanes::backlog() const {
   for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
-    if (!lane(kind).queue.empty() && lane(kind).running > 0 && mayTakeAnother(kind)) {
+    if (lane(kind).running > 0 && mayTakeAnother(kind)) {
       return true;
     }
   }
@@ -92,15 +103,20 @@ int TaskLanes::running() const {
 
 bool TaskLanes::mayRun(Task::Kind kind) const {
   const Lane& of = lane(kind);
-  return !of.queue.empty() && mayTakeAnother(kind) && of.running - of.waiting < of.atOnce;
+  return mayTakeAnother(kind) && of.running - of.waiting < of.atOnce;
 }
 
 bool TaskLanes::mayTakeAnother(Task::Kind kind) const {
   const Lane& of = lane(kind);
   if (kind == Task::Kind::kRequest) {
-    return of.running < numWorkerThreads_;
+    return (!of.queue.empty() && of.running < numWorkerThreads_) || mayTakeSecondAttempt();
   }
-  return of.running - of.waiting < kCompletionThreads && of.running < kAllCompletionThreads;
+  return !of.queue.empty() && of.running - of.waiting < kCompletionThreads && of.running < kAllThreads;
+}
+
+bool TaskLanes::mayTakeSecondAttempt() const {
+  const Lane& of = lane(Task::Kind::kRequest);
+  return !of.secondAttempts.empty() && of.running - of.blocked < numWorkerThreads_ && of.running < kAllThreads;
 }
 
 int TaskLanes::limitOf(Task::Kind kind) const {
@@ -109,7 +125,7 @@ int TaskLanes::limitOf(Task::Kind kind) const {
 
 void TaskLanes::update() {
   for (Lane& each : lanes_) {
-    if (each.queue.empty()) {
+    if (each.empty()) {
       each.atOnce = coresToSpare_;
     }
   }

@@ -7,6 +7,15 @@
 // although others wait: then they are long, and it doubles the number, up to num_worker_threads requests and
 // kCompletionThreads completions. A task that makes a call itself will probably wait for it, and does not count while
 // it does.
+//
+// Note [Second attempts]
+// ~~~~~~~~~~~~~~~~~~~~~~
+// A call that was not run, because the callee lacks a name, comes again (python/repeatable_call.h), and by then
+// requests may run that wait for what it makes: local_value() of the RRef that a refused rpc.remote() will create, say.
+// With a thread for each request in the order of arrival, as in TensorPipe, what makes a value is always ahead of what
+// waits for it. So a second attempt has the place that the first had: it is taken before other requests, and requests
+// that are blocked in a wait of ours leave their places to it. That many threads more it may take, and no more: with
+// num_worker_threads=1, functions still run one at a time.
 #pragma once
 
 #include <array>
@@ -25,8 +34,9 @@ class TaskLanes {
   TaskLanes(int numWorkerThreads, int coresToSpare);
 
   void add(std::vector<TaskPtr>& tasks);
-  TaskPtr take();                // if runnable(); it runs from then on
-  void mayWait(Task::Kind kind); // a running task has made a call
+  TaskPtr take();                               // if runnable(); it runs from then on
+  void mayWait(Task::Kind kind);                // a running task has made a call
+  void blocks(Task::Kind kind, bool isBlocked); // a running task waits, or does so no longer
   void ended(Task::Kind kind, bool didWait);
   void look(); // once in a while: finds lanes whose tasks are long
   std::deque<TaskPtr> takeAll();
@@ -43,33 +53,40 @@ class TaskLanes {
     return lane(kind).running;
   }
   size_t queued(Task::Kind kind) const {
-    return lane(kind).queue.size();
+    return lane(kind).queue.size() + lane(kind).secondAttempts.size();
   }
 
  private:
   struct Lane {
     std::deque<TaskPtr> queue;
+    std::deque<TaskPtr> secondAttempts;
     int running = 0;
     int waiting = 0; // of those, for a call, probably
+    int blocked = 0; // of those, in a wait
     int atOnce = 1;
     uint64_t ended = 0;
     uint64_t endedAtLook = 0;
     Clock::time_point stuckSince;
+
+    bool empty() const {
+      return queue.empty() && secondAttempts.empty();
+    }
   };
   Lane& lane(Task::Kind kind) {
-    return lanes_[static_cast<size_t>(kind)];
+    return lanes_[kind == Task::Kind::kCompletion ? 0 : 1];
   }
   const Lane& lane(Task::Kind kind) const {
-    return lanes_[static_cast<size_t>(kind)];
+    return lanes_[kind == Task::Kind::kCompletion ? 0 : 1];
   }
   bool mayRun(Task::Kind kind) const;
+  bool mayTakeSecondAttempt() const;
   bool mayTakeAnother(Task::Kind kind) const;
   int limitOf(Task::Kind kind) const;
   void update();
 
   const int numWorkerThreads_;
   const int coresToSpare_;
-  std::array<Lane, 2> lanes_; // by Task::Kind
+  std::array<Lane, 2> lanes_; // of completions and of requests
   std::atomic<bool> runnable_{false};
 };
 

@@ -30,12 +30,13 @@ enum class FrameKind : uint8_t {
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.
 struct FrameHeader {
-  static constexpr uint32_t kMagic = 0x52504d32; // "RPM2": raise the digit with every change of the protocol
+  static constexpr uint32_t kMagic = 0x52504d33; // "RPM3": raise the digit with every change of the protocol
 
   uint32_t magic = kMagic;
   FrameKind kind = FrameKind::kRequest;
-  uint8_t bodyInBulk = 0; // the body did not fit: it is the first thing on the bulk channel
-  uint16_t reserved = 0;
+  uint8_t bodyInBulk = 0;    // the body did not fit: it is the first thing on the bulk channel
+  uint8_t secondAttempt = 0; // of a request: see Note [Second attempts]
+  uint8_t reserved = 0;
   uint64_t callId = 0;
   uint32_t messageType = 0; // torch's MessageType
   uint32_t bulkParts = 0;   // their sizes, uint64_t each, stand at the start of the body

@@ -19,7 +19,7 @@ namespace rpc = torch::distributed::rpc;
 // All without the GIL. torch's own methods, called when there is nothing left to wait for, do everything else.
 
 py::object waitForFuture(torch::jit::PythonFutureWrapper& future) {
-  serveUntilCompleted(kPythonSignals, *future.fut);
+  waitServingSignals(*future.fut);
   return future.wait();
 }
 
@@ -30,7 +30,7 @@ c10::intrusive_ptr<rpc::RRef> inside(const rpc::PyRRef& rref) {
 // An owner waits for the value to be made. Not if that is known to have run out of time: torch then says so at once.
 void waitForOwnValue(const c10::intrusive_ptr<rpc::RRef>& rref) {
   if (!rref->getTimedOut()) {
-    serveUntilCompleted(kPythonSignals, *c10::static_intrusive_pointer_cast<rpc::OwnerRRef>(rref)->getFuture());
+    waitServingSignals(*c10::static_intrusive_pointer_cast<rpc::OwnerRRef>(rref)->getFuture());
   }
 }
 
@@ -54,6 +54,7 @@ py::object toHere(const rpc::PyRRef& rref, float timeout) {
     return rref.toHere(timeout);
   }
   const MpiAgent::AnswerInSend fetched(*agent);
+  const Engine::Blocked blocked;
   return rref.toHere(timeout);
 }
 
@@ -65,6 +66,14 @@ py::object methodOf(const py::handle& type, const char* name, Function function,
 }
 
 } // namespace
+
+void waitServingSignals(c10::ivalue::Future& future) {
+  if (!future.completed()) {
+    const Engine::Blocked blocked;
+    serveUntilCompleted(kPythonSignals, future);
+    future.wait();
+  }
+}
 
 void bindInterruptibleWaits(py::module_& module) {
   findPythonsMainThread();

@@ -235,7 +235,7 @@ void bindAgent(py::module_& module) {
           "wait",
           [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
             self.driveUntil(*future.fut);
-            serveUntilCompleted(kPythonSignals, *future.fut);
+            waitServingSignals(*future.fut);
             return future.wait(); // takes the GIL for what it returns
           },
           py::arg("future"), NoGil())

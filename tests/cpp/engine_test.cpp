@@ -227,6 +227,52 @@ TEST(engine_a_task_may_submit_and_wait) {
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
 
+TEST(engine_a_request_that_is_blocked_leaves_its_place_to_second_attempts_only) {
+  Running running(1);
+  std::binary_semaphore blocked{0}, ended{0};
+  std::atomic<bool> ranMeanwhile{false};
+  running.request([&] {
+    const Engine::Blocked wait;
+    blocked.acquire(); // what the second attempt makes
+  });
+  running.request([&] {
+    ranMeanwhile = true;
+    ended.release();
+  });
+  running.driver.put(Task::Kind::kSecondAttempt, [&] {
+    CHECK_THAT(!ranMeanwhile);
+    blocked.release();
+  });
+  running.engine->submitted(false);
+  ended.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_a_second_attempt_runs_before_other_requests_and_none_beside_it) {
+  Running running(1);
+  std::binary_semaphore begun{0}, go{0}, ended{0};
+  std::vector<int> order;
+  running.request([&] {
+    {
+      const Engine::Blocked wait;
+    }
+    begun.release();
+    go.acquire();
+    order.push_back(0);
+  });
+  begun.acquire();
+  running.request([&] {
+    order.push_back(2);
+    ended.release();
+  });
+  running.driver.put(Task::Kind::kSecondAttempt, [&] { order.push_back(1); });
+  running.engine->submitted(false);
+  go.release();
+  ended.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+  CHECK_THAT(order == (std::vector<int>{0, 1, 2}));
+}
+
 TEST(engine_a_guest_runs_the_completion_it_waits_for_and_nothing_else) {
   Running running(2);
   const int awaited = 0;

@@ -413,6 +413,14 @@ def from_many_threads(world: World) -> None:
     in_threads(8, calls)
 
 
+@case(options={"num_worker_threads": 1}, tensorpipe=TORCH_CANNOT)
+def a_value_is_made_though_what_waits_for_it_has_the_only_thread(world: World) -> None:
+    """The creation is sent twice: the question for the value's type comes between, and blocks the owner's thread."""
+    plus = mine(world, "plus")
+    for _ in range(5):
+        equal(rpc.remote(world.next, plus, args=(torch.ones(2),)).rpc_sync().add(1), torch.full((2,), 102.0))
+
+
 @case(tensorpipe=TORCH_CANNOT)
 def a_result_of_a_class_that_the_caller_lacks(world: World) -> None:
     """Results are not asked for again; here the callee made the class from what the caller sent."""
