@@ -12,9 +12,10 @@
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/distributed/rpc/message.h>
 
+#include "base/clock.h"
+
 namespace torch_rpc_mpi {
 
-using Clock = std::chrono::steady_clock;
 using JitFuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
 
 struct PendingCall {

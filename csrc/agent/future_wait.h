@@ -13,9 +13,8 @@ inline void serveUntilCompleted(const SignalService& signals, c10::ivalue::Futur
     return;
   }
   std::unique_lock<std::mutex> lock(torch_compat::mutexOf(future));
-  waitServing(signals, lock, torch_compat::finishedOf(future), std::chrono::steady_clock::time_point::max(), [&] {
-    return future.completed();
-  });
+  waitServing(
+      signals, lock, torch_compat::finishedOf(future), Clock::time_point::max(), [&] { return future.completed(); });
 }
 
 } // namespace torch_rpc_mpi

@@ -45,7 +45,7 @@ MpiAgent::MpiAgent(
       members_(rank_, members),
       completion_(members_),
       exchange_(*transport_, *this, options_.exchange),
-      engine_(std::make_shared<Engine>(engineOptions(options_), static_cast<EngineDriver&>(*this), transport_->bell())),
+      engine_(options_.makeEngine(engineOptions(options_), static_cast<EngineDriver&>(*this), transport_->bell())),
       join_(rank_, transport_->size(), [this](ProgressToken& token, int peer, std::string body) {
         exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kDrain, std::move(body)));
       }) {

@@ -36,6 +36,7 @@ struct AgentOptions {
   std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
   SignalService signals; // of threads that wait here
+  MakeEngine makeEngine = makeThreadedEngine;
 };
 
 // Thread-safe. Members:

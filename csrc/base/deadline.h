@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "base/clock.h"
+
 namespace torch_rpc_mpi {
 
 // Longer waits have no end: 30 years. A clock's 64 bits of nanoseconds overflow at nine times that.
@@ -16,8 +18,7 @@ Duration durationOf(double seconds) {
 }
 
 // In so many seconds; 0, or more than kLongestWait: never.
-inline std::chrono::steady_clock::time_point deadlineAfter(double seconds) {
-  using Clock = std::chrono::steady_clock;
+inline Clock::time_point deadlineAfter(double seconds) {
   const bool ends = seconds > 0 && seconds <= kLongestWait;
   return ends ? Clock::now() + durationOf<Clock::duration>(seconds) : Clock::time_point::max();
 }

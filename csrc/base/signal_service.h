@@ -6,6 +6,8 @@
 #include <condition_variable>
 #include <mutex>
 
+#include "base/clock.h"
+
 namespace torch_rpc_mpi {
 
 // Python runs the handlers of signals in one thread alone, between two of its instructions: where that thread waits in
@@ -26,20 +28,19 @@ bool waitServing(
     const SignalService& signals,
     std::unique_lock<std::mutex>& lock,
     std::condition_variable& changed,
-    std::chrono::steady_clock::time_point deadline,
+    Clock::time_point deadline,
     const Over& over) {
-  using SteadyClock = std::chrono::steady_clock;
   const bool serves = signals.here();
-  if (!serves && deadline == SteadyClock::time_point::max()) {
+  if (!serves && deadline == Clock::time_point::max()) {
     changed.wait(lock, over);
     return true;
   }
   for (;;) {
-    const auto until = serves ? std::min(deadline, SteadyClock::now() + kSignalInterval) : deadline;
+    const auto until = serves ? std::min(deadline, Clock::now() + kSignalInterval) : deadline;
     if (changed.wait_until(lock, until, over)) {
       return true;
     }
-    if (until == deadline) {
+    if (until == deadline && Clock::now() >= deadline) {
       return false;
     }
     lock.unlock();

@@ -1,59 +1,14 @@
-// The threads of the agent: one of them always drives the transport, the others run what arrived.
-//
-// Note [Leader and followers]
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// The leader polls. When a turn yields tasks it gives up leadership and runs them itself, so that a request runs on the
-// thread that received it, without a hand-over. Nobody is woken for that on the hot path: one idle thread, the standby,
-// looks every kTick whether there are tasks for it, and whether nobody leads and, where cores are scarce, nobody has
-// begun to since its last look, and steps in. A short request therefore costs no context switch, and a long one delays
-// progress by at most two ticks. While the
-// process is idle the standby does not tick; the leader wakes it when it leaves sleep to run a task.
-//
-// A thread takes a task only if two others remain that run none, starting new ones if it must; a process that may have
-// no more threads does with one, and for a completion with none. So progress, deadlines and flow control never depend
-// on how long user code takes. Requests are bounded by num_worker_threads; completions of futures are not counted with
-// them, because a request may be waiting for just that completion. How many
-// of them run: Note [How many at once] in task_lanes.h.
-//
-// Note [Guests]
-// ~~~~~~~~~~~~~
-// A user's thread that waits for the answer to a call drives progress itself meanwhile, as a guest: the answer then
-// needs no other thread to be woken. Of what arrives it runs only the completion it waits for; the rest goes to the
-// engine's threads. There is one guest at a time. While there is one, and for a tick after it has left if nobody else
-// waits for an answer, since it will probably call again, the engine's threads do not lead but stand by.
-//
-// Note [Sharing cores]
-// ~~~~~~~~~~~~~~~~~~~~
-// More ranks than cores must work, and so must more busy threads than cores. sched_yield() does not see to that: the
-// kernel may go on with the thread that yields, and a leader that a peer's message wakes may take the core from the
-// very thread that was about to send more, spin there until it sleeps again, be woken by the next message, and so on,
-// with one message in each spin time. Three things prevent it.
-// - Engine threads have the policy SCHED_BATCH while they wait: they take an idle core when they are woken, but none
-//   from a thread that runs. Not while they run a request or a callback of Python's: SCHED_RESET_ON_FORK
-//   notwithstanding, the kernel passes it on to what a user's function starts, however that is done. Most requests are
-//   run by a thread that has not waited since its last one, at no cost. The other completions keep the policy: to
-//   change it for each of them made remote() with to_here() 8 us slower.
-// - Where cores are scarce, a leader that sees other threads of its process get much done, calls being made or tasks
-//   being run, sleeps for a moment between its looks, and finds more at each. Nobody rings for it meanwhile.
-// - A leader that was away from its core spins for a shorter time (SpinLimit).
-//
-// User code runs only in tasks, never with the token or a lock held.
+// What drives the transport and runs what arrives, as its users see it.
 #pragma once
 
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "engine/spin_limit.h"
 #include "engine/task.h"
-#include "engine/task_lanes.h"
-#include "engine/thread_attributes.h"
 #include "host/doorbell.h"
 #include "transport/progress_token.h"
 
@@ -97,97 +52,45 @@ struct EngineCounts {
   size_t queuedCompletions = 0;
 };
 
-// Held by shared_ptr: its threads keep it alive. Members:
-//   mutex_ guards lanes_, threads_, parked_, ticking_, called_, leads_;
-//   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ and
-//   spinLimit_ are the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress
-//   token; options_, driver_ and doorbell_ are immutable after construction, attributes_ after start().
-class Engine : public std::enable_shared_from_this<Engine> {
+// User code runs only in tasks, never with the token or a lock held. ThreadedEngine is the one; a simulation has
+// another, without threads.
+class Engine {
  public:
-  Engine(EngineOptions options, EngineDriver& driver, BellWord& bell);
+  virtual ~Engine() = default;
 
-  void start();
+  virtual void start() = 0;
   // Stops after the tasks that are running; queued ones are dropped, in the caller, and those that a turn still yields,
-  // in the thread that leads. Returns false when some were still
-  // running after `limit`; their threads go on, and everything they use must stay.
-  bool stop(std::chrono::milliseconds limit);
+  // in the thread that leads. Returns false when some were still running after `limit`; their threads go on, and
+  // everything they use must stay.
+  virtual bool stop(std::chrono::milliseconds limit) = 0;
 
-  // Any thread. The task runs soon on an engine thread, or is destroyed when the engine has stopped.
-  void post(TaskPtr task);
-  void post(std::vector<TaskPtr>& tasks);
+  // Any thread. The tasks run soon on an engine thread, or are destroyed when the engine has stopped.
+  virtual void post(std::vector<TaskPtr>& tasks) = 0;
+  void post(TaskPtr task) {
+    std::vector<TaskPtr> tasks;
+    tasks.push_back(std::move(task));
+    post(tasks);
+  }
   // Any thread: something was queued for the driver. Runs a turn here if the token is free, otherwise its holder picks
   // the work up. `expectsReply`: somebody has to poll for the answer from now on.
-  void submitted(bool expectsReply);
-  // Any thread that is not the engine's, see Note [Guests]; engine/guests.cpp. From announceGuest() on it leads when it
-  // waits; what it submits until then wakes nobody. driveFor() returns when the completion of `awaited` has run here or
-  // over() holds, or after the spin time, or a few milliseconds in any case, or at once if there is a guest already.
+  virtual void submitted(bool expectsReply) = 0;
+  // Any thread that is not the engine's, see Note [Guests]. From announceGuest() on it leads when it waits; what it
+  // submits until then wakes nobody. driveFor() returns when the completion of `awaited` has run here or over() holds,
+  // or after the spin time, or a few milliseconds in any case, or at once if there is a guest already.
   static void announceGuest(bool coming);
   static bool guestAnnounced();
-  void driveFor(const void* awaited, const std::function<bool()>& over);
+  virtual void driveFor(const void* awaited, const std::function<bool()>& over) = 0;
 
   // Takes the token, waiting for its holder to finish its turn. For starting and closing only.
-  void withToken(const std::function<void(ProgressToken&)>& body);
-  void wake() {
-    doorbell_.ring();
-  }
+  virtual void withToken(const std::function<void(ProgressToken&)>& body) = 0;
+  virtual void wake() = 0;
 
-  // While one lives, the request that this thread runs, if it runs one, waits for something: Note [Second attempts].
-  class Blocked {
-   public:
-    Blocked();
-    ~Blocked();
-    Blocked(const Blocked&) = delete;
-    Blocked& operator=(const Blocked&) = delete;
-
-   private:
-    Engine* const engine_;
-  };
-
-  EngineCounts counts() const;
-  bool onEngineThread() const;
-
- private:
-  static constexpr std::chrono::microseconds kTick{200};
-
-  bool spawn(); // with mutex_ held; false if there are no more threads
-  void threadMain();
-  TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
-  TaskPtr take();                                   // with mutex_ held
-  bool standBy(std::unique_lock<std::mutex>& lock); // whether to lead if nobody does
-  void lead();
-  void wakeIdleThread();                     // with mutex_ held
-  void enqueue(std::vector<TaskPtr>& tasks); // with mutex_ held
-  bool turnOnce(std::vector<TaskPtr>& tasks);
-  bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
-  bool guestLeads() const;
-  bool sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks); // whether there is something to do
-  void taskMayWait();                                                      // with mutex_ held
-  void breakDown(const std::string& reason);
-
-  const EngineOptions options_;
-  EngineDriver& driver_;
-  Doorbell doorbell_;
-  TokenSource tokens_;
-  std::optional<ThreadAttributes> attributes_; // of the thread that called start(), for ours
-
-  mutable std::mutex mutex_;
-  std::condition_variable parkedCv_;  // idle threads without a duty
-  std::condition_variable standbyCv_; // the ticking one
-  std::condition_variable stoppedCv_;
-  TaskLanes lanes_;
-  SpinLimit spinLimit_; // the leader's
-  int threads_ = 0;
-  int parked_ = 0;
-  bool ticking_ = false;
-  bool called_ = false;               // the ticking one, since it began to wait
-  uint64_t leads_ = 0;                // how often somebody began to lead
-  std::atomic<uint64_t> workDone_{0}; // tasks run, messages submitted
-  std::atomic<bool> stopping_{false};
-  std::atomic<bool> broken_{false};
-  std::atomic<bool> leading_{false};
-  std::atomic<bool> asleep_{false};
-  std::atomic<bool> guest_{false};
-  std::atomic<Clock::rep> guestUntil_{0};
+  virtual EngineCounts counts() const = 0;
+  virtual bool onEngineThread() const = 0;
 };
+
+// How an agent gets its engine.
+using MakeEngine = std::function<std::shared_ptr<Engine>(EngineOptions, EngineDriver&, BellWord&)>;
+std::shared_ptr<Engine> makeThreadedEngine(EngineOptions options, EngineDriver& driver, BellWord& bell);
 
 } // namespace torch_rpc_mpi

@@ -5,7 +5,7 @@
 #include <sched.h>
 
 #include "base/error_text.h"
-#include "engine/engine.h"
+#include "engine/threaded_engine.h"
 
 namespace torch_rpc_mpi {
 
@@ -28,11 +28,11 @@ bool Engine::guestAnnounced() {
   return guestComing;
 }
 
-bool Engine::guestLeads() const {
+bool ThreadedEngine::guestLeads() const {
   return guest_ || Clock::now().time_since_epoch().count() < guestUntil_;
 }
 
-void Engine::driveFor(const void* awaited, const std::function<bool()>& over) {
+void ThreadedEngine::driveFor(const void* awaited, const std::function<bool()>& over) {
   guestComing = false;
   TaskPtr mine;
   if (!guest_.exchange(true)) {
@@ -65,7 +65,7 @@ void Engine::driveFor(const void* awaited, const std::function<bool()>& over) {
   }
 }
 
-bool Engine::turnAsGuest(const void* awaited, TaskPtr& mine) {
+bool ThreadedEngine::turnAsGuest(const void* awaited, TaskPtr& mine) {
   std::vector<TaskPtr> tasks;
   bool active = false;
   try {

@@ -1,13 +1,12 @@
 // A piece of work for an engine thread.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <memory>
 
-namespace torch_rpc_mpi {
+#include "base/clock.h"
 
-using Clock = std::chrono::steady_clock;
+namespace torch_rpc_mpi {
 
 class Task {
  public:

@@ -6,12 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/signal_service.h"
 #include "mpi/mpi_library.h"
 
 namespace torch_rpc_mpi {
-
-using Clock = std::chrono::steady_clock;
 
 // A rank did not take part in time; what() names the ranks that are missing.
 class MissingRanks : public std::runtime_error {

@@ -233,7 +233,7 @@ void MpiTransport::park(ProgressToken&, int peer) {
 // One that a stopped process has begun to fill is complete only when that goes on: nobody waits for it.
 size_t MpiTransport::cancelFrames() noexcept {
   size_t left = 0;
-  const auto limit = std::chrono::steady_clock::now() + kCancelLimit;
+  const auto limit = Clock::now() + kCancelLimit;
   for (auto& frames : frames_) {
     for (FrameReceive& frame : frames) {
       (void)mpi_->cancel(&frame.request);
@@ -243,7 +243,7 @@ size_t MpiTransport::cancelFrames() noexcept {
     for (FrameReceive& frame : frames) {
       int done = 0;
       trm_status status{};
-      while (mpi_->test(&frame.request, &done, &status) == 0 && done == 0 && std::chrono::steady_clock::now() < limit) {
+      while (mpi_->test(&frame.request, &done, &status) == 0 && done == 0 && Clock::now() < limit) {
         std::this_thread::yield();
       }
       left += done == 0 ? 1 : 0;

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <string>
 
+#include "base/clock.h"
 #include "peer/credit.h"
 #include "peer/incoming.h"
 #include "peer/outgoing.h"
@@ -31,7 +32,7 @@ namespace torch_rpc_mpi {
 class Peer {
  public:
   enum class State : uint8_t { kOpen, kLeaving, kGone, kFailed };
-  using Time = std::chrono::steady_clock::time_point;
+  using Time = Clock::time_point;
 
   Peer(int rank, PeerContext& context, PeerFailureListener& owner)
       : rank_(rank),

@@ -10,14 +10,14 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/clock.h"
+
 namespace torch_rpc_mpi {
 
 // Thread-safe: mutex_ guards all members, and is not taken in a forked child, see Note [Locks in a forked child]. One
 // per process and never destroyed, since tensors outlive the agent.
 class ReceivePool {
  public:
-  using Clock = std::chrono::steady_clock;
-
   static ReceivePool& instance();
   // So many processes like this one run on the host: each keeps so much less.
   void shareBetween(int processes);

@@ -6,6 +6,7 @@
 
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
+#include "engine/threaded_engine.h"
 #include "python/signals.h"
 
 namespace py = pybind11;
@@ -54,7 +55,7 @@ py::object toHere(const rpc::PyRRef& rref, float timeout) {
     return rref.toHere(timeout);
   }
   const MpiAgent::AnswerInSend fetched(*agent);
-  const Engine::Blocked blocked;
+  const ThreadedEngine::Blocked blocked;
   return rref.toHere(timeout);
 }
 
@@ -69,7 +70,7 @@ py::object methodOf(const py::handle& type, const char* name, Function function,
 
 void waitServingSignals(c10::ivalue::Future& future) {
   if (!future.completed()) {
-    const Engine::Blocked blocked;
+    const ThreadedEngine::Blocked blocked;
     serveUntilCompleted(kPythonSignals, future);
     future.wait();
   }

@@ -1,4 +1,4 @@
-#include "engine/engine.h"
+#include "engine/threaded_engine.h"
 
 #include <future>
 #include <latch>
@@ -86,7 +86,7 @@ struct Running {
   explicit Running(int workers) {
     EngineOptions options;
     options.numWorkerThreads = workers;
-    engine = std::make_shared<Engine>(options, driver, bell);
+    engine = std::make_shared<ThreadedEngine>(options, driver, bell);
     engine->start();
   }
   ~Running() {
@@ -232,7 +232,7 @@ TEST(engine_a_request_that_is_blocked_leaves_its_place_to_second_attempts_only) 
   std::binary_semaphore blocked{0}, ended{0};
   std::atomic<bool> ranMeanwhile{false};
   running.request([&] {
-    const Engine::Blocked wait;
+    const ThreadedEngine::Blocked wait;
     blocked.acquire(); // what the second attempt makes
   });
   running.request([&] {
@@ -254,7 +254,7 @@ TEST(engine_a_second_attempt_runs_before_other_requests_and_none_beside_it) {
   std::vector<int> order;
   running.request([&] {
     {
-      const Engine::Blocked wait;
+      const ThreadedEngine::Blocked wait;
     }
     begun.release();
     go.acquire();
@@ -367,7 +367,7 @@ TEST(engine_rests_while_the_driver_does_until_it_is_woken) {
   options.spinTime = std::chrono::nanoseconds(0);
   options.maxSleep = std::chrono::microseconds(100);
   options.maxRest = std::chrono::hours(1);
-  auto engine = std::make_shared<Engine>(options, driver, bell);
+  auto engine = std::make_shared<ThreadedEngine>(options, driver, bell);
   engine->start();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
   CHECK_THAT(driver.turns < 50); // each sleep is twice as long as the one before; 1000 of the shorter limit fit in
@@ -383,7 +383,7 @@ TEST(engine_stop_drops_what_is_queued_and_reports_what_runs) {
   BellWord bell;
   EngineOptions options;
   options.numWorkerThreads = 1;
-  auto engine = std::make_shared<Engine>(options, driver, bell);
+  auto engine = std::make_shared<ThreadedEngine>(options, driver, bell);
   engine->start();
   std::binary_semaphore started{0};
   std::binary_semaphore release{0};
@@ -442,7 +442,7 @@ TEST(engine_stop_drops_what_a_turn_yields_meanwhile) {
   };
   LateDriver driver;
   BellWord bell;
-  auto engine = std::make_shared<Engine>(EngineOptions(), driver, bell);
+  auto engine = std::make_shared<ThreadedEngine>(EngineOptions(), driver, bell);
   driver.engine = engine.get();
   driver.armed = true;
   engine->start();

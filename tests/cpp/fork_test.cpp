@@ -67,7 +67,7 @@ TEST(forked_child_frees_what_was_received) {
   std::unique_ptr<void, decltype(release)> block(pool.allocate(kBytes), release);
   CHECK_EQUAL(inChild(mutex, [&] { block.reset(); }), 0);
   CHECK_EQUAL(inChild(mutex, [&] { release(pool.allocate(kBytes)); }), 0);
-  CHECK_EQUAL(inChild(mutex, [&] { pool.trim(ReceivePool::Clock::now()); }), 0);
+  CHECK_EQUAL(inChild(mutex, [&] { pool.trim(Clock::now()); }), 0);
   CHECK_EQUAL(inChild(mutex, [&] { CHECK_EQUAL(pool.cachedBytes(), 0U); }), 0);
   CHECK_THAT(!inForkedChild());
   const void* first = block.get();

@@ -1,4 +1,4 @@
-// Engine's and MpiAgent's functions that any thread may run: turn, post, submitted, send.
+// ThreadedEngine's and MpiAgent's functions that any thread may run: turn, post, submitted, send.
 #include <utility>
 
 #include "model/engine_model.h"
@@ -178,7 +178,7 @@ void EngineModel::drop(State& s, Set& tasks) {
   tasks = 0;
 }
 
-// ---- Engine::post, Doorbell::ring ----
+// ---- ThreadedEngine::post, Doorbell::ring ----
 
 void EngineModel::ring(Thread& t, At after) {
   t.at = At::kRingLook;
@@ -235,7 +235,7 @@ bool EngineModel::stepOfPost(State& s, Thread& t) {
   }
 }
 
-// ---- MpiAgent::send and submit, Engine::submitted ----
+// ---- MpiAgent::send and submit, ThreadedEngine::submitted ----
 
 void EngineModel::submit(Thread& t, Set message, At after) {
   t.out = message;

@@ -16,7 +16,7 @@ EngineModel::EngineModel(Setup setup, Mutation mutation) : setup_(std::move(setu
 
 State EngineModel::initial() const {
   State s;
-  for (int i = 0; i < 2; ++i) { // Engine::start
+  for (int i = 0; i < 2; ++i) { // ThreadedEngine::start
     spawn(s, 2);
   }
   for (size_t i = 0; i < setup_.callers.size(); ++i) {

@@ -31,23 +31,23 @@ constexpr Set kGoodbye = 0x80;
 enum class At : uint8_t {
   kNowhere, // a thread that is not there
   kDone,
-  // Engine::nextTask, take, standBy
+  // ThreadedEngine::nextTask, take, standBy
   kNext,
   kTicking,
   kParked,
-  // Engine::threadMain
+  // ThreadedEngine::threadMain
   kRun,
   kInnerCall,
   kInnerWait,
   kMeet,
   kTaskEnded,
-  // Engine::lead
+  // ThreadedEngine::lead
   kLead,
   kLeadTurned,
   kLeadLook,
   kLeadEnqueue,
   kLeadEnd,
-  // Engine::sleep, Doorbell
+  // ThreadedEngine::sleep, Doorbell
   kTicket,
   kSecondLook,
   kSleepLooked,
@@ -61,11 +61,11 @@ enum class At : uint8_t {
   kBreakDown,
   kOnBroken,
   kOnBrokenPosted,
-  // Engine::post, Doorbell::ring
+  // ThreadedEngine::post, Doorbell::ring
   kPost,
   kRingLook,
   kRingWake,
-  // MpiAgent::submit, Engine::submitted
+  // MpiAgent::submit, ThreadedEngine::submitted
   kSubmit,
   kSubmitted,
   kSubmittedPost,
@@ -76,7 +76,7 @@ enum class At : uint8_t {
   kSend,
   kSendLook,
   kAwait,
-  // Engine::driveFor
+  // ThreadedEngine::driveFor
   kDrive,
   kDriveLoop,
   kDriveTurned,
@@ -89,7 +89,7 @@ enum class At : uint8_t {
   kDriveWake,
   kDriveUnlock,
   kDriveMine,
-  // MpiAgent::shutdownImpl, Engine::stop
+  // MpiAgent::shutdownImpl, ThreadedEngine::stop
   kStop,
   kStopUnlock,
   kStopJoin,
@@ -121,7 +121,7 @@ enum class Gone : uint8_t { kNo, kLeft, kEnded };
 
 struct State {
   std::array<Thread, kThreads> threads;
-  // Engine. threads_, parked_ and ticking_ follow from where the threads are.
+  // ThreadedEngine. threads_, parked_ and ticking_ follow from where the threads are.
   uint8_t mutex : 1 = 0, token : 1 = 0, leading : 1 = 0, asleep : 1 = 0;
   uint8_t guest : 1 = 0, guestUntil : 1 = 0, stopping : 1 = 0, broken : 1 = 0;
   uint8_t called : 1 = 0;

@@ -11,7 +11,7 @@ Set lowest(Set set) {
 
 } // namespace
 
-// ---- Engine::nextTask, standBy ----
+// ---- ThreadedEngine::nextTask, standBy ----
 
 bool EngineModel::stepOfEngineThread(State& s, Thread& t) {
   switch (t.at) {
@@ -143,7 +143,7 @@ bool EngineModel::ticking(const State& s) {
   return false;
 }
 
-// ---- Engine::threadMain, and what tasks do ----
+// ---- ThreadedEngine::threadMain, and what tasks do ----
 
 bool EngineModel::stepOfTask(State& s, Thread& t) {
   switch (t.at) {
@@ -205,7 +205,7 @@ bool EngineModel::stepOfTask(State& s, Thread& t) {
   }
 }
 
-// ---- Engine::lead ----
+// ---- ThreadedEngine::lead ----
 
 bool EngineModel::stepOfLeader(State& s, Thread& t) {
   switch (t.at) {
@@ -274,7 +274,7 @@ bool EngineModel::stepOfLeader(State& s, Thread& t) {
   }
 }
 
-// ---- Engine::sleep, Doorbell::wait ----
+// ---- ThreadedEngine::sleep, Doorbell::wait ----
 
 bool EngineModel::stepOfSleeper(State& s, Thread& t) {
   const auto cancel = [&] {

@@ -1,4 +1,4 @@
-// Engine::driveFor.
+// ThreadedEngine::driveFor.
 #include "model/engine_model.h"
 
 namespace model {

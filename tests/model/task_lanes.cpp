@@ -48,7 +48,7 @@ bool EngineModel::backlog(const State& s) const {
       (s.requests != 0 && running(s, requestTasks_) > 0 && mayTakeAnother(s, requestTasks_));
 }
 
-// Engine::enqueue
+// ThreadedEngine::enqueue
 void EngineModel::enqueue(State& s, Set& tasks) const {
   s.requests |= tasks & requestTasks_;
   s.completions |= tasks & completionTasks_;

@@ -1,4 +1,4 @@
-#include "engine/engine.h"
+#include "engine/threaded_engine.h"
 
 #include <algorithm>
 #include <exception>
@@ -20,7 +20,7 @@ namespace {
 constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
-thread_local Engine* currentEngine = nullptr;
+thread_local ThreadedEngine* currentEngine = nullptr;
 
 // What this engine thread runs.
 thread_local struct {
@@ -31,18 +31,18 @@ thread_local struct {
 
 } // namespace
 
-Engine::Engine(EngineOptions options, EngineDriver& driver, BellWord& bell)
+ThreadedEngine::ThreadedEngine(EngineOptions options, EngineDriver& driver, BellWord& bell)
     : options_(std::move(options)),
       driver_(driver),
       doorbell_(bell),
       lanes_(options_.numWorkerThreads, options_.coresToSpare),
       spinLimit_(options_.spinTime, options_.crowded) {}
 
-bool Engine::onEngineThread() const {
+bool ThreadedEngine::onEngineThread() const {
   return currentEngine == this;
 }
 
-void Engine::start() {
+void ThreadedEngine::start() {
   std::unique_lock<std::mutex> lock(mutex_);
   attributes_.emplace();
   // One leads, one stands by; more come when tasks need them.
@@ -53,7 +53,7 @@ void Engine::start() {
   }
 }
 
-bool Engine::spawn() {
+bool ThreadedEngine::spawn() {
   ++threads_;
   try {
     std::thread([self = shared_from_this()] {
@@ -72,7 +72,7 @@ bool Engine::spawn() {
   return true;
 }
 
-void Engine::threadMain() {
+void ThreadedEngine::threadMain() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (TaskPtr task = nextTask(lock)) {
     currentTask = {task->kind(), /*waiting=*/false, /*running=*/true};
@@ -89,14 +89,14 @@ void Engine::threadMain() {
   }
 }
 
-void Engine::enqueue(std::vector<TaskPtr>& tasks) {
+void ThreadedEngine::enqueue(std::vector<TaskPtr>& tasks) {
   lanes_.add(tasks);
   if (!ticking_ && lanes_.backlog()) {
     parkedCv_.notify_one();
   }
 }
 
-TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
+TaskPtr ThreadedEngine::nextTask(std::unique_lock<std::mutex>& lock) {
   bool mayLead = true;
   while (!stopping_) {
     if (TaskPtr task = take()) {
@@ -119,7 +119,7 @@ TaskPtr Engine::nextTask(std::unique_lock<std::mutex>& lock) {
   return nullptr;
 }
 
-TaskPtr Engine::take() {
+TaskPtr ThreadedEngine::take() {
   if (!lanes_.runnable()) {
     return nullptr;
   }
@@ -136,7 +136,7 @@ TaskPtr Engine::take() {
   return task;
 }
 
-bool Engine::standBy(std::unique_lock<std::mutex>& lock) {
+bool ThreadedEngine::standBy(std::unique_lock<std::mutex>& lock) {
   ThreadAttributes::waits();
   // Ticking is for the time when traffic flows (asleep_ says that it does not) or when tasks wait for others to end.
   if (!ticking_ && !broken_ && (!asleep_ || lanes_.backlog())) {
@@ -156,7 +156,7 @@ bool Engine::standBy(std::unique_lock<std::mutex>& lock) {
   return true;
 }
 
-void Engine::taskMayWait() {
+void ThreadedEngine::taskMayWait() {
   if (!currentTask.waiting) {
     currentTask.waiting = true;
     lanes_.mayWait(currentTask.kind);
@@ -166,7 +166,7 @@ void Engine::taskMayWait() {
   }
 }
 
-Engine::Blocked::Blocked()
+ThreadedEngine::Blocked::Blocked()
     : engine_(currentTask.running && currentTask.kind != Task::Kind::kCompletion ? currentEngine : nullptr) {
   if (engine_ != nullptr) {
     const std::lock_guard<std::mutex> lock(engine_->mutex_);
@@ -175,14 +175,14 @@ Engine::Blocked::Blocked()
   }
 }
 
-Engine::Blocked::~Blocked() {
+ThreadedEngine::Blocked::~Blocked() {
   if (engine_ != nullptr) {
     const std::lock_guard<std::mutex> lock(engine_->mutex_);
     engine_->lanes_.blocks(currentTask.kind, false);
   }
 }
 
-void Engine::lead() {
+void ThreadedEngine::lead() {
   std::vector<TaskPtr> tasks;
   auto lastActivity = Clock::now();
   std::chrono::nanoseconds nextSleep = kFirstSleep;
@@ -234,12 +234,12 @@ void Engine::lead() {
   }
 }
 
-bool Engine::turnOnce(std::vector<TaskPtr>& tasks) {
+bool ThreadedEngine::turnOnce(std::vector<TaskPtr>& tasks) {
   TokenHold hold(tokens_);
   return hold && driver_.turn(*hold, tasks);
 }
 
-bool Engine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) {
+bool ThreadedEngine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) {
   const uint32_t ticket = doorbell_.prepare();
   asleep_ = true;
   bool active = true;
@@ -268,7 +268,7 @@ bool Engine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) 
   return active;
 }
 
-void Engine::breakDown(const std::string& reason) {
+void ThreadedEngine::breakDown(const std::string& reason) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (broken_.exchange(true)) {
@@ -278,13 +278,7 @@ void Engine::breakDown(const std::string& reason) {
   driver_.onBroken(reason);
 }
 
-void Engine::post(TaskPtr task) {
-  std::vector<TaskPtr> tasks;
-  tasks.push_back(std::move(task));
-  post(tasks);
-}
-
-void Engine::post(std::vector<TaskPtr>& tasks) {
+void ThreadedEngine::post(std::vector<TaskPtr>& tasks) {
   if (tasks.empty()) {
     return;
   }
@@ -301,7 +295,7 @@ void Engine::post(std::vector<TaskPtr>& tasks) {
   doorbell_.ring();
 }
 
-void Engine::wakeIdleThread() {
+void ThreadedEngine::wakeIdleThread() {
   if (ticking_) {
     called_ = true; // a wait that has timed out meanwhile would not tell
     standbyCv_.notify_one();
@@ -310,7 +304,7 @@ void Engine::wakeIdleThread() {
   }
 }
 
-void Engine::submitted(bool expectsReply) {
+void ThreadedEngine::submitted(bool expectsReply) {
   std::vector<TaskPtr> tasks;
   while (driver_.hasQueued()) {
     TokenHold hold(tokens_);
@@ -340,7 +334,7 @@ void Engine::submitted(bool expectsReply) {
   }
 }
 
-void Engine::withToken(const std::function<void(ProgressToken&)>& body) {
+void ThreadedEngine::withToken(const std::function<void(ProgressToken&)>& body) {
   for (;;) {
     TokenHold hold(tokens_);
     if (hold) {
@@ -351,7 +345,7 @@ void Engine::withToken(const std::function<void(ProgressToken&)>& body) {
   }
 }
 
-bool Engine::stop(std::chrono::milliseconds limit) {
+bool ThreadedEngine::stop(std::chrono::milliseconds limit) {
   std::deque<TaskPtr> dropped; // destroyed without the lock
   std::unique_lock<std::mutex> lock(mutex_);
   stopping_ = true;
@@ -366,11 +360,15 @@ bool Engine::stop(std::chrono::milliseconds limit) {
   return stopped && self == 0;
 }
 
-EngineCounts Engine::counts() const {
+EngineCounts ThreadedEngine::counts() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return {
       threads_, lanes_.running(), lanes_.running(Task::Kind::kRequest), lanes_.queued(Task::Kind::kRequest),
       lanes_.queued(Task::Kind::kCompletion)};
+}
+
+std::shared_ptr<Engine> makeThreadedEngine(EngineOptions options, EngineDriver& driver, BellWord& bell) {
+  return std::make_shared<ThreadedEngine>(std::move(options), driver, bell);
 }
 
 } // namespace torch_rpc_mpi
