@@ -9,10 +9,13 @@ uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
   if (closed_) {
     return 0;
   }
+  // First what needs memory: with what throws nothing has changed.
+  List* const list = call.timeout.count() > 0 ? &lists_[call.timeout] : nullptr;
   uint32_t index = 0;
   if (freeSlots_.empty()) {
     index = static_cast<uint32_t>(slots_.size());
     slots_.emplace_back().uses = usesBefore_;
+    freeSlots_.reserve(slots_.capacity()); // so that release() needs none
   } else {
     index = freeSlots_.back();
     freeSlots_.pop_back();
@@ -23,9 +26,9 @@ uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
     slot.uses = 1; // with slot 0 the id would be the one that means "closed"
   }
   size_.fetch_add(1);
-  if (slot.call.timeout.count() > 0) {
+  if (list != nullptr) {
     slot.deadline = now + slot.call.timeout;
-    link(index, lists_[slot.call.timeout]);
+    link(index, *list);
     const auto deadline = slot.deadline.time_since_epoch().count();
     if (deadline < nextDeadline_.load(std::memory_order_relaxed)) {
       nextDeadline_.store(deadline, std::memory_order_relaxed);
@@ -104,6 +107,7 @@ std::vector<PendingCall> CallTable::takeExpired(Clock::time_point now) {
       next = std::min(next, slots_[index].deadline);
     }
   }
+  expired.reserve(due.size());
   for (const uint32_t index : due) {
     expired.push_back(release(index));
   }
@@ -115,6 +119,7 @@ std::vector<PendingCall> CallTable::takeExpired(Clock::time_point now) {
 template <class Which>
 std::vector<PendingCall> CallTable::takeIf(Which which) {
   std::vector<PendingCall> taken;
+  taken.reserve(size_.load());
   for (uint32_t index = 0; index < slots_.size(); ++index) {
     if (slots_[index].call.future != nullptr && which(slots_[index].call)) {
       taken.push_back(release(index));

@@ -1,6 +1,7 @@
 // Where the futures of calls are completed.
 #pragma once
 
+#include <exception>
 #include <string>
 
 #include "agent/call_table.h"
@@ -29,6 +30,8 @@ class Completion {
   // With its response, which may be an exception's.
   void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
   void fail(const PendingCall& call, const std::string& error) const noexcept;
+  // With what is said before it.
+  void fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept;
 
  private:
   const Membership& members_;

@@ -19,7 +19,7 @@ void MpiAgent::ResponseTask::run() noexcept {
   try {
     response = decodeMessage(std::move(inbound_));
   } catch (const std::exception& error) {
-    completion().fail(call, std::string("The response could not be read: ") + errorText(error));
+    completion().fail(call, "The response could not be read: ", error);
     return;
   }
   completion().complete(call, response);
@@ -51,7 +51,7 @@ void MpiAgent::LocalRequestTask::run() noexcept {
         }
         agent->completion_.complete(*call, response);
       } catch (const std::exception& error) {
-        agent->completion_.fail(*call, std::string("The response could not be sent: ") + errorText(error));
+        agent->completion_.fail(*call, "The response could not be sent: ", error);
       }
     }
     agent->serving_.fetch_sub(1);
@@ -60,7 +60,7 @@ void MpiAgent::LocalRequestTask::run() noexcept {
     agent_.run(std::move(message_), respond);
   } catch (const std::exception& error) {
     if (auto call = agent_.calls_.take(id_, agent_.rank_)) {
-      agent_.completion_.fail(*call, errorText(error));
+      agent_.completion_.fail(*call, "", error);
     }
     agent_.serving_.fetch_sub(1);
   }

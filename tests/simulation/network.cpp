@@ -86,7 +86,9 @@ void Network::spoil(Packet& packet, WireFault fault) {
   // a checksum, and that is the network's.
   FrameHeader header;
   std::memcpy(&header, packet.copy.data(), sizeof(header));
-  switch (random_.below(8)) {
+  const size_t field = random_.below(8);
+  trace().note("flips", static_cast<int64_t>(field));
+  switch (field) {
     case 0:
       header.magic ^= uint32_t{1} << random_.below(32);
       break;
