@@ -1,6 +1,9 @@
 #include "agent/completion.h"
 
+#include <new>
 #include <utility>
+
+#include <torch/csrc/distributed/rpc/utils.h>
 
 #include "base/error_text.h"
 
@@ -10,25 +13,41 @@ namespace rpc = torch::distributed::rpc;
 
 namespace {
 
+std::string timeoutText(std::chrono::milliseconds timeout) {
+  std::string text = rpc::kRpcTimeoutErrorStr;
+  text.replace(text.find("{}"), 2, std::to_string(timeout.count()));
+  return rpc::makeRPCError(text, rpc::RPCErrorType::TIMEOUT);
+}
+
+} // namespace
+
+Completion::Completion(const Membership& members)
+    : members_(members),
+      noMemory_(std::make_exception_ptr(std::runtime_error("There was no memory to complete this call"))) {}
+
 template <typename Body>
-void guarded(const Membership& members, const PendingCall& call, const Body& body) noexcept {
+void Completion::guarded(const PendingCall& call, const Body& body) const noexcept {
   std::string what;
   try {
     body();
     return;
+  } catch (const std::bad_alloc&) {
+    what = "out of memory";
   } catch (const std::exception& error) {
     what = errorText(error);
   } catch (...) {
     what = "something that is no std::exception";
   }
+  if (!call.future->completed()) { // there was no memory for its error
+    call.future->setErrorIfNeeded(noMemory_);
+    return;
+  }
   LOG(ERROR) << "A callback on the future of a call (message type " << call.type << ") to "
-             << members.describe(call.peer) << " raised, and nobody can be told but here: " << what;
+             << members_.describe(call.peer) << " raised, and nobody can be told but here: " << what;
 }
 
-} // namespace
-
 void Completion::complete(const PendingCall& call, const RpcMessage& response) const noexcept {
-  guarded(members_, call, [&] {
+  guarded(call, [&] {
     if (response->type() == rpc::MessageType::EXCEPTION) {
       const std::vector<char>& text = response->payload();
       call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(std::string(text.begin(), text.end()))));
@@ -40,7 +59,14 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
 }
 
 void Completion::fail(const PendingCall& call, const std::string& error) const noexcept {
-  guarded(members_, call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
+  guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
+}
+
+void Completion::expire(const PendingCall& call) const noexcept {
+  guarded(call, [&] {
+    const std::string error = call.failure != nullptr ? *call.failure : timeoutText(call.timeout);
+    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error)));
+  });
 }
 
 } // namespace torch_rpc_mpi

@@ -28,8 +28,8 @@ class EngineDriver {
   virtual bool awaitsAnswers() const = 0;
   // Whether nothing can become due unless the doorbell rings or the next deadline comes.
   virtual bool rests() const = 0;
-  // A turn threw: the transport is broken. Called once, without the token; progress has stopped.
-  virtual void onBroken(const std::string& reason) noexcept = 0;
+  // A turn threw: the transport is broken. Called once, without the token; progress has stopped. Appends tasks.
+  virtual void onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept = 0;
 };
 
 struct EngineOptions {

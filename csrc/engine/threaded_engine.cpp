@@ -275,7 +275,9 @@ void ThreadedEngine::breakDown(const std::string& reason) {
       return;
     }
   }
-  driver_.onBroken(reason);
+  std::vector<TaskPtr> tasks;
+  driver_.onBroken(reason, tasks);
+  post(tasks);
 }
 
 void ThreadedEngine::post(std::vector<TaskPtr>& tasks) {

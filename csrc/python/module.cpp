@@ -134,7 +134,7 @@ std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
           "lets no signal through (TorchScript or distributed autograd, for instance)",
       [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
         const auto current = weak.lock();
-        return busy < kIdle && current != nullptr && current->awaitsAnswers();
+        return busy < kIdle && current != nullptr && current->caller().unanswered() > 0;
       });
 }
 
@@ -230,11 +230,13 @@ void bindAgent(py::module_& module) {
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
       .def("leave", &shutdownAgent, NoGil())
-      .def("expect_answer", &MpiAgent::expectAnswer, py::arg("expected"))
+      .def(
+          "expect_answer", [](MpiAgent& self, bool expected) { self.caller().expectAnswer(expected); },
+          py::arg("expected"))
       .def(
           "wait",
           [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
-            self.driveUntil(*future.fut);
+            self.caller().driveUntil(*future.fut);
             waitServingSignals(*future.fut);
             return future.wait(); // takes the GIL for what it returns
           },

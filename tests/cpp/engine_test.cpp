@@ -64,7 +64,7 @@ struct Driver : EngineDriver {
   bool rests() const override {
     return resting;
   }
-  void onBroken(const std::string& reason) noexcept override {
+  void onBroken(const std::string& reason, std::vector<TaskPtr>&) noexcept override {
     brokenReason = reason;
     brokenSignal.release();
   }
