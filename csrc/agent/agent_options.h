@@ -15,11 +15,8 @@ struct AgentOptions {
   std::chrono::milliseconds rpcTimeout{60000};
   ExchangeOptions exchange;
   int coresToSpare = 1; // see Note [How many at once]
-  bool crowded = false; // more ranks on this host than cores that this one may use
   int ranksOnHost = 1;
-  std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
-  std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
-  std::chrono::nanoseconds maxRest = EngineOptions().maxRest;
+  IdlingOptions idling;
   std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
   SignalService signals; // of threads that wait here

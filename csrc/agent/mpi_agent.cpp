@@ -17,11 +17,8 @@ namespace {
 EngineOptions engineOptions(const AgentOptions& options) {
   EngineOptions result;
   result.numWorkerThreads = options.numWorkerThreads;
-  result.spinTime = options.spinTime;
-  result.maxSleep = options.maxSleep;
-  result.maxRest = options.maxRest;
+  result.idling = options.idling;
   result.coresToSpare = options.coresToSpare;
-  result.crowded = options.crowded;
   result.threadHook = options.threadHook;
   return result;
 }

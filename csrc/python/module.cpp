@@ -65,7 +65,8 @@ struct PyAgentOptions {
     AgentOptions options;
     const int cores = usableCores(); // launchers often bind a rank to a few
     options.coresToSpare = std::clamp(cores / std::max(ranksOnHost, 1) / 2, 1, 4);
-    options.crowded = ranksOnHost > cores;
+    options.idling.scarce = options.coresToSpare == 1;
+    options.idling.crowded = ranksOnHost > cores;
     options.ranksOnHost = std::max(ranksOnHost, 1);
     options.numWorkerThreads = numWorkerThreads;
     options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, kLongestWait) * 1000));
@@ -82,8 +83,8 @@ struct PyAgentOptions {
     options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
     options.exchange.windowRequests =
         std::clamp(eachPeer / options.exchange.frameBytes(), size_t{32}, ExchangeOptions().windowRequests);
-    options.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
-    options.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
+    options.idling.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
+    options.idling.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
     options.threadHook = withPythonThreadState;
     options.signals = kPythonSignals;
     return options;
