@@ -4,18 +4,28 @@
 
 namespace torch_rpc_mpi {
 
+namespace {
+
+// The lists of calls that fail; kept, so that no memory is needed to fail one.
+constexpr std::chrono::milliseconds kSoon{1};
+
+} // namespace
+
+CallTable::CallTable(uint32_t usesBefore) : usesBefore_(usesBefore), lists_{{kSoon, {}}, {kFailureDelay, {}}} {}
+
 uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) {
     return 0;
   }
-  // First what needs memory: with what throws nothing has changed.
-  List* const list = call.timeout.count() > 0 ? &lists_[call.timeout] : nullptr;
+  if (call.timeout.count() > 0) {
+    lists_.try_emplace(call.timeout); // whatever needs memory comes first
+  }
   uint32_t index = 0;
   if (freeSlots_.empty()) {
     index = static_cast<uint32_t>(slots_.size());
     slots_.emplace_back().uses = usesBefore_;
-    freeSlots_.reserve(slots_.capacity()); // so that release() needs none
+    freeSlots_.reserve(slots_.capacity());
   } else {
     index = freeSlots_.back();
     freeSlots_.pop_back();
@@ -26,15 +36,21 @@ uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
     slot.uses = 1; // with slot 0 the id would be the one that means "closed"
   }
   size_.fetch_add(1);
-  if (list != nullptr) {
-    slot.deadline = now + slot.call.timeout;
-    link(index, *list);
+  start(index, slot.call.timeout, now);
+  return (static_cast<uint64_t>(slot.uses) << 32) | index;
+}
+
+void CallTable::start(uint32_t index, std::chrono::milliseconds timeout, Clock::time_point now) {
+  Slot& slot = slots_[index];
+  slot.call.timeout = timeout;
+  if (timeout.count() > 0) {
+    slot.deadline = now + timeout;
+    link(index, lists_.find(timeout)->second);
     const auto deadline = slot.deadline.time_since_epoch().count();
     if (deadline < nextDeadline_.load(std::memory_order_relaxed)) {
       nextDeadline_.store(deadline, std::memory_order_relaxed);
     }
   }
-  return (static_cast<uint64_t>(slot.uses) << 32) | index;
 }
 
 void CallTable::link(uint32_t index, List& list) {
@@ -52,7 +68,7 @@ void CallTable::unlink(uint32_t index) {
   (slot.previous == kNone ? list.first : slots_[slot.previous].next) = slot.next;
   (slot.next == kNone ? list.last : slots_[slot.next].previous) = slot.previous;
   // The default timeout's list stays while it is in use; thousands of distinct ones must not pile up.
-  if (list.first == kNone && lists_.size() > 8) {
+  if (list.first == kNone && lists_.size() > 8 && found->first != kSoon && found->first != kFailureDelay) {
     lists_.erase(found);
   }
 }
@@ -81,7 +97,7 @@ const CallTable::Slot* CallTable::find(uint64_t id) const {
 std::optional<PendingCall> CallTable::take(uint64_t id, int peer) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Slot* slot = find(id);
-  if (slot == nullptr || slot->call.peer != peer) {
+  if (slot == nullptr || slot->call.peer != peer || slot->call.failure != nullptr) {
     return std::nullopt;
   }
   return release(static_cast<uint32_t>(id));
@@ -93,50 +109,70 @@ bool CallTable::awaitsOther(uint64_t id, int peer) const {
   return slot != nullptr && slot->call.peer != peer;
 }
 
-std::vector<PendingCall> CallTable::takeExpired(Clock::time_point now) {
-  std::vector<PendingCall> expired;
+std::optional<PendingCall> CallTable::takeExpired(Clock::time_point now) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<uint32_t> due;
   auto next = Clock::time_point::max();
   for (const auto& [timeout, list] : lists_) {
-    uint32_t index = list.first;
-    for (; index != kNone && slots_[index].deadline <= now; index = slots_[index].next) {
-      due.push_back(index);
+    if (list.first == kNone) {
+      continue;
     }
-    if (index != kNone) {
-      next = std::min(next, slots_[index].deadline);
+    if (slots_[list.first].deadline <= now) {
+      return release(list.first);
     }
-  }
-  expired.reserve(due.size());
-  for (const uint32_t index : due) {
-    expired.push_back(release(index));
+    next = std::min(next, slots_[list.first].deadline);
   }
   nextDeadline_.store(next.time_since_epoch().count(), std::memory_order_relaxed);
-  return expired;
+  return std::nullopt;
 }
 
-// With mutex_ held.
-template <class Which>
-std::vector<PendingCall> CallTable::takeIf(Which which) {
-  std::vector<PendingCall> taken;
-  taken.reserve(size_.load());
+// With mutex_ held. The first reason sticks.
+void CallTable::fail(uint32_t index, const std::shared_ptr<const std::string>& failure, Clock::time_point now) {
+  Slot& slot = slots_[index];
+  if (slot.call.failure == nullptr) {
+    if (slot.call.timeout.count() > 0) {
+      unlink(index);
+    }
+    slot.call.failure = failure;
+    start(index, now - slot.call.made < kFailureDelay ? kFailureDelay : kSoon, now);
+  }
+}
+
+bool CallTable::failLater(
+    uint64_t id,
+    int peer,
+    const std::shared_ptr<const std::string>& failure,
+    Clock::time_point now) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Slot* slot = find(id);
+  if (slot == nullptr || slot->call.peer != peer) {
+    return false;
+  }
+  fail(static_cast<uint32_t>(id), failure, now);
+  return true;
+}
+
+void CallTable::failAllOf(int peer, const std::shared_ptr<const std::string>& failure, Clock::time_point now) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (uint32_t index = 0; index < slots_.size(); ++index) {
-    if (slots_[index].call.future != nullptr && which(slots_[index].call)) {
-      taken.push_back(release(index));
+    if (slots_[index].call.future != nullptr && slots_[index].call.peer == peer) {
+      fail(index, failure, now);
     }
   }
-  return taken;
 }
 
-std::vector<PendingCall> CallTable::takeAllOf(int peer) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return takeIf([peer](const PendingCall& call) { return call.peer == peer; });
-}
-
-std::vector<PendingCall> CallTable::close() {
+void CallTable::close() {
   const std::lock_guard<std::mutex> lock(mutex_);
   closed_ = true;
-  return takeIf([](const PendingCall&) { return true; });
+}
+
+std::optional<PendingCall> CallTable::takeAny() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (; closedUpTo_ < slots_.size(); ++closedUpTo_) {
+    if (slots_[closedUpTo_].call.future != nullptr) {
+      return release(closedUpTo_);
+    }
+  }
+  return std::nullopt;
 }
 
 size_t CallTable::sizeOf(int peer) const {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -18,17 +19,21 @@ namespace torch_rpc_mpi {
 
 using JitFuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
 
+// A call that fails because its peer has ended fails so long after it was made, not sooner: Note [Completion].
+inline constexpr std::chrono::milliseconds kFailureDelay{50};
+
 struct PendingCall {
   JitFuturePtr future;
   int peer = 0;
   torch::distributed::rpc::MessageType type = torch::distributed::rpc::MessageType::UNKNOWN;
   std::chrono::milliseconds timeout{0}; // 0: none
   Clock::time_point made;
-  std::string failure = {}; // with which it ends when its time is over, instead of "timed out"
+  std::shared_ptr<const std::string> failure = {}; // with which it ends when its time is over, instead of "timed out"
 };
 
 // Thread-safe: mutex_ guards all but nextDeadline_ and size_, which are hints for others. Every call is taken exactly
-// once, by whoever completes it; futures are never completed in here.
+// once, by whoever completes it; futures are never completed in here. Only add() needs memory: no call is lost for want
+// of it.
 //
 // An id names a slot and how often the slot was used, so that a late response cannot complete another call; no id is 0,
 // however often. Calls with
@@ -37,7 +42,7 @@ struct PendingCall {
 class CallTable {
  public:
   // usesBefore: as if every slot had been used so often already.
-  explicit CallTable(uint32_t usesBefore = 0) : usesBefore_(usesBefore) {}
+  explicit CallTable(uint32_t usesBefore = 0);
 
   // Returns the call's id, or 0 when the table is closed.
   uint64_t add(PendingCall call, Clock::time_point now);
@@ -45,10 +50,15 @@ class CallTable {
   std::optional<PendingCall> take(uint64_t id, int peer);
   // Whether there is such a call, and it went to another peer.
   bool awaitsOther(uint64_t id, int peer) const;
-  std::vector<PendingCall> takeExpired(Clock::time_point now);
-  std::vector<PendingCall> takeAllOf(int peer);
-  // Takes all, and refuses further ones.
-  std::vector<PendingCall> close();
+  // One of those whose time is over; nothing if there are no more.
+  std::optional<PendingCall> takeExpired(Clock::time_point now);
+  // Their time is over soon, see kFailureDelay; until then nobody else takes them. False if there is no such call.
+  bool failLater(uint64_t id, int peer, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
+  void failAllOf(int peer, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
+  // Refuses further calls.
+  void close();
+  // Of a closed table, one call; nothing if there are no more.
+  std::optional<PendingCall> takeAny();
   size_t size() const {
     return size_.load();
   }
@@ -69,9 +79,9 @@ class CallTable {
   struct List {
     uint32_t first = kNone, last = kNone;
   };
-  template <class Which>
-  std::vector<PendingCall> takeIf(Which which);
   const Slot* find(uint64_t id) const;
+  void fail(uint32_t index, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
+  void start(uint32_t index, std::chrono::milliseconds timeout, Clock::time_point now);
   PendingCall release(uint32_t index);
   void link(uint32_t index, List& list);
   void unlink(uint32_t index);
@@ -81,6 +91,7 @@ class CallTable {
   std::vector<Slot> slots_;
   std::vector<uint32_t> freeSlots_;
   bool closed_ = false;
+  uint32_t closedUpTo_ = 0; // slots before are empty for good
   std::map<std::chrono::milliseconds, List> lists_;
   std::atomic<Clock::rep> nextDeadline_{Clock::time_point::max().time_since_epoch().count()};
   std::atomic<size_t> size_{0};

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include <torch/csrc/distributed/rpc/utils.h>
+
 #include "base/error_text.h"
 
 namespace torch_rpc_mpi {
@@ -10,40 +12,44 @@ namespace rpc = torch::distributed::rpc;
 
 namespace {
 
-void logOf(const Membership& members, const PendingCall& call, const std::exception_ptr& error) noexcept {
-  try {
-    LOG(ERROR) << "A callback on the future of a call (message type " << call.type << ") to "
-               << members.describe(call.peer) << " raised, and nobody can be told but here: " << errorText(error);
-  } catch (const std::exception&) { // no memory for the words
-  }
+std::string timeoutText(std::chrono::milliseconds timeout) {
+  std::string text = rpc::kRpcTimeoutErrorStr;
+  text.replace(text.find("{}"), 2, std::to_string(timeout.count()));
+  return rpc::makeRPCError(text, rpc::RPCErrorType::TIMEOUT);
 }
 
-// What is thrown before the future is complete, for want of memory, completes it.
 template <typename Body>
-void guarded(const Membership& members, const PendingCall& call, const Body& body) noexcept {
-  std::exception_ptr thrown;
+std::exception_ptr thrownBy(const Body& body) noexcept {
   try {
     body();
-    return;
+    return nullptr;
   } catch (...) {
-    thrown = std::current_exception();
-  }
-  if (!call.future->completed()) {
-    try {
-      call.future->setErrorIfNeeded(std::exchange(thrown, nullptr));
-    } catch (...) {
-      thrown = std::current_exception();
-    }
-  }
-  if (thrown != nullptr) {
-    logOf(members, call, thrown);
+    return std::current_exception();
   }
 }
 
 } // namespace
 
+Completion::Completion(const Membership& members)
+    : members_(members),
+      noMemory_(std::make_exception_ptr(std::runtime_error("There was no memory to complete this call"))) {}
+
+template <typename Body>
+void Completion::guarded(const PendingCall& call, const Body& body) const noexcept {
+  std::exception_ptr thrown = thrownBy(body);
+  if (thrown != nullptr && !call.future->completed()) { // there was no memory for its error
+    thrown = thrownBy([&] { call.future->setErrorIfNeeded(noMemory_); });
+  }
+  if (thrown != nullptr) {
+    (void)thrownBy([&] { // perhaps there is no memory for the words
+      LOG(ERROR) << "A callback on the future of a call (message type " << call.type << ") to "
+                 << members_.describe(call.peer) << " raised, and nobody can be told but here: " << errorText(thrown);
+    });
+  }
+}
+
 void Completion::complete(const PendingCall& call, const RpcMessage& response) const noexcept {
-  guarded(members_, call, [&] {
+  guarded(call, [&] {
     if (response->type() == rpc::MessageType::EXCEPTION) {
       const std::vector<char>& text = response->payload();
       call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(std::string(text.begin(), text.end()))));
@@ -55,12 +61,13 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
 }
 
 void Completion::fail(const PendingCall& call, const std::string& error) const noexcept {
-  guarded(members_, call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
+  guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
 }
 
-void Completion::fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept {
-  guarded(members_, call, [&] {
-    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(what + errorText(error))));
+void Completion::expire(const PendingCall& call) const noexcept {
+  guarded(call, [&] {
+    const std::string error = call.failure != nullptr ? *call.failure : timeoutText(call.timeout);
+    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error)));
   });
 }
 

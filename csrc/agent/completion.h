@@ -20,21 +20,24 @@ namespace torch_rpc_mpi {
 // A call that fails because its peer has ended fails kFailureDelay after it was made, not sooner. torch's retry thread
 // (retryExpiredRpcs in rpc_agent.cpp) sends a message and adds its callback when send() has returned; if the future is
 // complete by then, it runs the callback itself, and what that throws ends the process.
-inline constexpr auto kFailureDelay = std::chrono::milliseconds(50);
 
 // Immutable.
 class Completion {
  public:
-  explicit Completion(const Membership& members) : members_(members) {}
+  explicit Completion(const Membership& members);
 
   // With its response, which may be an exception's.
   void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
   void fail(const PendingCall& call, const std::string& error) const noexcept;
-  // With what is said before it.
-  void fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept;
+  // With the failure that it has, or else because its time is over.
+  void expire(const PendingCall& call) const noexcept;
 
  private:
+  template <typename Body>
+  void guarded(const PendingCall& call, const Body& body) const noexcept;
+
   const Membership& members_;
+  const std::exception_ptr noMemory_; // where there is none to say more
 };
 
 } // namespace torch_rpc_mpi

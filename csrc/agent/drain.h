@@ -45,6 +45,9 @@ class Drain {
   bool joined() const {
     return joined_;
   }
+  bool reported() const { // in this wave
+    return reported_;
+  }
   // How often everybody has agreed, this rank with them.
   uint32_t agreements() const {
     return generation_;

@@ -29,6 +29,10 @@ class Join {
 
   // The token's holder, each turn. `idle` is asked only while somebody joins.
   void advance(ProgressToken& token, const std::function<bool()>& idle, const std::function<DrainCounts()>& counts);
+  // Whether this rank has reported and is to hear from its parent what the root makes of it. For the token's holder.
+  bool awaitsVerdict() const {
+    return drain_.joined() && drain_.reported();
+  }
   // A drain frame. Returns why it makes no sense, or an empty text.
   std::string onFrame(ProgressToken& token, int source, ConstSpan body) {
     return drain_.onFrame(token, source, body);

@@ -30,6 +30,12 @@ class Membership {
 
   Membership(int rank, const std::vector<GroupMember>& members);
 
+  int rank() const { // this worker's
+    return rank_;
+  }
+  const WorkerInfo& self() const {
+    return workers_[rank_];
+  }
   const std::string& host() const {
     return hosts_[rank_];
   }

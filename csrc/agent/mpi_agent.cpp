@@ -1,7 +1,10 @@
 #include "agent/mpi_agent.h"
 
+#include <cmath>
+
+#include "agent/leaving.h"
 #include "agent/rref_sessions.h"
-#include "agent/tasks.h"
+#include "base/deadline.h"
 #include "host/fork_guard.h"
 #include "peer/receive_pool.h"
 
@@ -14,19 +17,19 @@ namespace {
 EngineOptions engineOptions(const AgentOptions& options) {
   EngineOptions result;
   result.numWorkerThreads = options.numWorkerThreads;
-  result.spinTime = options.spinTime;
-  result.maxSleep = options.maxSleep;
-  result.maxRest = options.maxRest;
+  result.idling = options.idling;
   result.coresToSpare = options.coresToSpare;
-  result.crowded = options.crowded;
   result.threadHook = options.threadHook;
   return result;
 }
 
-// Receive memory that was not used for so long goes back to the system.
-constexpr auto kTrimAfter = std::chrono::seconds(5);
-// Callers that are told of a lost response when there is memory again.
-constexpr size_t kOwedErrors = 1024;
+// Agents some of whose threads outlive them.
+void keepForEver(std::shared_ptr<MpiAgent> agent) {
+  static std::mutex mutex;
+  static auto* agents = new std::vector<std::shared_ptr<MpiAgent>>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  agents->push_back(std::move(agent));
+}
 
 } // namespace
 
@@ -41,15 +44,20 @@ MpiAgent::MpiAgent(
           options.rpcTimeout),
       options_(std::move(options)),
       transport_(std::move(transport)),
-      rank_(transport_->rank()),
-      members_(rank_, members),
+      members_(transport_->rank(), members),
       completion_(members_),
-      exchange_(*transport_, *this, options_.exchange),
-      engine_(options_.makeEngine(engineOptions(options_), static_cast<EngineDriver&>(*this), transport_->bell())),
-      join_(rank_, transport_->size(), [this](ProgressToken& token, int peer, std::string body) {
-        exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kDrain, std::move(body)));
-      }) {
-  owedErrors_.reserve(kOwedErrors);
+      dispatcher_(*transport_, members_, exchange_, outbox_, server_, caller_, join_, options_.watchInterval),
+      exchange_(*transport_, dispatcher_, options_.exchange),
+      outbox_(exchange_, engine_, options_.exchange.eagerLimit),
+      server_(members_, exchange_, outbox_, caller_, *cb_, options_.threadHook),
+      caller_(members_, completion_, exchange_, outbox_, server_, engine_, options_.signals),
+      join_(
+          members_.rank(),
+          transport_->size(),
+          [this](ProgressToken& token, int peer, std::string body) {
+            exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kDrain, std::move(body)));
+          }),
+      engine_(options_.makeEngine(engineOptions(options_), dispatcher_, transport_->bell())) {
   ReceivePool::instance().shareBetween(options_.ranksOnHost);
   watchForks();
 }
@@ -59,7 +67,7 @@ MpiAgent::~MpiAgent() {
     try {
       shutdown();
     } catch (const std::exception& error) { // of a signal's handler
-      LOG(WARNING) << "RPC on " << members_.describe(rank_) << " has ended, and meanwhile: " << error.what();
+      LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " has ended, and meanwhile: " << error.what();
     }
   }
 }
@@ -68,12 +76,112 @@ void MpiAgent::startImpl() {
   if (isCurrentRpcAgentSet() && getCurrentRpcAgent().get() == this) {
     adoptRRefContext(shared_from_this());
   }
+  server_.start(weak_from_this());
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
   started_ = true; // also if the engine cannot: what was posted is taken back then
   engine_->start();
 }
 
-// ---- who is who ----
+// ---- calls ----
+
+std::chrono::milliseconds MpiAgent::timeoutOf(float seconds) const {
+  const double limit =
+      seconds == rpc::kUnsetRpcTimeout ? std::chrono::duration<double>(getRpcTimeout()).count() : double{seconds};
+  TORCH_CHECK(limit >= 0, "An RPC timeout must not be negative, but is ", limit, " s. Give seconds, or 0 for no limit");
+  if (limit == 0 || limit > kLongestWait) {
+    return std::chrono::milliseconds(0);
+  }
+  // At least 1 ms: the smallest timeout that a user can give is not "none".
+  return std::chrono::milliseconds(std::max<int64_t>(std::llround(limit * rpc::kSecToMsConversion), 1));
+}
+
+void MpiAgent::checkNotForked() const {
+  TORCH_CHECK(
+      !inForkedChild(),
+      "RPC cannot be used in a child process made by fork(): RPC was initialized in its parent, and its threads and "
+      "its MPI stay there. Start such processes with the 'spawn' or 'forkserver' method, or do not call RPC in them "
+      "(for a DataLoader: multiprocessing_context='forkserver')");
+}
+
+std::string MpiAgent::notRunningText(rpc::MessageType type) const {
+  if (const auto broken = members_.whyLost(members_.rank())) {
+    return *broken;
+  }
+  return c10::str(
+      "Node ", members_.rank(), " tried to send() a message of type ", type,
+      " but RPC is no longer running on this node.");
+}
+
+JitFuturePtr MpiAgent::send(
+    const WorkerInfo& to,
+    RpcMessage message,
+    const float rpcTimeoutSeconds,
+    const rpc::DeviceMap& /*deviceMap*/) {
+  TORCH_CHECK(message->isRequest(), "MpiAgent::send(..) is only for sending requests.");
+  checkNotForked();
+  const rpc::MessageType type = message->type();
+  TORCH_CHECK(rpcAgentRunning_.load(), notRunningText(type));
+  JitFuturePtr future = caller_.call(getWorkerInfo(to.id_).id_, std::move(message), timeoutOf(rpcTimeoutSeconds));
+  TORCH_CHECK(future != nullptr, notRunningText(type));
+  return future;
+}
+
+// ---- leaving ----
+
+void MpiAgent::join(bool shutdown, float timeout) {
+  checkNotForked();
+  TORCH_CHECK(timeout >= 0, "The timeout of join must not be negative, but is ", timeout);
+  const auto result = join_.wait(options_.signals, timeout, shutdown, [this] { engine_->wake(); });
+  TORCH_CHECK(
+      result != Join::Result::kFailed, "A graceful shutdown of RPC is not possible: ", join_.failure(),
+      ". Use rpc.shutdown(graceful=False)");
+  TORCH_CHECK(
+      result == Join::Result::kAgreed, "The graceful shutdown of RPC timed out after ", timeout,
+      " s: ", whatJoinWaitsFor());
+  agreed_ = shutdown;
+}
+
+std::string MpiAgent::whatJoinWaitsFor() const {
+  std::string own;
+  for (int peer = 0; peer < transport_->size(); ++peer) {
+    if (const size_t pending = caller_.unansweredBy(peer)) {
+      own += c10::str(own.empty() ? "" : ", ", pending, " to ", members_.describe(peer));
+    }
+  }
+  if (!own.empty()) {
+    return "calls of this worker are unanswered: " + own;
+  }
+  if (const int64_t serving = server_.serving()) {
+    return c10::str("this worker is still serving ", serving, " calls");
+  }
+  if (const int64_t completing = caller_.completing()) {
+    return c10::str("callbacks of ", completing, " calls of this worker are still running");
+  }
+  return "this worker is idle, but another one has not called shutdown or is still busy";
+}
+
+void MpiAgent::shutdownImpl() {
+  if (inForkedChild() || !started_.exchange(false)) {
+    return;
+  }
+  Leaving leaving(*engine_, dispatcher_, exchange_, caller_, members_, options_.signals);
+  const bool stopped = leaving.leave(agreed_);
+  ReceivePool::instance().trim(Clock::time_point::max());
+  if (!stopped) {
+    LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " was shut down while " << engine_->counts().busy
+                 << " functions called through it were still running";
+    if (auto self = weak_from_this().lock()) {
+      keepForEver(std::move(self));
+    } else {
+      (void)engine_->stop(std::chrono::hours(24 * 365)); // in the destructor: they still use this object
+    }
+  }
+  if (leaving.interrupted() != nullptr) {
+    std::rethrow_exception(leaving.interrupted());
+  }
+}
+
+// ---- workers ----
 
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) const {
   return members_.find(workerName);
@@ -85,197 +193,6 @@ const rpc::WorkerInfo& MpiAgent::getWorkerInfo(rpc::worker_id_t id) const {
 
 std::vector<rpc::WorkerInfo> MpiAgent::getWorkerInfos() const {
   return members_.workers();
-}
-
-// ---- progress ----
-
-void MpiAgent::submit(OutboundPtr message, bool expectsReply) {
-  {
-    const std::lock_guard<std::mutex> lock(outboxMutex_);
-    outbox_.push_back(std::move(message));
-    outboxFilled_ = true;
-  }
-  engine_->submitted(expectsReply);
-}
-
-bool MpiAgent::hasQueued() const {
-  return outboxFilled_.load() || exchange_.hasDue();
-}
-
-Clock::time_point MpiAgent::nextDeadline() const {
-  return calls_.nextDeadline();
-}
-
-bool MpiAgent::awaitsAnswers() const {
-  return calls_.size() > 0;
-}
-
-bool MpiAgent::rests() const {
-  return rests_.load();
-}
-
-bool MpiAgent::postOutbox(ProgressToken& token) {
-  if (!outboxFilled_.load()) {
-    return false;
-  }
-  std::vector<OutboundPtr> queued;
-  std::vector<std::pair<int, uint64_t>> owed;
-  {
-    const std::lock_guard<std::mutex> lock(outboxMutex_);
-    queued.swap(outbox_);
-    owed.assign(owedErrors_.begin(), owedErrors_.end());
-    owedErrors_.clear(); // its capacity stays
-    outboxFilled_ = false;
-  }
-  for (OutboundPtr& message : queued) {
-    exchange_.post(token, std::move(message));
-  }
-  if (!owed.empty()) {
-    payErrors(token, std::move(owed));
-  }
-  return !queued.empty();
-}
-
-bool MpiAgent::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
-  const auto handOver = [&] {
-    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
-    arrivals_.clear();
-  };
-  bool active = false;
-  try {
-    active = progress(token);
-  } catch (...) {
-    handOver(); // the calls that they complete are in no table any more, and there will be no other turn
-    throw;
-  }
-  handOver();
-  return active;
-}
-
-bool MpiAgent::progress(ProgressToken& token) {
-  const bool posted = postOutbox(token);
-  const bool moved = exchange_.poll(token);
-  const auto now = Clock::now();
-  exchange_.look(token, now);
-  if (now >= nextTrim_) {
-    nextTrim_ = now + kTrimAfter;
-    ReceivePool::instance().trim(now - kTrimAfter);
-  }
-  if (now >= calls_.nextDeadline()) {
-    expire(now);
-  }
-  join_.advance(
-      token, [&] { return idle(token); },
-      [this] { return DrainCounts{exchange_.counters().framesSent, exchange_.counters().framesReceived}; });
-  if (!moved && now >= nextWatch_) {
-    watchNeighbours(token, now);
-  }
-  // While it serves, a peer may wait for credit that only a later turn reports.
-  rests_ = transport_->allRing() && idle(token);
-  DoneMessages done = exchange_.takeDone(token);
-  if (!done.sent.empty() || !done.failed.empty()) {
-    arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(done)));
-  }
-  return moved || posted;
-}
-
-void MpiAgent::watchNeighbours(ProgressToken& token, Clock::time_point now) {
-  nextWatch_ = now + options_.watchInterval;
-  {
-    const std::lock_guard<std::mutex> lock(outboxMutex_);
-    outboxFilled_ = outboxFilled_ || !owedErrors_.empty(); // for which there was no memory again
-  }
-  // What they sent before they ended, a goodbye perhaps, has had the time since the last look to arrive, and everything
-  // that has arrived was read.
-  for (const int peer : endedProcesses_) {
-    exchange_.fail(token, peer, "its process has ended without leaving (it crashed or was killed)");
-  }
-  endedProcesses_ = transport_->takeEnded(token);
-}
-
-std::unique_ptr<BulkTarget> MpiAgent::makeTarget(int, const FrameHeader&, ConstSpan body) {
-  return makeReceiveTarget(body);
-}
-
-void MpiAgent::onMessage(ProgressToken& token, InboundMessage message) {
-  const FrameHeader& header = message.header;
-  switch (header.kind) {
-    case FrameKind::kRequest:
-      serving_.fetch_add(1);
-      arrivals_.push_back(std::make_unique<RequestTask>(*this, std::move(message)));
-      break;
-    case FrameKind::kResponse:
-      onResponse(token, std::move(message));
-      break;
-    case FrameKind::kGoodbye: {
-      const std::string farewell(message.body().data, message.body().bytes);
-      exchange_.leaves(token, message.source, "it has left (" + farewell + ")", Clock::now());
-      break;
-    }
-    case FrameKind::kDrain: {
-      const std::string wrong = join_.onFrame(token, message.source, message.body());
-      if (!wrong.empty()) {
-        exchange_.fail(token, message.source, "it sent a frame that makes no sense: " + wrong);
-      }
-      break;
-    }
-    case FrameKind::kCredit:
-      break;
-  }
-}
-
-void MpiAgent::onResponse(ProgressToken& token, InboundMessage message) {
-  const uint64_t id = message.header.callId;
-  if (auto call = calls_.take(id, message.source)) {
-    try {
-      arrivals_.push_back(std::make_unique<ResponseTask>(*this, std::move(*call), std::move(message)));
-    } catch (const std::bad_alloc&) {
-      if (call->future != nullptr) { // it was not moved yet
-        (void)failLater(std::move(*call), "There was no memory for the response");
-      }
-      throw;
-    }
-  } else if (calls_.awaitsOther(id, message.source)) {
-    exchange_.fail(token, message.source, "it answered a call that was made to another worker");
-  } // else it came too late
-}
-
-void MpiAgent::onStrayFrame(int source, const std::string& reason) {
-  LOG(ERROR) << "RPC on " << members_.describe(rank_) << " dropped a frame from rank " << source << ": " << reason;
-}
-
-std::string MpiAgent::failureText(int peer, const std::string& cause) const {
-  return c10::str("RPC to ", members_.describe(peer), " failed: ", cause, ". Calls to it can no longer be answered");
-}
-
-void MpiAgent::onPeerEnded(ProgressToken&, int peer, const std::string& reason) {
-  members_.lose(peer, reason);
-  for (PendingCall& call : calls_.takeAllOf(peer)) {
-    if (!failLater(call, reason)) {
-      call.failure = reason;
-      arrivals_.push_back(std::make_unique<ErrorTask>(*this, std::move(call)));
-    }
-  }
-  join_.fail(reason);
-}
-
-void MpiAgent::onBroken(const std::string& reason) noexcept {
-  const std::string text = c10::str("RPC on ", members_.describe(rank_), " stopped: ", reason);
-  LOG(ERROR) << text;
-  {
-    const std::lock_guard<std::mutex> lock(brokenMutex_);
-    brokenReason_ = text;
-  }
-  members_.lose(rank_, text);
-  std::vector<TaskPtr> failures;
-  for (PendingCall& call : calls_.close()) {
-    if (call.failure.empty()) {
-      call.failure = text;
-    }
-    failures.push_back(std::make_unique<ErrorTask>(*this, std::move(call)));
-  }
-  engine_->post(failures);
-  join_.fail(text);
 }
 
 // ---- metrics ----
@@ -292,9 +209,9 @@ std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
   std::unordered_map<std::string, std::string> metrics{
       {"agent.thread_pool_size", std::to_string(options_.numWorkerThreads)},
       {"agent.num_idle_threads", std::to_string(std::max(options_.numWorkerThreads - engine.runningRequests, 0))},
-      {"agent.client_active_calls", std::to_string(calls_.size())},
-      {"agent.server_active_calls", std::to_string(serving_.load())},
-      {"agent.server_active_async_calls", std::to_string(servingAsync_.load())},
+      {"agent.client_active_calls", std::to_string(caller_.unanswered())},
+      {"agent.server_active_calls", std::to_string(server_.serving())},
+      {"agent.server_active_async_calls", std::to_string(server_.servingAsync())},
       {"mpi.frames_sent", std::to_string(exchange.framesSent.load())},
       {"mpi.frames_received", std::to_string(exchange.framesReceived.load())},
       {"mpi.bytes_sent", std::to_string(exchange.bytesSent.load())},
@@ -303,7 +220,7 @@ std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
       {"mpi.request_queue", std::to_string(engine.queuedRequests)},
       {"mpi.frames_dropped", std::to_string(exchange.framesDropped.load())},
       {"mpi.bulk_in_flight", std::to_string(exchange.partsOut.load() + exchange.partsIn.load())},
-      {"mpi.pending_calls", std::to_string(calls_.size())},
+      {"mpi.pending_calls", std::to_string(caller_.unanswered())},
       {"mpi.engine_threads", std::to_string(engine.threads)},
       {"mpi.receive_pool_bytes", std::to_string(ReceivePool::instance().cachedBytes())}};
   if (isGILProfilingEnabled()) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/idling.h"
 #include "engine/task.h"
 #include "host/doorbell.h"
 #include "transport/progress_token.h"
@@ -28,17 +29,14 @@ class EngineDriver {
   virtual bool awaitsAnswers() const = 0;
   // Whether nothing can become due unless the doorbell rings or the next deadline comes.
   virtual bool rests() const = 0;
-  // A turn threw: the transport is broken. Called once, without the token; progress has stopped.
-  virtual void onBroken(const std::string& reason) noexcept = 0;
+  // A turn threw: the transport is broken. Called once, without the token; progress has stopped. Appends tasks.
+  virtual void onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept = 0;
 };
 
 struct EngineOptions {
   int numWorkerThreads = 16;
   int coresToSpare = 1; // tasks of a kind that run at once while they are short
-  bool crowded = false; // more ranks on this host than cores that this one may use
-  std::chrono::nanoseconds spinTime = std::chrono::milliseconds(1);
-  std::chrono::nanoseconds maxSleep = std::chrono::milliseconds(1);
-  std::chrono::nanoseconds maxRest = std::chrono::milliseconds(30); // instead, while the driver rests
+  IdlingOptions idling;
   // Runs `body` on a new engine thread; the place where the bindings attach a Python thread state for the thread's
   // life.
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };

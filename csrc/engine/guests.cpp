@@ -11,12 +11,9 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-thread_local bool guestComing = false;
+using Times = IdlingTimes;
 
-// A guest's thread may have signals to serve, however much there is to do here: looked at after so many turns that did
-// something, of which one takes 0.2 ms at most, and after each that did not.
-constexpr auto kLongestStay = std::chrono::milliseconds(25);
-constexpr int kTurnsPerLook = 64;
+thread_local bool guestComing = false;
 
 } // namespace
 
@@ -37,7 +34,7 @@ void ThreadedEngine::driveFor(const void* awaited, const std::function<bool()>& 
   TaskPtr mine;
   if (!guest_.exchange(true)) {
     const auto begin = Clock::now();
-    const auto idleLimit = std::min<std::chrono::nanoseconds>(options_.spinTime, kLongestStay);
+    const auto idleLimit = std::min<std::chrono::nanoseconds>(options_.idling.spinTime, Times::kLongestStay);
     int activeTurns = 0;
     while (mine == nullptr && !over() && !stopping_ && !broken_) {
       if (!turnAsGuest(awaited, mine)) {
@@ -45,12 +42,12 @@ void ThreadedEngine::driveFor(const void* awaited, const std::function<bool()>& 
           break;
         }
         sched_yield();
-      } else if (++activeTurns % kTurnsPerLook == 0 && Clock::now() - begin > kLongestStay) {
+      } else if (++activeTurns % Times::kTurnsPerLook == 0 && Clock::now() - begin > Times::kLongestStay) {
         break;
       }
     }
     const bool neededOn = (mine == nullptr && !over()) || driver_.awaitsAnswers();
-    guestUntil_ = neededOn ? 0 : (Clock::now() + kTick).time_since_epoch().count();
+    guestUntil_ = neededOn ? 0 : (Clock::now() + Times::kTick).time_since_epoch().count();
     guest_ = false;
     if (neededOn || asleep_) {
       const std::lock_guard<std::mutex> lock(mutex_);

@@ -10,15 +10,11 @@
 #include <sched.h>
 
 #include "base/error_text.h"
-#include "engine/recent_work.h"
 #include "host/resources.h"
 
 namespace torch_rpc_mpi {
 
 namespace {
-
-constexpr auto kNap = std::chrono::microseconds(50);
-constexpr auto kFirstSleep = std::chrono::microseconds(50);
 
 thread_local ThreadedEngine* currentEngine = nullptr;
 
@@ -36,7 +32,7 @@ ThreadedEngine::ThreadedEngine(EngineOptions options, EngineDriver& driver, Bell
       driver_(driver),
       doorbell_(bell),
       lanes_(options_.numWorkerThreads, options_.coresToSpare),
-      spinLimit_(options_.spinTime, options_.crowded) {}
+      idling_(options_.idling, workDone_) {}
 
 bool ThreadedEngine::onEngineThread() const {
   return currentEngine == this;
@@ -143,12 +139,12 @@ bool ThreadedEngine::standBy(std::unique_lock<std::mutex>& lock) {
     ticking_ = true;
     called_ = false;
     const uint64_t leads = leads_;
-    const bool timedOut = standbyCv_.wait_for(lock, kTick) == std::cv_status::timeout;
+    const bool timedOut = standbyCv_.wait_for(lock, IdlingTimes::kTick) == std::cv_status::timeout;
     ticking_ = false;
     if (timedOut) {
       lanes_.look();
     }
-    return called_ || leads == leads_ || options_.coresToSpare > 1;
+    return called_ || leads == leads_ || !options_.idling.scarce;
   }
   ++parked_;
   parkedCv_.wait(lock);
@@ -184,15 +180,12 @@ ThreadedEngine::Blocked::~Blocked() {
 
 void ThreadedEngine::lead() {
   std::vector<TaskPtr> tasks;
-  auto lastActivity = Clock::now();
-  std::chrono::nanoseconds nextSleep = kFirstSleep;
-  bool spinning = true;
-  RecentWork othersWork(workDone_, lastActivity);
-  auto lastLook = lastActivity;
+  Idling::Step step;
+  idling_.begin(Clock::now());
   while (!stopping_) {
     bool active = false;
     try {
-      active = spinning ? turnOnce(tasks) : sleep(nextSleep, tasks);
+      active = step.sleep.count() == 0 ? turnOnce(tasks) : sleep(step.sleep, tasks);
       // A sender that found the token taken relies on its holder; this one is about to leave.
       while (!tasks.empty() && driver_.hasQueued()) {
         turnOnce(tasks);
@@ -210,27 +203,14 @@ void ThreadedEngine::lead() {
     if (lanes_.runnable() || broken_ || guestLeads()) {
       return;
     }
-    const auto now = Clock::now();
-    if (active) {
-      lastActivity = now;
-      nextSleep = kFirstSleep;
-      spinning = true;
-    } else if (options_.coresToSpare == 1 && othersWork.isMuch(now)) {
+    step = idling_.next(active, driver_.rests(), Clock::now());
+    if (step.pause == Idling::Pause::kYield) {
+      sched_yield();
+    } else if (step.pause == Idling::Pause::kNap) {
       ThreadAttributes::waits();
-      std::this_thread::sleep_for(kNap); // and not at the doorbell: see Note [Sharing cores]
-      lastActivity = now;
-      lastLook = Clock::now();
-      continue;
-    } else if (spinning) {
-      spinning = now - lastActivity < spinLimit_.at(now, lastLook);
-      if (spinning) {
-        sched_yield();
-      }
-    } else {
-      nextSleep =
-          std::min(nextSleep * 2, driver_.rests() ? std::max(options_.maxRest, options_.maxSleep) : options_.maxSleep);
+      std::this_thread::sleep_for(IdlingTimes::kNap);
+      idling_.napped(Clock::now());
     }
-    lastLook = now;
   }
 }
 
@@ -275,7 +255,9 @@ void ThreadedEngine::breakDown(const std::string& reason) {
       return;
     }
   }
-  driver_.onBroken(reason);
+  std::vector<TaskPtr> tasks;
+  driver_.onBroken(reason, tasks);
+  post(tasks);
 }
 
 void ThreadedEngine::post(std::vector<TaskPtr>& tasks) {

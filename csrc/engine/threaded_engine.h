@@ -35,7 +35,7 @@
 //   change it for each of them made remote() with to_here() 8 us slower.
 // - Where cores are scarce, a leader that sees other threads of its process get much done, calls being made or tasks
 //   being run, sleeps for a moment between its looks, and finds more at each. Nobody rings for it meanwhile.
-// - A leader that was away from its core spins for a shorter time (SpinLimit).
+// - A leader that was away from its core spins for a shorter time (Idling).
 //
 // User code runs only in tasks, never with the token or a lock held.
 #pragma once
@@ -51,7 +51,7 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "engine/spin_limit.h"
+#include "engine/idling.h"
 #include "engine/task.h"
 #include "engine/task_lanes.h"
 #include "engine/thread_attributes.h"
@@ -63,7 +63,7 @@ namespace torch_rpc_mpi {
 // Held by shared_ptr: its threads keep it alive. Members:
 //   mutex_ guards lanes_, threads_, parked_, ticking_, called_, leads_;
 //   leading_, stopping_, broken_ are written under mutex_ and read by anyone; workDone_ counts for anyone; asleep_ and
-//   spinLimit_ are the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress
+//   idling_ are the leader's; guest_ is set and, with guestUntil_, cleared by the guest; tokens_ is the progress
 //   token; options_, driver_ and doorbell_ are immutable after construction, attributes_ after start().
 class ThreadedEngine final : public Engine, public std::enable_shared_from_this<ThreadedEngine> {
  public:
@@ -95,8 +95,6 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   };
 
  private:
-  static constexpr std::chrono::microseconds kTick{200};
-
   bool spawn(); // with mutex_ held; false if there are no more threads
   void threadMain();
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
@@ -123,7 +121,7 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   std::condition_variable standbyCv_; // the ticking one
   std::condition_variable stoppedCv_;
   TaskLanes lanes_;
-  SpinLimit spinLimit_; // the leader's
+  Idling idling_; // the leader's
   int threads_ = 0;
   int parked_ = 0;
   bool ticking_ = false;

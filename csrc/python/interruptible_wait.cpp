@@ -54,7 +54,7 @@ py::object toHere(const rpc::PyRRef& rref, float timeout) {
   if (agent == nullptr) {
     return rref.toHere(timeout);
   }
-  const MpiAgent::AnswerInSend fetched(*agent);
+  const Caller::AnswerInSend fetched(agent->caller());
   const ThreadedEngine::Blocked blocked;
   return rref.toHere(timeout);
 }

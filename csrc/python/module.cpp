@@ -65,7 +65,8 @@ struct PyAgentOptions {
     AgentOptions options;
     const int cores = usableCores(); // launchers often bind a rank to a few
     options.coresToSpare = std::clamp(cores / std::max(ranksOnHost, 1) / 2, 1, 4);
-    options.crowded = ranksOnHost > cores;
+    options.idling.scarce = options.coresToSpare == 1;
+    options.idling.crowded = ranksOnHost > cores;
     options.ranksOnHost = std::max(ranksOnHost, 1);
     options.numWorkerThreads = numWorkerThreads;
     options.rpcTimeout = std::chrono::milliseconds(std::llround(std::min(rpcTimeout, kLongestWait) * 1000));
@@ -82,8 +83,8 @@ struct PyAgentOptions {
     options.exchange.windowBytes = std::clamp(eachPeer, kAtLeast, kOnePeer);
     options.exchange.windowRequests =
         std::clamp(eachPeer / options.exchange.frameBytes(), size_t{32}, ExchangeOptions().windowRequests);
-    options.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
-    options.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
+    options.idling.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
+    options.idling.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
     options.threadHook = withPythonThreadState;
     options.signals = kPythonSignals;
     return options;
@@ -134,7 +135,7 @@ std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
           "lets no signal through (TorchScript or distributed autograd, for instance)",
       [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
         const auto current = weak.lock();
-        return busy < kIdle && current != nullptr && current->awaitsAnswers();
+        return busy < kIdle && current != nullptr && current->caller().unanswered() > 0;
       });
 }
 
@@ -230,11 +231,13 @@ void bindAgent(py::module_& module) {
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
       .def("leave", &shutdownAgent, NoGil())
-      .def("expect_answer", &MpiAgent::expectAnswer, py::arg("expected"))
+      .def(
+          "expect_answer", [](MpiAgent& self, bool expected) { self.caller().expectAnswer(expected); },
+          py::arg("expected"))
       .def(
           "wait",
           [](MpiAgent& self, torch::jit::PythonFutureWrapper& future) {
-            self.driveUntil(*future.fut);
+            self.caller().driveUntil(*future.fut);
             waitServingSignals(*future.fut);
             return future.wait(); // takes the GIL for what it returns
           },

@@ -7,7 +7,7 @@
 #include <torch/csrc/distributed/autograd/context/container.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
 
-#include "agent/mpi_agent.h"
+#include "agent/caller.h"
 #include "torch_compat/autograd.h"
 #include "torch_compat/profiler.h"
 
@@ -81,7 +81,7 @@ c10::intrusive_ptr<rpc::JitFuture> RepeatableCall::send(c10::intrusive_ptr<Messa
   }
   // What is left for this to add is the profiler's part. The thread that sends again may be in a context of its own.
   const NoContext recordedAlready;
-  std::optional<MpiAgent::SecondAttempt> secondAttempt;
+  std::optional<Caller::SecondAttempt> secondAttempt;
   if (again) {
     secondAttempt.emplace();
   }

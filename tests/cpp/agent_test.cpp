@@ -423,9 +423,9 @@ TEST(agent_counts_what_it_does) {
 
 TEST(agent_rests_until_a_peer_rings) {
   AgentOptions options;
-  options.spinTime = std::chrono::nanoseconds(0);
-  options.maxSleep = std::chrono::hours(1);
-  options.maxRest = std::chrono::hours(1);
+  options.idling.spinTime = std::chrono::nanoseconds(0);
+  options.idling.maxSleep = std::chrono::hours(1);
+  options.idling.maxRest = std::chrono::hours(1);
   Group group(2, options, [](FakeNetwork& network) { network.rings = true; });
   for (int i = 0; i < 5; ++i) {
     // Long enough that sleeps have grown beyond what the test would wait for; an answer that comes earlier is as good.
@@ -449,7 +449,9 @@ TEST(agent_fails_calls_to_a_process_that_has_ended) {
 TEST(agent_completes_a_call_whose_answer_came_when_the_transport_broke) {
   std::atomic<MpiAgent*> caller{nullptr}; // once it has called
   const auto prepare = [&](FakeNetwork& network) {
-    network.fails = [&](int rank) { return rank == 0 && caller != nullptr && !caller.load()->awaitsAnswers(); };
+    network.fails = [&](int rank) {
+      return rank == 0 && caller != nullptr && caller.load()->caller().unanswered() == 0;
+    };
   };
   Group group(2, {}, prepare);
   const JitFuturePtr future = group.call(0, 1, "hold");
@@ -487,7 +489,7 @@ TEST(agent_serves_signals_while_send_waits_for_the_answer) {
   options.signals = Signals::service();
   Group group(2, options);
   const auto callAndWait = [&](const std::string& text) {
-    const MpiAgent::AnswerInSend answered(*group.agents[0]);
+    const Caller::AnswerInSend answered(group.agents[0]->caller());
     return group.call(0, 1, text);
   };
   CHECK_EQUAL(textOf(answer(callAndWait("at once"))), "at once");

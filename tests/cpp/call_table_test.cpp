@@ -1,5 +1,6 @@
 #include "agent/call_table.h"
 
+#include "allocations.h"
 #include "check.h"
 
 using namespace torch_rpc_mpi;
@@ -12,6 +13,14 @@ PendingCall callTo(int peer, int timeout) { // milliseconds
   call.peer = peer;
   call.timeout = std::chrono::milliseconds(timeout);
   return call;
+}
+
+int takeExpired(CallTable& table, Clock::time_point now) {
+  int taken = 0;
+  while (table.takeExpired(now)) {
+    ++taken;
+  }
+  return taken;
 }
 
 } // namespace
@@ -36,16 +45,43 @@ TEST(call_table_expires_in_order_of_deadlines) {
     ids.push_back(table.add(callTo(i % 4, i % 20 == 0 ? 0 : i), now));
   }
   CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(1));
-  CHECK_THAT(table.takeExpired(now).empty());
-  CHECK_EQUAL(table.takeExpired(now + std::chrono::milliseconds(50)).size(), 48U);
+  CHECK_EQUAL(takeExpired(table, now), 0);
+  CHECK_EQUAL(takeExpired(table, now + std::chrono::milliseconds(50)), 48);
   CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(51));
-  CHECK_EQUAL(table.takeAllOf(0).size() + table.takeAllOf(1).size(), 27U);
   table.close();
+  for (int left = 52; left > 0; --left) {
+    CHECK_THAT(table.takeAny().has_value());
+  }
+  CHECK_THAT(!table.takeAny().has_value());
   CHECK_EQUAL(table.size(), 0U);
   CHECK_EQUAL(table.add(callTo(0, 0), now), 0U);
   CHECK_EQUAL(table.size(), 0U);
-  CHECK_THAT(table.takeExpired(now + std::chrono::hours(1)).empty());
+  CHECK_EQUAL(takeExpired(table, now + std::chrono::hours(1)), 0);
   CHECK_THAT(table.nextDeadline() == Clock::time_point::max());
+}
+
+TEST(call_table_calls_to_a_lost_peer_expire_soon_with_the_first_reason_and_need_no_memory) {
+  CallTable table;
+  const auto now = Clock::now();
+  const uint64_t id = table.add(callTo(1, 0), now);
+  const uint64_t other = table.add(callTo(2, 0), now);
+  for (int i = 0; i < 1000; ++i) {
+    (void)table.add(callTo(1, i), now);
+  }
+  const auto first = std::make_shared<const std::string>("it crashed");
+  const auto second = std::make_shared<const std::string>("it left");
+  testing::failAllocations(1 << 20);
+  CHECK_THAT(table.failLater(id, 1, first, now));
+  CHECK_THAT(!table.failLater(other, 1, first, now)); // not to that peer
+  table.failAllOf(1, second, now);
+  testing::failAllocations(0);
+  CHECK_THAT(!table.take(id, 1).has_value()); // its response would come too late
+  int failed = 0;
+  while (const auto call = table.takeExpired(now + kFailureDelay)) {
+    CHECK_THAT(call->failure == (++failed == 1 ? first : second));
+  }
+  CHECK_EQUAL(failed, 1001);
+  CHECK_THAT(table.take(other, 2).has_value());
 }
 
 TEST(call_table_no_call_has_the_id_that_means_closed) {

@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "engine/recent_work.h"
 #include "no_threads.h"
 
 using namespace torch_rpc_mpi;
@@ -64,7 +63,7 @@ struct Driver : EngineDriver {
   bool rests() const override {
     return resting;
   }
-  void onBroken(const std::string& reason) noexcept override {
+  void onBroken(const std::string& reason, std::vector<TaskPtr>&) noexcept override {
     brokenReason = reason;
     brokenSignal.release();
   }
@@ -364,9 +363,9 @@ TEST(engine_rests_while_the_driver_does_until_it_is_woken) {
   driver.resting = true;
   BellWord bell;
   EngineOptions options;
-  options.spinTime = std::chrono::nanoseconds(0);
-  options.maxSleep = std::chrono::microseconds(100);
-  options.maxRest = std::chrono::hours(1);
+  options.idling.spinTime = std::chrono::nanoseconds(0);
+  options.idling.maxSleep = std::chrono::microseconds(100);
+  options.idling.maxRest = std::chrono::hours(1);
   auto engine = std::make_shared<ThreadedEngine>(options, driver, bell);
   engine->start();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
@@ -461,44 +460,6 @@ TEST(engine_a_broken_driver_is_reported_and_tasks_still_run) {
   running.engine->post(std::make_unique<FunctionTask>(Task::Kind::kCompletion, [&] { done.release(); }));
   done.acquire();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
-}
-
-TEST(recent_work_is_much_when_there_was_a_piece_every_few_microseconds) {
-  std::atomic<uint64_t> count{5};
-  auto now = Clock::now();
-  RecentWork work(count, now);
-  CHECK_THAT(!work.isMuch(now));
-  count += 100; // long ago or just now: that shows when the window ends
-  CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(50)));
-  CHECK_THAT(work.isMuch(now += std::chrono::microseconds(50)));
-  count += 2;
-  CHECK_THAT(work.isMuch(now += std::chrono::microseconds(99)));
-  CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(1)));
-  count += 3;
-  CHECK_THAT(work.isMuch(now += std::chrono::microseconds(100)));
-  count += 3;
-  CHECK_THAT(!work.isMuch(now += std::chrono::microseconds(200)));
-}
-
-TEST(spin_limit_is_short_for_a_while_after_others_had_the_core_of_a_crowded_host) {
-  constexpr auto kUsual = std::chrono::milliseconds(1);
-  constexpr auto kTurn = std::chrono::microseconds(2);
-  auto now = Clock::now();
-  const auto look = [&](SpinLimit& limit, std::chrono::nanoseconds since) {
-    now += since;
-    return limit.at(now, now - since);
-  };
-  SpinLimit crowded(kUsual, true);
-  CHECK_THAT(look(crowded, kTurn) == kUsual);
-  CHECK_THAT(look(crowded, SpinLimit::kAway + kTurn) == SpinLimit::kShort);
-  CHECK_THAT(look(crowded, kTurn) == SpinLimit::kShort);
-  now += SpinLimit::kRemembered;
-  CHECK_THAT(look(crowded, kTurn) == kUsual);
-
-  SpinLimit roomy(kUsual, false);
-  CHECK_THAT(look(roomy, SpinLimit::kAway + kTurn) == kUsual);
-  SpinLimit impatient(std::chrono::microseconds(10), true);
-  CHECK_THAT(look(impatient, SpinLimit::kAway + kTurn) == std::chrono::microseconds(10));
 }
 
 TEST(engine_threads_that_wait_take_no_core_from_one_that_runs) {

@@ -1,11 +1,11 @@
-// ThreadedEngine's and MpiAgent's functions that any thread may run: turn, post, submitted, send.
+// ThreadedEngine's and the agent's functions that any thread may run: turn, post, submitted, send.
 #include <utility>
 
 #include "model/engine_model.h"
 
 namespace model {
 
-// ---- MpiAgent::turn ----
+// ---- Dispatcher::turn ----
 
 void EngineModel::turnOnce(State& s, Thread& t, At after) {
   t.active = 0;
@@ -103,7 +103,7 @@ bool EngineModel::stepOfTurn(State& s, Thread& t) {
   }
 }
 
-// Exchange::poll, MpiAgent::onMessage, watchNeighbours
+// Exchange::poll, Dispatcher::onMessage, watchNeighbours
 void EngineModel::receive(State& s, Thread& t) {
   t.at = At::kTurnEnd;
   if (s.closed) {
@@ -235,7 +235,7 @@ bool EngineModel::stepOfPost(State& s, Thread& t) {
   }
 }
 
-// ---- MpiAgent::send and submit, ThreadedEngine::submitted ----
+// ---- Caller::call and Outbox::submit, ThreadedEngine::submitted ----
 
 void EngineModel::submit(Thread& t, Set message, At after) {
   t.out = message;

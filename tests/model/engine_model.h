@@ -53,7 +53,7 @@ enum class At : uint8_t {
   kSleepLooked,
   kFutex,
   kInFutex,
-  // MpiAgent::turn
+  // Dispatcher::turn
   kTurnPost,
   kTurnPoll,
   kTurnGone,
@@ -65,14 +65,14 @@ enum class At : uint8_t {
   kPost,
   kRingLook,
   kRingWake,
-  // MpiAgent::submit, ThreadedEngine::submitted
+  // Outbox::submit, ThreadedEngine::submitted
   kSubmit,
   kSubmitted,
   kSubmittedPost,
   kSubmittedReply,
   kSubmittedWake,
   kTaskMayWait,
-  // MpiAgent::send, and the wait for the answer
+  // Caller::call, and the wait for the answer
   kSend,
   kSendLook,
   kAwait,
@@ -89,7 +89,7 @@ enum class At : uint8_t {
   kDriveWake,
   kDriveUnlock,
   kDriveMine,
-  // MpiAgent::shutdownImpl, ThreadedEngine::stop
+  // Leaving::leave, ThreadedEngine::stop
   kStop,
   kStopUnlock,
   kStopJoin,
@@ -129,7 +129,7 @@ struct State {
   // BellWord. Of `rings` only whether it still is the sleeper's ticket.
   uint8_t sleepers : 2 = 0, rung : 1 = 0;
   uint8_t sleeperUnseen : 1 = 0; // the sleeper's count has not reached the others' processors
-  // MpiAgent and Exchange
+  // Caller and Exchange
   uint8_t closed : 1 = 0, callsClosed : 1 = 0;
   // the peer's process
   uint8_t peerEnded : 1 = 0, endNoticed : 1 = 0;

@@ -3,7 +3,7 @@
 
 namespace model {
 
-// MpiAgent::shutdownImpl, ThreadedEngine::stop. The goodbye and the flush send what nobody here waits for.
+// Leaving::leave, ThreadedEngine::stop. The goodbye and the flush send what nobody here waits for.
 bool EngineModel::stepOfStopper(State& s, Thread& t) {
   switch (t.at) {
     case At::kStop:

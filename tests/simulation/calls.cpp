@@ -93,7 +93,7 @@ void World::blockingCall(int rank) {
   const int index = oracle_.made(plan(rank, static_cast<int>(random_.below(size_)), kDeepest)).index;
   JitFuturePtr future;
   try {
-    const MpiAgent::AnswerInSend answered(*worker.agent);
+    const Caller::AnswerInSend answered(worker.agent->caller());
     const Call& call = oracle_.call(index);
     future = worker.agent->send(
         worker.agent->getWorkerInfo(static_cast<rpc::worker_id_t>(call.to)), questionOf(call), kLong);

@@ -63,7 +63,7 @@ bool World::strike(Fault fault, int a, int b) {
       network_->breakRank(a);
       break;
     case Fault::kNoMemory:
-      oracle_.excuseRank(a);
+      oracle_.shortOfMemory(a);
       worker.engine->failAllocation(static_cast<int>(random_.below(30)));
       break;
     case Fault::kWrongWorker:

@@ -86,7 +86,7 @@ void World::checkJoinFailure(int rank, const std::string& error) {
   if (timedOut && knows) {
     wrong("waits although it knows of a loss");
   }
-  if (!timedOut && !told) {
+  if (!timedOut && !told && !oracle_.wordsFail()) {
     wrong("does not tell why it fails");
   }
   const bool anyFault = faults_ > 0; // a loss elsewhere keeps this rank waiting
@@ -124,7 +124,12 @@ void World::clearAway() {
       worker.thread->interrupt();
       worker.thread->resume();
     }
-    worker.thread->give([&worker] { worker.agent->shutdown(); });
+    worker.thread->give([&worker] {
+      try {
+        worker.agent->shutdown();
+      } catch (const Interrupted&) { // left over from its wait
+      }
+    });
     while (worker.thread->busy()) {
       worker.thread->resume();
     }

@@ -173,16 +173,20 @@ void Network::touchParked() {
 }
 
 bool Network::quietFor(int rank) const {
-  const auto isDrain = [](const PacketPtr& packet) {
+  const auto counts = [](const PacketPtr& packet) {
     FrameHeader header;
+    if (packet->bytes < sizeof(header)) {
+      return true;
+    }
     std::memcpy(&header, packet->data != nullptr ? packet->data : packet->copy.data(), sizeof(header));
-    return packet->channel == Channel::kFrame && header.kind == FrameKind::kDrain;
+    return packet->channel == Channel::kBulk ||
+        (header.kind != FrameKind::kDrain && header.kind != FrameKind::kGoodbye);
   };
   const auto concerns = [rank](const PacketPtr& packet) {
     return packet->source == rank || packet->destination == rank;
   };
   const auto quiet = [&](const std::deque<PacketPtr>& queue) {
-    return std::ranges::all_of(queue, [&](const PacketPtr& packet) { return !concerns(packet) || isDrain(packet); });
+    return std::ranges::all_of(queue, [&](const PacketPtr& packet) { return !concerns(packet) || !counts(packet); });
   };
   return std::ranges::all_of(underWay_, quiet) && std::ranges::all_of(bulk_, quiet) && quiet(ranks_[rank].frames);
 }

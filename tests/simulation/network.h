@@ -72,7 +72,7 @@ class Network {
   }
   // What was given up may still be read and written.
   void touchParked();
-  bool quietFor(int rank) const; // but for drain frames
+  bool quietFor(int rank) const; // but for drain frames, and the goodbye of one that came too late to agree
   // Called by the scheduler at each of its steps; a thread that polls too often between two of them hangs.
   void stepped() {
     pollsInStep_ = 0;

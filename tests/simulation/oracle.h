@@ -44,6 +44,14 @@ class Oracle {
   bool excused(int a, int b) const {
     return excused_[static_cast<size_t>(a) * size_ + b];
   }
+  // A rank that was short of memory: its words may be cut, also those that others repeat.
+  void shortOfMemory(int rank) {
+    excuseRank(rank);
+    wordsFail_ = true;
+  }
+  bool wordsFail() const {
+    return wordsFail_;
+  }
   // A rank of which nothing more is expected.
   void dead(int rank) {
     excuseRank(rank);
@@ -87,6 +95,7 @@ class Oracle {
 
   const int size_;
   std::vector<bool> excused_, dead_;
+  bool wordsFail_ = false;
   std::vector<std::string> reasons_;
   std::deque<Call> calls_;
 };

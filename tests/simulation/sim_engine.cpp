@@ -82,7 +82,9 @@ bool SimEngine::turnOnce(std::vector<TaskPtr>& tasks) {
 void SimEngine::breakDown(const std::string& reason) {
   if (!std::exchange(broken_, true)) {
     trace().note("broken", rank_);
-    driver_.onBroken(reason);
+    std::vector<TaskPtr> tasks;
+    driver_.onBroken(reason, tasks);
+    post(tasks);
   }
 }
 

@@ -15,12 +15,6 @@ namespace {
 constexpr size_t kEagerBytes = 300; // longer messages are read from the sender's memory when they arrive, or later
 constexpr size_t kPollsOfAHang = 1000000;
 
-// What was given up lives for ever, as with MPI, and is no leak.
-std::vector<Operation*>& parkingLot() {
-  static auto* operations = new std::vector<Operation*>();
-  return *operations;
-}
-
 } // namespace
 
 SimTransport::SimTransport(Network& network, int rank)
@@ -197,12 +191,10 @@ std::vector<int> SimTransport::takeEnded(ProgressToken&) {
 }
 
 void SimTransport::parkReceive(const Receive& receive) {
-  parkingLot().push_back(receive.op);
   network_.parked_.push_back({receive.data, nullptr, receive.bytes});
 }
 
 void SimTransport::parkSend(const Send& send) {
-  parkingLot().push_back(send.op);
   if (send.packet->data != nullptr && !send.packet->taken) {
     network_.parked_.push_back({nullptr, send.packet->data, send.packet->bytes});
   }

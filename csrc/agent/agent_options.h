@@ -1,0 +1,26 @@
+// The settings of an agent.
+#pragma once
+
+#include <chrono>
+#include <functional>
+
+#include "base/signal_service.h"
+#include "engine/engine.h"
+#include "peer/peer_context.h"
+
+namespace torch_rpc_mpi {
+
+struct AgentOptions {
+  int numWorkerThreads = 16;
+  std::chrono::milliseconds rpcTimeout{60000};
+  ExchangeOptions exchange;
+  int coresToSpare = 1; // see Note [How many at once]
+  int ranksOnHost = 1;
+  IdlingOptions idling;
+  std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
+  std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
+  SignalService signals; // of threads that wait here
+  MakeEngine makeEngine = makeThreadedEngine;
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,313 @@
+#include "agent/caller.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "agent/engine_work.h"
+#include "agent/future_wait.h"
+#include "base/error_text.h"
+
+namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+// The call that this thread made last and will drive.
+thread_local JitFuturePtr awaited;
+// Whether call() is to wait for it; see AnswerInSend.
+thread_local bool answersInSend = false;
+// See SecondAttempt.
+thread_local bool sendsAgain = false;
+
+// A guest is announced for one call. Whatever becomes of that, it does not stay so.
+struct GuestAnnouncement {
+  GuestAnnouncement() = default;
+  ~GuestAnnouncement() {
+    Engine::announceGuest(false);
+  }
+  GuestAnnouncement(const GuestAnnouncement&) = delete;
+  GuestAnnouncement& operator=(const GuestAnnouncement&) = delete;
+};
+
+// For want of memory for more.
+std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept {
+  static const auto* const kLost = new std::shared_ptr<const std::string>(
+      std::make_shared<const std::string>("The worker that was called can no longer answer"));
+  try {
+    return std::make_shared<const std::string>(text);
+  } catch (const std::bad_alloc&) {
+    return *kLost;
+  }
+}
+
+// So that the next push_back() does not throw.
+void makeRoom(std::vector<TaskPtr>& tasks) {
+  if (tasks.size() == tasks.capacity()) {
+    tasks.reserve(std::max<size_t>(2 * tasks.size(), 8));
+  }
+}
+
+} // namespace
+
+// Completes the future of a call, whatever becomes of the task: if the engine stops before it has run, with an error.
+class Caller::CompletionTask : public Task {
+ public:
+  explicit CompletionTask(Caller& caller) : caller_(caller) {}
+  ~CompletionTask() override {
+    if (call_.future != nullptr) {
+      if (call_.failure != nullptr) {
+        caller_.completion_.expire(call_);
+      } else {
+        caller_.completion_.fail(call_, caller_.shutDownText());
+      }
+    }
+    if (counted_) {
+      caller_.completing_.fetch_sub(1);
+    }
+  }
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  bool completes(const void* awaited) const override {
+    return call_.future.get() == awaited;
+  }
+  void give(PendingCall call) noexcept {
+    caller_.completing_.fetch_add(1);
+    counted_ = true;
+    call_ = std::move(call);
+  }
+
+ protected:
+  const Completion& completion() const {
+    return caller_.completion_;
+  }
+  PendingCall take() {
+    return std::exchange(call_, PendingCall());
+  }
+
+ private:
+  Caller& caller_;
+  PendingCall call_;
+  bool counted_ = false;
+};
+
+// Of a call whose response arrived.
+class Caller::ResponseTask final : public CompletionTask {
+ public:
+  ResponseTask(Caller& caller, InboundMessage inbound) : CompletionTask(caller), inbound_(std::move(inbound)) {}
+  void run() noexcept override {
+    const PendingCall call = take();
+    RpcMessage response;
+    try {
+      response = decodeMessage(std::move(inbound_));
+    } catch (const std::exception& error) {
+      completion().fail(call, std::string("The response could not be read: ") + errorText(error));
+      return;
+    }
+    completion().complete(call, response);
+  }
+
+ private:
+  InboundMessage inbound_;
+};
+
+// Of a call that failed here, or whose time is over.
+class Caller::ExpiryTask final : public CompletionTask {
+ public:
+  using CompletionTask::CompletionTask;
+  void run() noexcept override {
+    const PendingCall call = take();
+    completion().expire(call);
+  }
+};
+
+Caller::Caller(
+    const Membership& members,
+    const Completion& completion,
+    const Exchange& exchange,
+    Outbox& outbox,
+    Server& server,
+    const std::shared_ptr<Engine>& engine,
+    SignalService signals)
+    : members_(members),
+      completion_(completion),
+      exchange_(exchange),
+      outbox_(outbox),
+      server_(server),
+      engine_(engine),
+      signals_(signals) {}
+
+JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
+  const GuestAnnouncement announcement;
+  const bool toSelf = peer == members_.rank();
+  PendingCall call;
+  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+  call.peer = peer;
+  call.type = message->type();
+  call.timeout = timeout;
+  call.made = Clock::now();
+  JitFuturePtr future = call.future;
+  const auto made = call.made;
+  if (const auto reason = members_.whyLost(peer)) {
+    call.timeout = kFailureDelay;
+    call.failure = sharedText(*reason);
+    const bool open = calls_.add(std::move(call), made) != 0;
+    engine_->wake();
+    return open ? future : nullptr;
+  }
+  if (Engine::guestAnnounced()) {
+    // A call to oneself another thread runs, and is there as soon as this one would be.
+    Engine::announceGuest(!toSelf);
+    awaited = toSelf ? nullptr : future;
+  }
+  const uint64_t id = calls_.add(std::move(call), made);
+  if (id == 0) {
+    return nullptr;
+  }
+  message->setId(static_cast<int64_t>(id));
+  try {
+    const EngineWork work;
+    if (toSelf) {
+      engine_->post(server_.ownRequest(id, copyMessage(*message)));
+    } else {
+      sendToPeer(peer, id, std::move(message));
+    }
+  } catch (...) {
+    calls_.take(id, peer);
+    throw;
+  }
+  Engine::announceGuest(false); // before it drives: what its callbacks send is announced anew
+  if (std::exchange(answersInSend, false)) {
+    driveUntil(*future);
+    serveUntilCompleted(signals_, *future);
+  }
+  return future;
+}
+
+void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message) {
+  auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this);
+  out->header().secondAttempt = sendsAgain ? 1 : 0;
+  // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
+  if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
+    outbox_.encode(*out);
+  }
+  outbox_.submit(std::move(out), /*expectsReply=*/true);
+}
+
+void Caller::onSendFailed(FrameKind, int peer, uint64_t callId, const std::string& reason) noexcept {
+  if (calls_.failLater(callId, peer, sharedText(reason), Clock::now())) {
+    engine_->wake();
+  }
+}
+
+// The thread drives only where its answer is the next to come. A guest hands other completions to a thread that must be
+// woken for them, such as the owner's answer to the remote() before a to_here(): 15 us more than without a guest.
+Caller::AnswerInSend::AnswerInSend(Caller& caller) : caller_(caller) {
+  caller_.expectAnswer(caller_.unanswered() == 0);
+  answersInSend = true;
+}
+
+Caller::AnswerInSend::~AnswerInSend() {
+  caller_.expectAnswer(false);
+  answersInSend = false;
+}
+
+Caller::SecondAttempt::SecondAttempt() {
+  sendsAgain = true;
+}
+
+Caller::SecondAttempt::~SecondAttempt() {
+  sendsAgain = false;
+}
+
+void Caller::expectAnswer(bool expected) {
+  if (engine_->onEngineThread()) {
+    return; // so call() leaves `awaited` empty, and driveUntil() has nothing to drive for
+  }
+  awaited.reset();
+  Engine::announceGuest(expected);
+}
+
+void Caller::driveUntil(const c10::ivalue::Future& future) {
+  if (const JitFuturePtr call = std::exchange(awaited, nullptr)) {
+    const EngineWork work;
+    engine_->driveFor(call.get(), [&] { return future.completed(); });
+  }
+}
+
+bool Caller::onResponse(InboundMessage response, std::vector<TaskPtr>& tasks) {
+  const int peer = response.source;
+  const uint64_t id = response.header.callId;
+  makeRoom(tasks);
+  auto task = std::make_unique<ResponseTask>(*this, std::move(response));
+  if (auto call = calls_.take(id, peer)) {
+    task->give(std::move(*call));
+    tasks.push_back(std::move(task));
+    return true;
+  }
+  return !calls_.awaitsOther(id, peer); // else it came too late
+}
+
+void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
+  auto call = calls_.take(id, members_.rank());
+  if (!call) {
+    return;
+  }
+  try {
+    RpcMessage message = response();
+    if (message->type() != rpc::MessageType::EXCEPTION) {
+      message = copyMessage(*message);
+    }
+    completion_.complete(*call, message);
+  } catch (const std::exception& error) {
+    completion_.fail(*call, std::string("The response could not be sent: ") + errorText(error));
+  }
+}
+
+void Caller::expire(Clock::time_point now, std::vector<TaskPtr>& tasks) {
+  while (now >= calls_.nextDeadline()) {
+    makeRoom(tasks);
+    auto task = std::make_unique<ExpiryTask>(*this);
+    auto call = calls_.takeExpired(now);
+    if (!call) {
+      break;
+    }
+    task->give(std::move(*call));
+    tasks.push_back(std::move(task));
+  }
+}
+
+void Caller::onPeerEnded(int peer, const std::string& reason) {
+  calls_.failAllOf(peer, sharedText(reason), Clock::now());
+}
+
+void Caller::close(const std::string& reason) {
+  calls_.close();
+  while (auto call = calls_.takeAny()) {
+    if (call->failure != nullptr) {
+      completion_.expire(*call);
+    } else {
+      completion_.fail(*call, reason);
+    }
+  }
+}
+
+void Caller::close(const std::string& reason, std::vector<TaskPtr>& tasks) {
+  calls_.close();
+  while (auto call = calls_.takeAny()) {
+    if (call->failure == nullptr) {
+      call->failure = sharedText(reason);
+    }
+    auto task = std::make_unique<ExpiryTask>(*this);
+    task->give(std::move(*call));
+    tasks.push_back(std::move(task));
+  }
+}
+
+std::string Caller::shutDownText() const {
+  return c10::str("RPC was shut down on ", members_.describe(members_.rank()), " before this call was answered");
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,197 @@
+#include "agent/dispatcher.h"
+
+#include <iterator>
+#include <utility>
+
+#include "peer/receive_pool.h"
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+// Receive memory that was not used for so long goes back to the system.
+constexpr auto kTrimAfter = std::chrono::seconds(5);
+// What a process had sent before it ended, a goodbye perhaps, has so long to arrive.
+constexpr auto kLastWords = std::chrono::milliseconds(100);
+// Where this rank waits for the verdict on a graceful shutdown, a process that ends has probably had it, and it is the
+// verdict that is late: the rank that passes it on may be without a core. One that has crashed instead is told of by
+// those that still waited for its report.
+constexpr auto kLateVerdict = std::chrono::milliseconds(500);
+
+// Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.
+class ReleaseTask final : public Task {
+ public:
+  explicit ReleaseTask(DoneMessages done) : done_(std::move(done)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override {
+    for (auto& [message, reason] : done_.failed) {
+      message->failed(reason);
+    }
+  }
+
+ private:
+  DoneMessages done_;
+};
+
+} // namespace
+
+Dispatcher::Dispatcher(
+    Transport& transport,
+    Membership& members,
+    Exchange& exchange,
+    Outbox& outbox,
+    Server& server,
+    Caller& caller,
+    Join& join,
+    std::chrono::milliseconds watchInterval)
+    : transport_(transport),
+      members_(members),
+      exchange_(exchange),
+      outbox_(outbox),
+      server_(server),
+      caller_(caller),
+      join_(join),
+      watchInterval_(watchInterval) {}
+
+bool Dispatcher::hasQueued() const {
+  return outbox_.filled() || exchange_.hasDue() || server_.owes();
+}
+
+Clock::time_point Dispatcher::nextDeadline() const {
+  return caller_.nextDeadline();
+}
+
+bool Dispatcher::awaitsAnswers() const {
+  return caller_.unanswered() > 0;
+}
+
+bool Dispatcher::rests() const {
+  return rests_.load();
+}
+
+bool Dispatcher::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
+  const auto handOver = [&] {
+    tasks.reserve(tasks.size() + arrivals_.size()); // halfway, it would leave tasks of nothing
+    std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
+    arrivals_.clear();
+  };
+  bool active = false;
+  try {
+    active = progress(token);
+  } catch (...) {
+    handOver(); // the calls that they complete are in no table any more, and there will be no other turn
+    throw;
+  }
+  handOver();
+  return active;
+}
+
+bool Dispatcher::progress(ProgressToken& token) {
+  const bool posted = outbox_.post(token);
+  if (server_.owes()) {
+    server_.pay(token);
+  }
+  const bool moved = exchange_.poll(token);
+  const auto now = Clock::now();
+  exchange_.look(token, now);
+  if (now >= nextTrim_) {
+    nextTrim_ = now + kTrimAfter;
+    ReceivePool::instance().trim(now - kTrimAfter);
+  }
+  caller_.expire(now, arrivals_);
+  join_.advance(
+      token, [&] { return idle(token); },
+      [this] { return DrainCounts{exchange_.counters().framesSent, exchange_.counters().framesReceived}; });
+  if (!moved && now >= nextWatch_) {
+    watchNeighbours(token, now);
+  }
+  // While it serves, a peer may wait for credit that only a later turn reports.
+  rests_ = transport_.allRing() && idle(token);
+  DoneMessages done = exchange_.takeDone(token);
+  if (!done.sent.empty() || !done.failed.empty()) {
+    arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(done)));
+  }
+  return moved || posted;
+}
+
+bool Dispatcher::idle(ProgressToken& token) const {
+  return caller_.unanswered() == 0 && caller_.completing() == 0 && server_.serving() == 0 && !hasQueued() &&
+      exchange_.quiet(token);
+}
+
+// Everything that has arrived was read: nothing moved in this turn.
+void Dispatcher::watchNeighbours(ProgressToken& token, Clock::time_point now) {
+  nextWatch_ = now + watchInterval_;
+  server_.payAgain();
+  for (const int peer : transport_.takeEnded(token)) {
+    ended_.push_back({peer, now});
+  }
+  const auto patience = join_.awaitsVerdict() ? kLateVerdict : kLastWords;
+  std::erase_if(ended_, [&](const Ended& ended) {
+    if (now - ended.found < patience) {
+      return false;
+    }
+    exchange_.fail(token, ended.peer, "its process has ended without leaving (it crashed or was killed)");
+    return true;
+  });
+}
+
+std::unique_ptr<BulkTarget> Dispatcher::makeTarget(int, const FrameHeader&, ConstSpan body) {
+  return makeReceiveTarget(body);
+}
+
+void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
+  const int source = message.source;
+  switch (message.header.kind) {
+    case FrameKind::kRequest:
+      arrivals_.push_back(server_.arrived(std::move(message)));
+      break;
+    case FrameKind::kResponse:
+      if (!caller_.onResponse(std::move(message), arrivals_)) {
+        exchange_.fail(token, source, "it answered a call that was made to another worker");
+      }
+      break;
+    case FrameKind::kGoodbye: {
+      const std::string farewell(message.body().data, message.body().bytes);
+      exchange_.leaves(token, source, "it has left (" + farewell + ")", Clock::now());
+      break;
+    }
+    case FrameKind::kDrain: {
+      const std::string wrong = join_.onFrame(token, source, message.body());
+      if (!wrong.empty()) {
+        exchange_.fail(token, source, "it sent a frame that makes no sense: " + wrong);
+      }
+      break;
+    }
+    case FrameKind::kCredit:
+      break;
+  }
+}
+
+void Dispatcher::onStrayFrame(int source, const std::string& reason) {
+  LOG(ERROR) << "RPC on " << members_.describe(members_.rank()) << " dropped a frame from rank " << source << ": "
+             << reason;
+}
+
+std::string Dispatcher::failureText(int peer, const std::string& cause) const {
+  return c10::str("RPC to ", members_.describe(peer), " failed: ", cause, ". Calls to it can no longer be answered");
+}
+
+void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason) {
+  members_.lose(peer, reason);
+  caller_.onPeerEnded(peer, reason);
+  join_.fail(reason);
+}
+
+void Dispatcher::onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept {
+  const int self = members_.rank();
+  const std::string text = c10::str("RPC on ", members_.describe(self), " stopped: ", reason);
+  LOG(ERROR) << text;
+  members_.lose(self, text); // whatever is asked for later: the first reason is the one that helps
+  caller_.close(text, tasks);
+  join_.fail(text);
+}
+
+} // namespace torch_rpc_mpi

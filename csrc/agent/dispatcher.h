@@ -1,0 +1,83 @@
+// What the engine drives: a turn of the exchange, and each thing that comes of it to the part of the agent that it is
+// for.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "agent/caller.h"
+#include "agent/join.h"
+#include "agent/membership.h"
+#include "agent/outbox.h"
+#include "agent/server.h"
+#include "engine/engine.h"
+#include "peer/exchange.h"
+#include "transport/transport.h"
+
+namespace torch_rpc_mpi {
+
+// arrivals_, nextTrim_, nextWatch_ and ended_ are guarded by the progress token; rests_ is an atomic; the rest is
+// immutable, or guards itself.
+class Dispatcher final : public EngineDriver, public ExchangeListener {
+ public:
+  // Of parts of an agent that need not be there yet. watchInterval: how often to look whether neighbours are alive.
+  Dispatcher(
+      Transport& transport,
+      Membership& members,
+      Exchange& exchange,
+      Outbox& outbox,
+      Server& server,
+      Caller& caller,
+      Join& join,
+      std::chrono::milliseconds watchInterval);
+
+  // Tasks of a turn that nobody took.
+  std::vector<TaskPtr> takeArrivals(ProgressToken& /*token*/) {
+    return std::exchange(arrivals_, {});
+  }
+
+  // EngineDriver
+  bool turn(ProgressToken& token, std::vector<TaskPtr>& tasks) override;
+  bool hasQueued() const override;
+  Clock::time_point nextDeadline() const override;
+  bool awaitsAnswers() const override;
+  bool rests() const override;
+  void onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept override;
+
+ private:
+  struct Ended {
+    int peer;
+    Clock::time_point found;
+  };
+
+  // ExchangeListener
+  std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;
+  void onMessage(ProgressToken& token, InboundMessage message) override;
+  void onStrayFrame(int source, const std::string& reason) override;
+  std::string failureText(int peer, const std::string& cause) const override;
+  void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) override;
+
+  bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
+  bool idle(ProgressToken& token) const;
+  void watchNeighbours(ProgressToken& token, Clock::time_point now);
+
+  Transport& transport_;
+  Membership& members_;
+  Exchange& exchange_;
+  Outbox& outbox_;
+  Server& server_;
+  Caller& caller_;
+  Join& join_;
+  const std::chrono::milliseconds watchInterval_;
+
+  std::vector<TaskPtr> arrivals_; // made during a turn
+  Clock::time_point nextTrim_ = Clock::now();
+  Clock::time_point nextWatch_ = Clock::now();
+  std::vector<Ended> ended_; // processes of neighbours, not failed yet
+  std::atomic<bool> rests_{false};
+};
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,35 @@
+#include "agent/outbox.h"
+
+namespace torch_rpc_mpi {
+
+void Outbox::encode(OutboundRpc& message) const {
+  message.encode(exchange_.frames());
+  message.dropSource();
+}
+
+void Outbox::submit(OutboundPtr message, bool expectsReply) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queue_.push_back(std::move(message));
+    filled_ = true;
+  }
+  engine_->submitted(expectsReply);
+}
+
+bool Outbox::post(ProgressToken& token) {
+  if (!filled()) {
+    return false;
+  }
+  std::vector<OutboundPtr> queued;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queued.swap(queue_);
+    filled_ = false;
+  }
+  for (OutboundPtr& message : queued) {
+    exchange_.post(token, std::move(message));
+  }
+  return !queued.empty();
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,54 @@
+// Messages on their way from any thread to the token's holder.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "codec/message_codec.h"
+#include "engine/engine.h"
+#include "peer/exchange.h"
+
+namespace torch_rpc_mpi {
+
+// Thread-safe: mutex_ guards queue_, of which filled_ is a hint; the rest is immutable.
+class Outbox {
+ public:
+  // engine: there when the first message comes.
+  Outbox(Exchange& exchange, const std::shared_ptr<Engine>& engine, size_t inlineLimit)
+      : exchange_(exchange),
+        engine_(engine),
+        inlineLimit_(inlineLimit) {}
+
+  // A message that submit() takes, not encoded yet. `listener` is told if it could not be sent.
+  std::unique_ptr<OutboundRpc> make(
+      int peer,
+      FrameKind kind,
+      uint64_t callId,
+      RpcMessage message,
+      SendFailureListener& listener) const {
+    return std::make_unique<OutboundRpc>(peer, kind, callId, std::move(message), inlineLimit_, listener);
+  }
+  // Now, in this thread: what it holds then is a copy, but for its larger tensors.
+  void encode(OutboundRpc& message) const;
+  // expectsReply: somebody has to poll for the answer.
+  void submit(OutboundPtr message, bool expectsReply);
+
+  // Of the token's holder.
+  bool filled() const {
+    return filled_.load();
+  }
+  bool post(ProgressToken& token); // whether there was something
+
+ private:
+  Exchange& exchange_;
+  const std::shared_ptr<Engine>& engine_;
+  const size_t inlineLimit_;
+
+  std::mutex mutex_;
+  std::vector<OutboundPtr> queue_;
+  std::atomic<bool> filled_{false};
+};
+
+} // namespace torch_rpc_mpi

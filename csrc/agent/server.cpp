@@ -1,0 +1,247 @@
+#include "agent/server.h"
+
+#include <algorithm>
+#include <new>
+
+#include <torch/csrc/distributed/rpc/utils.h>
+
+#include "agent/engine_work.h"
+#include "base/error_text.h"
+#include "host/resources.h"
+
+namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+// Callers that are told of a lost response when there is memory again.
+constexpr size_t kOwed = 1024;
+
+} // namespace
+
+class Server::RequestTask final : public Task {
+ public:
+  RequestTask(Server& server, InboundMessage inbound) : server_(server), inbound_(std::move(inbound)) {}
+  Kind kind() const override {
+    return inbound_.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest;
+  }
+  void run() noexcept override {
+    const ReplyTo reply{inbound_.source, inbound_.header.callId};
+    try {
+      server_.serve(std::move(inbound_));
+    } catch (const std::exception& error) { // there is not even memory to say so
+      server_.owe(reply, error);
+      server_.serving_.fetch_sub(1);
+    }
+  }
+
+ private:
+  Server& server_;
+  InboundMessage inbound_;
+};
+
+class Server::OwnRequestTask final : public Task {
+ public:
+  OwnRequestTask(Server& server, uint64_t id, RpcMessage message)
+      : server_(server),
+        id_(id),
+        message_(std::move(message)) {}
+  Kind kind() const override {
+    return Kind::kRequest;
+  }
+  void run() noexcept override {
+    const ReplyTo reply{server_.members_.rank(), id_};
+    try {
+      server_.run(std::move(message_), reply);
+    } catch (const std::exception&) {
+      server_.respond(reply, []() -> RpcMessage { throw; });
+    }
+  }
+
+ private:
+  Server& server_;
+  const uint64_t id_;
+  RpcMessage message_;
+};
+
+Server::Server(
+    const Membership& members,
+    Exchange& exchange,
+    Outbox& outbox,
+    SelfCaller& selfCaller,
+    RequestCallback& callback,
+    ThreadHook threadHook)
+    : members_(members),
+      exchange_(exchange),
+      outbox_(outbox),
+      selfCaller_(selfCaller),
+      callback_(callback),
+      threadHook_(std::move(threadHook)) {
+  owed_.reserve(kOwed);
+  paying_.reserve(kOwed);
+}
+
+TaskPtr Server::arrived(InboundMessage request) {
+  auto task = std::make_unique<RequestTask>(*this, std::move(request));
+  serving_.fetch_add(1);
+  return task;
+}
+
+TaskPtr Server::ownRequest(uint64_t id, RpcMessage request) {
+  auto task = std::make_unique<OwnRequestTask>(*this, id, std::move(request));
+  serving_.fetch_add(1);
+  return task;
+}
+
+void Server::serve(InboundMessage inbound) {
+  const ReplyTo reply{inbound.source, inbound.header.callId};
+  exchange_.released(inbound.source, inbound.header.chargedBytes);
+  RpcMessage request;
+  try {
+    request = decodeMessage(std::move(inbound));
+  } catch (const std::exception& error) {
+    respond(reply, [&] {
+      return errorResponse(std::string("The request could not be read: ") + errorText(error), reply.id);
+    });
+    return;
+  }
+  run(std::move(request), reply);
+}
+
+c10::intrusive_ptr<rpc::JitFuture> Server::process(rpc::Message& request) const {
+  if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
+    return callback_(request, {});
+  }
+  // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's
+  // profiles miss them once each of its threads has had its turn): so each gets a new thread.
+  c10::intrusive_ptr<rpc::JitFuture> future;
+  std::exception_ptr error;
+  startThread("a call that is profiled", [&] {
+    threadHook_([&] {
+      try {
+        future = callback_(request, {});
+      } catch (...) {
+        error = std::current_exception();
+      }
+    });
+  }).join();
+  if (error) {
+    std::rethrow_exception(error);
+  }
+  return future;
+}
+
+void Server::run(RpcMessage request, ReplyTo reply) {
+  c10::intrusive_ptr<rpc::JitFuture> future;
+  try {
+    future = process(*request);
+  } catch (const std::exception& error) {
+    respond(reply, [&] { return errorResponse(errorText(error), reply.id); });
+    return;
+  }
+  if (future->completed()) {
+    respond(reply, [&] { return responseOf(*future, reply.id); });
+    return;
+  }
+  servingAsync_.fetch_add(1);
+  // Run by whoever completes the future, a user's thread perhaps.
+  future->addCallback([this, owner = owner_, reply](rpc::JitFuture& done) {
+    const EngineWork work;
+    if (const auto alive = owner.lock()) {
+      servingAsync_.fetch_sub(1);
+      respond(reply, [&] { return responseOf(done, reply.id); });
+    }
+  });
+}
+
+void Server::respond(ReplyTo reply, MakeResponse response) noexcept {
+  if (reply.peer == members_.rank()) {
+    selfCaller_.onOwnResponse(reply.id, response);
+  } else {
+    try {
+      send(reply, response());
+    } catch (const std::exception& error) {
+      owe(reply, error);
+    }
+  }
+  serving_.fetch_sub(1);
+}
+
+void Server::send(ReplyTo reply, RpcMessage response) {
+  const auto make = [&](RpcMessage message) {
+    auto out = outbox_.make(reply.peer, FrameKind::kResponse, reply.id, std::move(message), *this);
+    outbox_.encode(*out);
+    return out;
+  };
+  std::unique_ptr<OutboundRpc> out;
+  try {
+    out = make(std::move(response));
+  } catch (const std::exception& error) {
+    out = make(errorResponse(std::string("The response could not be sent: ") + errorText(error), reply.id));
+  }
+  outbox_.submit(std::move(out), /*expectsReply=*/false);
+}
+
+// For want of memory the response could not be made. The token's holder tells the caller as soon as it can.
+void Server::owe(ReplyTo reply, const std::exception& error) noexcept {
+  try {
+    LOG(ERROR) << "The response of " << members_.describe(members_.rank()) << " to " << members_.describe(reply.peer)
+               << " could not be made: " << error.what();
+  } catch (const std::bad_alloc&) {
+  }
+  const std::lock_guard<std::mutex> lock(owedMutex_);
+  if (owed_.size() < owed_.capacity()) { // else the caller gets its timeout
+    owed_.push_back(reply);
+    owes_ = true;
+  }
+}
+
+void Server::pay(ProgressToken& token) {
+  {
+    const std::lock_guard<std::mutex> lock(owedMutex_);
+    owes_ = false;
+    paying_.swap(owed_);
+  }
+  while (!paying_.empty()) {
+    const ReplyTo reply = paying_.back();
+    try {
+      RpcMessage response = errorResponse("The response could not be made: there was not enough memory", reply.id);
+      exchange_.post(token, outbox_.make(reply.peer, FrameKind::kResponse, reply.id, std::move(response), *this));
+      paying_.pop_back();
+    } catch (const std::bad_alloc&) {
+      break;
+    }
+  }
+  // No more than fit: without memory there can be no more.
+  const std::lock_guard<std::mutex> lock(owedMutex_);
+  const size_t kept = std::min(owed_.capacity() - owed_.size(), paying_.size());
+  owed_.insert(owed_.end(), paying_.begin(), paying_.begin() + static_cast<ptrdiff_t>(kept));
+  paying_.clear();
+}
+
+void Server::payAgain() {
+  const std::lock_guard<std::mutex> lock(owedMutex_);
+  owes_ = !owed_.empty();
+}
+
+RpcMessage Server::errorResponse(const std::string& what, uint64_t id) const {
+  const std::string text =
+      c10::str("On ", members_.self(), " (rank ", members_.rank(), " on host ", members_.host(), "):\n", what);
+  return rpc::createExceptionResponse(text, static_cast<int64_t>(id));
+}
+
+RpcMessage Server::responseOf(rpc::JitFuture& future, uint64_t id) const {
+  if (future.hasError()) {
+    return errorResponse(errorText(future.exception_ptr()), id);
+  }
+  RpcMessage response = future.value().toCustomClass<rpc::Message>();
+  response->setId(static_cast<int64_t>(id));
+  return response;
+}
+
+void Server::onSendFailed(FrameKind, int peer, uint64_t, const std::string& reason) noexcept {
+  LOG(WARNING) << "RPC response to " << members_.describe(peer) << " was not sent: " << reason;
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,103 @@
+// The callee's side of the agent: requests in, responses out.
+#pragma once
+
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include <c10/util/FunctionRef.h>
+#include <torch/csrc/distributed/rpc/request_callback.h>
+
+#include "agent/membership.h"
+#include "agent/outbox.h"
+
+namespace torch_rpc_mpi {
+
+using MakeResponse = c10::function_ref<RpcMessage()>;
+
+// Whom a worker calls that calls itself.
+class SelfCaller {
+ public:
+  virtual ~SelfCaller() = default;
+  // What `response` throws is the call's error.
+  virtual void onOwnResponse(uint64_t id, MakeResponse response) noexcept = 0;
+};
+
+// Thread-safe. owedMutex_ guards owed_, of which owes_ is a hint; the counts are atomics; owner_ is set before the
+// first request comes; the rest is immutable, or guards itself.
+class Server final : private SendFailureListener {
+ public:
+  using ThreadHook = std::function<void(const std::function<void()>& body)>;
+  using RequestCallback = torch::distributed::rpc::RequestCallback;
+
+  Server(
+      const Membership& members,
+      Exchange& exchange,
+      Outbox& outbox,
+      SelfCaller& selfCaller,
+      RequestCallback& callback,
+      ThreadHook threadHook);
+
+  // owner: while it lives, so does this; a function may return a future that completes later than that.
+  void start(std::weak_ptr<const void> owner) {
+    owner_ = std::move(owner);
+  }
+  // What serves a request that has arrived, or one of this worker to itself. Each counts from now on.
+  TaskPtr arrived(InboundMessage request);
+  TaskPtr ownRequest(uint64_t id, RpcMessage request);
+
+  int64_t serving() const { // requests between arrival and response
+    return serving_.load();
+  }
+  int64_t servingAsync() const { // of them, those whose function returned a future
+    return servingAsync_.load();
+  }
+
+  // Of the token's holder: callers that are to be told that there was no memory for their response.
+  bool owes() const {
+    return owes_.load();
+  }
+  void pay(ProgressToken& token);
+  void payAgain(); // what could not be paid
+
+ private:
+  class RequestTask;
+  class OwnRequestTask;
+  // Where the response to a request goes. Used once.
+  struct ReplyTo {
+    int peer;
+    uint64_t id;
+  };
+
+  void serve(InboundMessage inbound);
+  void run(RpcMessage request, ReplyTo reply);
+  c10::intrusive_ptr<torch::distributed::rpc::JitFuture> process(torch::distributed::rpc::Message& request) const;
+  void respond(ReplyTo reply, MakeResponse response) noexcept;
+  void send(ReplyTo reply, RpcMessage response);
+  void owe(ReplyTo reply, const std::exception& error) noexcept;
+  RpcMessage responseOf(torch::distributed::rpc::JitFuture& future, uint64_t id) const;
+  RpcMessage errorResponse(const std::string& what, uint64_t id) const;
+  void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
+
+  const Membership& members_;
+  Exchange& exchange_;
+  Outbox& outbox_;
+  SelfCaller& selfCaller_;
+  RequestCallback& callback_;
+  const ThreadHook threadHook_;
+  std::weak_ptr<const void> owner_;
+
+  std::atomic<int64_t> serving_{0};
+  std::atomic<int64_t> servingAsync_{0};
+
+  std::mutex owedMutex_;
+  std::vector<ReplyTo> owed_;
+  std::atomic<bool> owes_{false};
+  std::vector<ReplyTo> paying_; // under the token
+};
+
+} // namespace torch_rpc_mpi
