@@ -6,7 +6,6 @@
 
 #include "agent/engine_work.h"
 #include "agent/future_wait.h"
-#include "base/error_text.h"
 
 namespace torch_rpc_mpi {
 
@@ -103,7 +102,7 @@ class Caller::ResponseTask final : public CompletionTask {
     try {
       response = decodeMessage(std::move(inbound_));
     } catch (const std::exception& error) {
-      completion().fail(call, std::string("The response could not be read: ") + errorText(error));
+      completion().fail(call, "The response could not be read: ", error);
       return;
     }
     completion().complete(call, response);
@@ -262,7 +261,7 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
     }
     completion_.complete(*call, message);
   } catch (const std::exception& error) {
-    completion_.fail(*call, std::string("The response could not be sent: ") + errorText(error));
+    completion_.fail(*call, "The response could not be sent: ", error);
   }
 }
 

@@ -64,6 +64,12 @@ void Completion::fail(const PendingCall& call, const std::string& error) const n
   guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
 }
 
+void Completion::fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept {
+  guarded(call, [&] {
+    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(what + errorText(error))));
+  });
+}
+
 void Completion::expire(const PendingCall& call) const noexcept {
   guarded(call, [&] {
     const std::string error = call.failure != nullptr ? *call.failure : timeoutText(call.timeout);

@@ -105,7 +105,7 @@ Result run(uint64_t seed, const Arguments& arguments, UserThreads& threads) {
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" void __sanitizer_set_death_callback(void (*callback)());
 // What MPI might still touch is kept for ever, of every run.
-extern "C" const char* __asan_default_options();
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options();
 const char* __asan_default_options() {
   return "detect_leaks=0";
 }
