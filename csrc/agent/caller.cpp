@@ -129,14 +129,16 @@ Caller::Caller(
     Outbox& outbox,
     Server& server,
     const std::shared_ptr<Engine>& engine,
-    SignalService signals)
+    SignalService signals,
+    uint32_t slotUsesBefore)
     : members_(members),
       completion_(completion),
       exchange_(exchange),
       outbox_(outbox),
       server_(server),
       engine_(engine),
-      signals_(signals) {}
+      signals_(signals),
+      calls_(slotUsesBefore) {}
 
 JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
   const GuestAnnouncement announcement;

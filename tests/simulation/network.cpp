@@ -93,7 +93,7 @@ void Network::spoil(Packet& packet, WireFault fault) {
       header.magic ^= uint32_t{1} << random_.below(32);
       break;
     case 1: {
-      constexpr std::array<uint8_t, 5> kKinds{0, 3, 4, 5, 77};
+      constexpr std::array<uint8_t, 4> kKinds{0, 3, 5, 77}; // any body is a goodbye's
       header.kind = static_cast<FrameKind>(kKinds[random_.below(kKinds.size())]);
       break;
     }
@@ -104,7 +104,7 @@ void Network::spoil(Packet& packet, WireFault fault) {
       header.callId ^= uint64_t{1} << 62;
       break;
     case 4:
-      header.bulkParts += random_.chance(50) ? 1 : -1;
+      header.bulkParts += header.bulkParts > 1 && random_.chance(50) ? -1 : 1; // without any, nothing would tell
       break;
     case 5:
       header.bodyBytes += random_.chance(50) ? 1 : random_.below(4096);

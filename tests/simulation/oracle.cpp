@@ -64,7 +64,7 @@ bool Oracle::mayFailWith(const Call& call, const std::string& error) const {
     return excused(call.from, call.to) && (wordsFail_ || (error == reason && contains(error, describe(call.to))));
   }
   if (contains(error, "RPC ran for more than set timeout")) {
-    return call.shortTimeout || call.mayFail || hasExcuse(call);
+    return call.shortTimeout || hasExcuse(call) || (call.mayFail && call.function == Function::kNested);
   }
   if (contains(error, "the function failed")) {
     return call.mayFail && contains(error, nameOf(call.to));
@@ -74,6 +74,9 @@ bool Oracle::mayFailWith(const Call& call, const std::string& error) const {
 
 void Oracle::completed(int index, const std::string& error) {
   Call& call = calls_.at(index);
+  if (contains(error, "Calls to it can no longer be answered") && !contains(error, "the function failed")) {
+    lost(call.from, call.to, error); // perhaps the first to tell
+  }
   trace().note(error.empty() ? "answered" : "failed", index);
   if (++call.completed > 1) {
     trace().fail(wordsOf(call) + " completes twice");

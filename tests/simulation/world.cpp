@@ -46,6 +46,7 @@ void World::start() {
   options.exchange.windowRequests = random_.between(2, 8);
   options.exchange.windowBytes = 1024;
   options.signals = UserThread::service();
+  options.slotUsesBefore = random_.chance(50) ? UINT32_MAX - static_cast<uint32_t>(random_.below(3)) : 0;
   std::vector<GroupMember> members;
   for (int rank = 0; rank < size_; ++rank) {
     members.push_back({Oracle::nameOf(rank), "host" + std::to_string(rank)});
@@ -224,7 +225,7 @@ void World::othersRun() {
 // The longer nothing happens the more, so that whatever waits for a time comes to it.
 void World::passTime(bool idle) {
   using namespace std::chrono;
-  nanoseconds most = milliseconds(2);
+  nanoseconds most = milliseconds(phase_ == Phase::kLeaving ? 60 : 2);
   if (idle) {
     const size_t longer = std::min<size_t>(idleSteps_ / 30, 12);
     most = std::min<nanoseconds>(
