@@ -140,6 +140,9 @@ bool World::forge(Fault fault, int liar, int victim) {
     drain.kind = !child && random_.chance(40) ? 1 : !parent && random_.chance(60) ? verdict : 9;
     body.assign(reinterpret_cast<const char*>(&drain), random_.chance(80) ? sizeof(drain) : 7);
   }
+  if (fault != Fault::kWrongWorker) { // which may come too late to matter
+    lies_.emplace_back(victim, liar);
+  }
   header.bodyBytes = body.size();
   oracle_.excuse(liar, victim);
   network_->forge(liar, victim, std::string(reinterpret_cast<const char*>(&header), sizeof(header)) + body);
@@ -156,19 +159,21 @@ void World::heal() {
   }
 }
 
-// Whether every worker has found out who is dead.
-bool World::endsAreKnown() {
+// Whether every worker has found out who is dead, and who told it what cannot be.
+bool World::endsAreKnown() const {
+  const auto mayOverlook = [&](int rank) {
+    return workers_[rank].dead || workers_[rank].stopping || workers_[rank].engine->broken();
+  };
   for (int rank = 0; rank < size_; ++rank) {
-    if (workers_[rank].dead || workers_[rank].stopping || workers_[rank].engine->broken()) {
-      continue;
-    }
     for (int other = 0; other < size_; ++other) {
-      if (workers_[other].dead && oracle_.reasonOf(rank, other).empty()) {
+      if (workers_[other].dead && !mayOverlook(rank) && oracle_.reasonOf(rank, other).empty()) {
         return false;
       }
     }
   }
-  return true;
+  return std::ranges::all_of(lies_, [&](const std::pair<int, int>& lie) {
+    return mayOverlook(lie.first) || !oracle_.reasonOf(lie.first, lie.second).empty();
+  });
 }
 
 } // namespace torch_rpc_mpi::simulation

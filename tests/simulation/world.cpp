@@ -79,7 +79,7 @@ void World::run() {
   heal();
   stepUntil(
       [this] { return oracle_.pendingWithoutExcuse() == 0 && endsAreKnown(); }, 20000,
-      "a call is unanswered, or a death not found, although nothing is in the way");
+      "a call is unanswered, or a death or a lie not found, although nothing is in the way");
   phase_ = Phase::kLeaving;
   stepUntil(
       [this] {

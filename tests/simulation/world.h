@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "agent/mpi_agent.h"
@@ -88,7 +89,7 @@ class World {
   void tellOfEnds(bool all);
   bool forge(Fault fault, int liar, int victim);
   void heal();
-  bool endsAreKnown();
+  bool endsAreKnown() const;
 
   // Leaving, leaving.cpp.
   void leave(int rank, bool graceful);
@@ -106,6 +107,7 @@ class World {
   std::unique_ptr<Network> network_;
   std::vector<Worker> workers_;
   std::vector<Notice> notices_;
+  std::vector<std::pair<int, int>> lies_; // who has been told a lie by whom
   Phase phase_ = Phase::kTraffic;
   size_t steps_ = 0;
   size_t idleSteps_ = 0;
