@@ -229,7 +229,7 @@ void World::passTime(bool idle) {
   if (idle) {
     const size_t longer = std::min<size_t>(idleSteps_ / 30, 12);
     most = std::min<nanoseconds>(
-        milliseconds(1) * (1 << longer), phase_ == Phase::kLeaving ? seconds(3) : milliseconds(20));
+        milliseconds(1) * (1 << longer), phase_ == Phase::kLeaving ? milliseconds(100) : milliseconds(20));
   }
   time_ += static_cast<Clock::rep>(random_.below(static_cast<size_t>(most.count())));
 }
