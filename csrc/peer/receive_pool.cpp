@@ -92,7 +92,7 @@ void ReceivePool::release(void* block, size_t bytes) {
         free_[size].push_back({block, Clock::now()});
         cached_ += size;
         return;
-      } catch (const std::bad_alloc&) { throw; // called by destructors of tensors, which must not throw
+      } catch (const std::bad_alloc&) { // called by destructors of tensors, which must not throw
       }
     }
   }
