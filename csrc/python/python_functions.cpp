@@ -27,10 +27,7 @@ namespace {
 
 namespace rpc = torch::distributed::rpc;
 
-using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
-using MessagePtr = c10::intrusive_ptr<rpc::Message>;
-
-JitFuturePtr send(const WorkerInfo& dst, MessagePtr message, bool forceGradRecording, float rpcTimeoutSeconds) {
+JitFuturePtr send(const WorkerInfo& dst, RpcMessage message, bool forceGradRecording, float rpcTimeoutSeconds) {
   const auto agent = rpc::RpcAgent::getCurrentRpcAgent();
   return torch::distributed::autograd::sendMessageWithAutograd(
       *agent, dst, std::move(message), forceGradRecording, rpcTimeoutSeconds);

@@ -36,8 +36,6 @@ namespace rpc = torch::distributed::rpc;
 
 namespace {
 
-using JitFuturePtr = PythonRequestCallback::JitFuturePtr;
-
 // What a function of @rpc.functions.async_execution returned. With the GIL.
 JitFuturePtr futureIn(const py::object& result) {
   try {

@@ -24,7 +24,6 @@ namespace torch_rpc_mpi {
 namespace rpc = torch::distributed::rpc;
 
 using JitFuture = c10::ivalue::Future;
-using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
 
 namespace {
 

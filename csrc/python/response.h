@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 
-#include <ATen/core/ivalue.h>
+#include "agent/call_table.h"
 
 namespace torch_rpc_mpi {
 
@@ -13,11 +13,11 @@ namespace torch_rpc_mpi {
 // Why the callee did not run the call, if it says so: its __main__ lacks a name.
 std::optional<std::string> refusal(const c10::ivalue::Future& response);
 // The response, as an error if the call was not run.
-c10::intrusive_ptr<c10::ivalue::Future> ranOrFailed(c10::ivalue::Future& response);
+JitFuturePtr ranOrFailed(c10::ivalue::Future& response);
 
 // Completes pyFuture with the Python object, or the error, that the response holds; takes the GIL if it must.
 void completeFrom(c10::ivalue::Future& pyFuture, const c10::ivalue::Future& response);
 // The same when the response is there, with the thread-local state that this thread has now.
-void completeWith(c10::intrusive_ptr<c10::ivalue::Future> pyFuture, c10::ivalue::Future& response);
+void completeWith(JitFuturePtr pyFuture, c10::ivalue::Future& response);
 
 } // namespace torch_rpc_mpi
