@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The model of the engine, and the C++ unit tests, with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments go to
-# the unit tests.
+# The model of the engine, the simulation, and the C++ unit tests, with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Arguments go to the unit tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make --no-print-directory env-mpich
@@ -8,7 +8,7 @@ source .venv/bin/activate
 
 cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DTORCH_RPC_MPI_BUILD_TESTS=ON -DTORCH_RPC_MPI_SANITIZE=ON -DTORCH_RPC_MPI_WERROR=ON
-cmake --build build/sanitize --target torch_rpc_mpi_model torch_rpc_mpi_unit_tests
+cmake --build build/sanitize --target torch_rpc_mpi_model torch_rpc_mpi_simulation torch_rpc_mpi_unit_tests
 
 timeout 300 build/sanitize/torch_rpc_mpi_model
 
@@ -16,4 +16,9 @@ timeout 300 build/sanitize/torch_rpc_mpi_model
 # reported although both are right.
 export ASAN_OPTIONS="detect_container_overflow=0:strict_string_checks=1:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
+# 10 000 seeds, half of them on each of two cores.
+timeout 300 build/sanitize/torch_rpc_mpi_simulation --seeds 0 5000 &
+first=$!
+timeout 300 build/sanitize/torch_rpc_mpi_simulation --seeds 5000 10000
+wait "$first"
 timeout 600 build/sanitize/torch_rpc_mpi_unit_tests "$@"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <functional>
 
 #include "base/signal_service.h"
@@ -19,7 +20,8 @@ struct AgentOptions {
   IdlingOptions idling;
   std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
-  SignalService signals; // of threads that wait here
+  SignalService signals;       // of threads that wait here
+  uint32_t slotUsesBefore = 0; // see CallTable
   MakeEngine makeEngine = makeThreadedEngine;
 };
 

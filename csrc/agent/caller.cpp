@@ -6,7 +6,6 @@
 
 #include "agent/engine_work.h"
 #include "agent/future_wait.h"
-#include "base/error_text.h"
 
 namespace torch_rpc_mpi {
 
@@ -103,7 +102,7 @@ class Caller::ResponseTask final : public CompletionTask {
     try {
       response = decodeMessage(std::move(inbound_));
     } catch (const std::exception& error) {
-      completion().fail(call, std::string("The response could not be read: ") + errorText(error));
+      completion().fail(call, "The response could not be read: ", error);
       return;
     }
     completion().complete(call, response);
@@ -130,14 +129,16 @@ Caller::Caller(
     Outbox& outbox,
     Server& server,
     const std::shared_ptr<Engine>& engine,
-    SignalService signals)
+    SignalService signals,
+    uint32_t slotUsesBefore)
     : members_(members),
       completion_(completion),
       exchange_(exchange),
       outbox_(outbox),
       server_(server),
       engine_(engine),
-      signals_(signals) {}
+      signals_(signals),
+      calls_(slotUsesBefore) {}
 
 JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
   const GuestAnnouncement announcement;
@@ -262,7 +263,7 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
     }
     completion_.complete(*call, message);
   } catch (const std::exception& error) {
-    completion_.fail(*call, std::string("The response could not be sent: ") + errorText(error));
+    completion_.fail(*call, "The response could not be sent: ", error);
   }
 }
 

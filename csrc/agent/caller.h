@@ -27,7 +27,8 @@ class Caller final : public SelfCaller, private SendFailureListener {
       Outbox& outbox,
       Server& server,
       const std::shared_ptr<Engine>& engine,
-      SignalService signals);
+      SignalService signals,
+      uint32_t slotUsesBefore);
 
   // A call to a worker, this one perhaps. timeout: 0 for none. Null if there are no more calls: see close().
   JitFuturePtr call(int peer, RpcMessage message, std::chrono::milliseconds timeout);

@@ -1,6 +1,5 @@
 #include "agent/completion.h"
 
-#include <new>
 #include <utility>
 
 #include <torch/csrc/distributed/rpc/utils.h>
@@ -19,6 +18,16 @@ std::string timeoutText(std::chrono::milliseconds timeout) {
   return rpc::makeRPCError(text, rpc::RPCErrorType::TIMEOUT);
 }
 
+template <typename Body>
+std::exception_ptr thrownBy(const Body& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (...) {
+    return std::current_exception();
+  }
+}
+
 } // namespace
 
 Completion::Completion(const Membership& members)
@@ -27,23 +36,16 @@ Completion::Completion(const Membership& members)
 
 template <typename Body>
 void Completion::guarded(const PendingCall& call, const Body& body) const noexcept {
-  std::string what;
-  try {
-    body();
-    return;
-  } catch (const std::bad_alloc&) {
-    what = "out of memory";
-  } catch (const std::exception& error) {
-    what = errorText(error);
-  } catch (...) {
-    what = "something that is no std::exception";
+  std::exception_ptr thrown = thrownBy(body);
+  if (thrown != nullptr && !call.future->completed()) { // there was no memory for its error
+    thrown = thrownBy([&] { call.future->setErrorIfNeeded(noMemory_); });
   }
-  if (!call.future->completed()) { // there was no memory for its error
-    call.future->setErrorIfNeeded(noMemory_);
-    return;
+  if (thrown != nullptr) {
+    (void)thrownBy([&] { // perhaps there is no memory for the words
+      LOG(ERROR) << "A callback on the future of a call (message type " << call.type << ") to "
+                 << members_.describe(call.peer) << " raised, and nobody can be told but here: " << errorText(thrown);
+    });
   }
-  LOG(ERROR) << "A callback on the future of a call (message type " << call.type << ") to "
-             << members_.describe(call.peer) << " raised, and nobody can be told but here: " << what;
 }
 
 void Completion::complete(const PendingCall& call, const RpcMessage& response) const noexcept {
@@ -60,6 +62,12 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
 
 void Completion::fail(const PendingCall& call, const std::string& error) const noexcept {
   guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
+}
+
+void Completion::fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept {
+  guarded(call, [&] {
+    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(what + errorText(error))));
+  });
 }
 
 void Completion::expire(const PendingCall& call) const noexcept {

@@ -29,6 +29,8 @@ class Completion {
   // With its response, which may be an exception's.
   void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
   void fail(const PendingCall& call, const std::string& error) const noexcept;
+  // The error in words, behind what is said of it.
+  void fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept;
   // With the failure that it has, or else because its time is over.
   void expire(const PendingCall& call) const noexcept;
 

@@ -73,6 +73,7 @@ bool Dispatcher::rests() const {
 
 bool Dispatcher::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   const auto handOver = [&] {
+    tasks.reserve(tasks.size() + arrivals_.size()); // halfway, it would leave tasks of nothing
     std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
     arrivals_.clear();
   };

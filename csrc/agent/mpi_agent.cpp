@@ -50,7 +50,7 @@ MpiAgent::MpiAgent(
       exchange_(*transport_, dispatcher_, options_.exchange),
       outbox_(exchange_, engine_, options_.exchange.eagerLimit),
       server_(members_, exchange_, outbox_, caller_, *cb_, options_.threadHook),
-      caller_(members_, completion_, exchange_, outbox_, server_, engine_, options_.signals),
+      caller_(members_, completion_, exchange_, outbox_, server_, engine_, options_.signals, options_.slotUsesBefore),
       join_(
           members_.rank(),
           transport_->size(),

@@ -51,6 +51,25 @@ Outline readOutline(Reader& reader) {
   return outline;
 }
 
+// What is inside the body has to be there, and nothing else: a body that announces other parts than its frame does, or
+// was cut, must not be told apart only when what follows it has been received to the wrong places.
+void checkInside(const Outline& outline, uint64_t left) {
+  require(outline.head.payloadInBulk <= 1 && outline.head.reserved == 0, "its head is none");
+  const auto take = [&left](uint64_t bytes) {
+    require(bytes <= left, "it ends early");
+    left -= bytes;
+  };
+  if (outline.head.payloadInBulk == 0) {
+    take(outline.head.payloadBytes);
+  }
+  for (size_t i = 0; i < outline.sizes.size(); ++i) {
+    if (outline.inside[i]) {
+      take(outline.sizes[i]);
+    }
+  }
+  require(left == 0, "it is longer than it says");
+}
+
 class ReceiveTarget final : public BulkTarget {
  public:
   std::vector<char> payload;
@@ -173,6 +192,7 @@ void OutboundRpc::failed(const std::string& reason) noexcept {
 std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body) {
   Reader reader(body, "the body");
   const Outline outline = readOutline(reader);
+  checkInside(outline, reader.left());
   auto target = std::make_unique<ReceiveTarget>();
   if (outline.head.payloadInBulk != 0) {
     target->payload = payloadOf(outline.head.payloadBytes);

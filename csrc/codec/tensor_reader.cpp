@@ -278,8 +278,8 @@ at::DataPtr allocateStorage(size_t bytes, bool large) {
     void* data;
     size_t bytes;
   };
-  auto block = std::make_unique<Block>(Block{ReceivePool::instance().allocate(bytes), bytes});
-  void* data = block->data;
+  auto block = std::make_unique<Block>(Block{nullptr, bytes});
+  void* data = block->data = ReceivePool::instance().allocate(bytes);
   return {
       data, block.release(),
       [](void* context) {

@@ -39,6 +39,7 @@ size_t FrameBuffer::capacity() const {
 }
 
 FramePool::FramePool(size_t capacity) : capacity_(capacity) {
+  free_.reserve(kKeptBuffers); // put() is called by destructors, which must not throw
   watchForks();
 }
 
@@ -77,7 +78,10 @@ std::optional<FrameHeader> parseFrame(const char* data, size_t bytes) {
   const bool inlineFits = header.bodyInBulk != 0 || header.bodyBytes == bytes - sizeof(header);
   const bool bulkFits = header.bodyInBulk == 0 || bytes == sizeof(header);
   const bool partsFit = header.bulkParts <= header.bodyBytes / sizeof(uint64_t);
-  if (header.magic != FrameHeader::kMagic || !known || !inlineFits || !bulkFits || !partsFit) {
+  const bool carries = header.kind == FrameKind::kRequest || header.kind == FrameKind::kResponse;
+  const bool kindFits = carries ||
+      (header.bodyInBulk == 0 && header.bulkParts == 0 && (header.kind != FrameKind::kCredit || header.bodyBytes == 0));
+  if (header.magic != FrameHeader::kMagic || !known || !inlineFits || !bulkFits || !partsFit || !kindFits) {
     return std::nullopt;
   }
   return header;

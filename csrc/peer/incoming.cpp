@@ -1,6 +1,7 @@
 #include "peer/incoming.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -92,20 +93,23 @@ void Incoming::openParts(Message& message) {
   message.state = Message::State::kParts;
   message.span = 0;
   message.offset = 0;
+  const size_t skip = sizes.size() * sizeof(uint64_t);
   try {
-    const size_t skip = sizes.size() * sizeof(uint64_t);
     inbound.target = context_.listener.makeTarget(rank_, inbound.header, {body.data + skip, body.bytes - skip});
-    const auto same = [](const MutableSpan& a, const MutableSpan& b) { return a.bytes == b.bytes; };
-    if (!std::ranges::equal(sizes, inbound.target->parts, same)) {
-      throw std::runtime_error("the sizes of its parts contradict each other");
-    }
-    message.spans = inbound.target->parts;
-  } catch (const std::exception& error) {
+  } catch (const std::bad_alloc& error) {
     // The chunks come all the same; the stream goes on behind them.
     inbound.error = errorText(error);
     message.discard = true;
     message.spans = std::move(sizes);
+    return;
+  } catch (const std::exception& error) { // so that nothing in it can be relied on, the sizes neither
+    throw std::runtime_error("it sent a message that makes no sense: " + errorText(error));
   }
+  const auto same = [](const MutableSpan& a, const MutableSpan& b) { return a.bytes == b.bytes; };
+  if (!std::ranges::equal(sizes, inbound.target->parts, same)) {
+    throw std::runtime_error("it sent a message that makes no sense: the sizes of its parts contradict each other");
+  }
+  message.spans = inbound.target->parts;
 }
 
 void Incoming::pump(ProgressToken& token) {

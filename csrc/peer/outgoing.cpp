@@ -1,6 +1,7 @@
 #include "peer/outgoing.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "base/error_text.h"
@@ -180,7 +181,11 @@ void Outgoing::operationDone(
   }
   OutboundPtr owned(&message);
   if (!owned->light()) {
-    context_.done.sent.push_back(std::move(owned));
+    try {
+      context_.done.sent.push_back(std::move(owned));
+    } catch (const std::bad_alloc&) {
+      (void)owned.release(); // rather lost than destroyed here, where that may need the GIL
+    }
   }
 }
 

@@ -24,8 +24,9 @@ struct ExchangeOptions {
 class ExchangeListener {
  public:
   virtual ~ExchangeListener() = default;
-  // Finds memory for the bulk parts that `body` (of a request or response) describes. May throw: the parts are then
-  // received into nothing, and the message arrives with the error.
+  // Finds memory for the bulk parts that `body` (of a request or response) describes. Throws std::bad_alloc: the parts
+  // are then received into nothing, and the message arrives with the error; or what else is wrong, which fails the
+  // peer.
   virtual std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) = 0;
   virtual void onMessage(ProgressToken& token, InboundMessage message) = 0;
   // A frame of nobody that is known.

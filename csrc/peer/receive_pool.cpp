@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
+#include <new>
 
 #include <sys/mman.h>
 
@@ -87,9 +88,12 @@ void ReceivePool::release(void* block, size_t bytes) {
   if (!inForkedChild()) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (cached_ + size <= cap_) {
-      free_[size].push_back({block, Clock::now()});
-      cached_ += size;
-      return;
+      try {
+        free_[size].push_back({block, Clock::now()});
+        cached_ += size;
+        return;
+      } catch (const std::bad_alloc&) { throw; // called by destructors of tensors, which must not throw
+      }
     }
   }
   std::free(block);
@@ -111,6 +115,7 @@ void ReceivePool::trim(Clock::time_point before) {
       }
       blocks.erase(blocks.begin(), end);
     }
+    std::erase_if(free_, [](const auto& entry) { return entry.second.empty(); });
   }
   for (void* block : old) {
     std::free(block);

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "fake_transport.h"
+#include "host/no_memory.h"
 
 using namespace torch_rpc_mpi;
 using torch_rpc_mpi::testing::FakeNetwork;
@@ -76,7 +77,10 @@ struct Rank : ExchangeListener {
   }
   std::unique_ptr<BulkTarget> makeTarget(int, const FrameHeader& header, ConstSpan body) override {
     if (refuseTargets) {
-      throw std::runtime_error("no memory");
+      throw NoMemory("a tensor", 5000);
+    }
+    if (misunderstands) {
+      throw std::runtime_error("it ends early");
     }
     auto target = std::make_unique<TextTarget>();
     const auto* sizes = reinterpret_cast<const uint64_t*>(body.data - header.bulkParts * sizeof(uint64_t));
@@ -127,6 +131,7 @@ struct Rank : ExchangeListener {
   TokenSource tokens;
   TokenHold hold;
   bool refuseTargets = false;
+  bool misunderstands = false;
   int failures = 0;
   size_t sent = 0; // messages
   std::vector<std::string> bodies, errors, strayFrames, ended;
@@ -358,12 +363,22 @@ TEST(exchange_drops_what_has_no_memory_and_goes_on) {
   pair.a.post(request("lost", {pattern(5000, 1), pattern(10, 2)}));
   pair.settle();
   CHECK_EQUAL(pair.b.errors.size(), 1U);
-  CHECK_EQUAL(pair.b.errors[0], "no memory");
+  CHECK_THAT(pair.b.errors[0].find("there is no memory for a tensor") != std::string::npos);
   pair.b.refuseTargets = false;
   pair.a.post(request("kept", {pattern(5000, 3)}));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.back(), "kept");
   CHECK_THAT(pair.b.parts.back()[0] == pattern(5000, 3));
+}
+
+TEST(exchange_fails_a_peer_whose_body_makes_no_sense) {
+  Pair pair;
+  pair.b.misunderstands = true;
+  pair.a.post(request("nonsense", {pattern(5000, 1), pattern(10, 2)}));
+  pair.settle();
+  CHECK_THAT(pair.b.bodies.empty());
+  CHECK_EQUAL(pair.b.ended.size(), 1U);
+  CHECK_THAT(pair.b.ended[0].find("it ends early") != std::string::npos);
 }
 
 // What a peer must not send: each of them fails it, and from then on nothing of it counts.

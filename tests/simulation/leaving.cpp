@@ -1,0 +1,144 @@
+// How workers leave, each in its user's thread.
+#include <algorithm>
+
+#include "trace.h"
+#include "world.h"
+
+namespace torch_rpc_mpi::simulation {
+
+namespace {
+
+constexpr float kPatience = 20; // seconds, where a fault may keep others from joining
+
+} // namespace
+
+// Whoever is not in a call any more.
+void World::askToLeave() {
+  for (int rank = 0; rank < size_; ++rank) {
+    Worker& worker = workers_[rank];
+    if (!worker.dead && !worker.leaving && !worker.thread->busy()) {
+      worker.leaving = true;
+      worker.thread->give([this, rank] { leave(rank, true); });
+    }
+  }
+}
+
+void World::leave(int rank, bool graceful) {
+  Worker& worker = workers_[rank];
+  trace().note("leaves", rank, graceful ? 1 : 0);
+  if (!graceful || !joins(rank)) {
+    oracle_.excuseRank(rank);
+  }
+  worker.stopping = true;
+  trace().note("shuts down", rank);
+  try {
+    worker.agent->shutdown();
+  } catch (const Interrupted&) { // when all was done
+  }
+  worker.left = true;
+  trace().note("has left", rank);
+}
+
+// Whether all have agreed. A join that a signal ended or that timed out is tried again.
+bool World::joins(int rank) {
+  Worker& worker = workers_[rank];
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    const bool briefly = worker.shortJoin && attempt == 0;
+    const bool forever = scenario_.faults == 0;
+    try {
+      worker.agent->join(
+          true,
+          briefly       ? 0.001F * static_cast<float>(random_.between(1, 300))
+              : forever ? 0
+                        : kPatience);
+      trace().note("agreed", rank);
+      checkAgreement(rank);
+      return true;
+    } catch (const Interrupted&) {
+      trace().note("interrupted", rank);
+      anyShortJoin_ = true; // as one that timed out: the others may agree without it
+    } catch (const std::exception& error) {
+      trace().note("join fails", rank);
+      checkJoinFailure(rank, error.what());
+      if (!briefly) {
+        return false;
+      }
+    }
+  }
+  return false;
+}
+
+void World::checkJoinFailure(int rank, const std::string& error) {
+  noteLosses(rank);
+  bool excused = anyShortJoin_;
+  bool knows = false;
+  bool told = error.find("on an earlier graceful shutdown") != std::string::npos && anyShortJoin_;
+  for (int other = 0; other < size_; ++other) {
+    excused = excused || oracle_.excused(rank, other);
+    const std::string& reason = oracle_.reasonOf(rank, other);
+    knows = knows || !reason.empty();
+    told = told || (!reason.empty() && error.find(reason) != std::string::npos);
+  }
+  const auto wrong = [&](const std::string& what) {
+    trace().fail("the join of rank " + std::to_string(rank) + " " + what + ": " + error);
+  };
+  const bool timedOut = error.find("timed out") != std::string::npos && !told;
+  if (timedOut && knows) {
+    wrong("waits although it knows of a loss");
+  }
+  if (!timedOut && !told && !oracle_.wordsFail()) {
+    wrong("does not tell why it fails");
+  }
+  const bool anyFault = faults_ > 0; // a loss elsewhere keeps this rank waiting
+  if (!excused && !(timedOut && anyFault)) {
+    wrong("fails without a reason");
+  }
+}
+
+void World::checkAgreement(int rank) {
+  const auto wrong = [&](const std::string& what) {
+    trace().fail("the join of rank " + std::to_string(rank) + " succeeds although " + what);
+  };
+  if (oracle_.pendingOfLiving() > 0) {
+    wrong("calls are under way: " + oracle_.aPendingCall());
+  }
+  for (const Worker& worker : workers_) {
+    if (!worker.dead && !worker.leaving) {
+      wrong("another has not joined");
+    }
+    if (!worker.dead && worker.service->held() > 0) {
+      wrong("another still serves a call");
+    }
+  }
+}
+
+// Dead workers: their threads, and what they would still free.
+void World::clearAway() {
+  for (int rank = 0; rank < size_; ++rank) {
+    Worker& worker = workers_[rank];
+    if (!worker.dead) {
+      continue;
+    }
+    trace().note("cleared away", rank);
+    while (worker.thread->busy()) {
+      worker.thread->interrupt();
+      worker.thread->resume();
+    }
+    worker.thread->give([&worker] {
+      try {
+        worker.agent->shutdown();
+      } catch (const Interrupted&) { // left over from its wait
+      }
+    });
+    while (worker.thread->busy()) {
+      worker.thread->resume();
+    }
+  }
+  oracle_.checkAllCompleted();
+  for (Worker& worker : workers_) {
+    worker.agent.reset();
+  }
+  network_->touchParked();
+}
+
+} // namespace torch_rpc_mpi::simulation
