@@ -98,9 +98,9 @@ def _init_backend(*args: Any, **kwargs: Any) -> RpcAgent:
 
 
 def _rendezvous(url: str, **kwargs: Any) -> Any:
-    from . import backend
+    from ._rendezvous import rendezvous
 
-    return backend.rendezvous(url, **kwargs)
+    return rendezvous(url, **kwargs)
 
 
 def _register_rendezvous() -> None:

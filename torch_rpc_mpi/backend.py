@@ -12,24 +12,20 @@ import os
 import pickle
 import platform
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
 
 import torch
-from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
 from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _mpi, _torch_api, _waiting, _world
-from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, HashStore, RpcBackendOptions, Store, WorkerInfo
-from .options import OPTIONS, MPIRpcBackendOptions
+from . import __version__, _agreement, _mpi, _rendezvous, _torch_api, _world
+from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
+from .options import MPIRpcBackendOptions
 
 if TYPE_CHECKING:
     from . import _C
     from ._torch_api import RpcAgent
-
-_DEFAULT_URL = "mpi://"
 
 # What of the options the C++ agent reads (AgentOptions in _C.pyi).
 _AGENT_OPTIONS = ("num_worker_threads", "rpc_timeout", "eager_limit", "bulk_chunk", "spin_time", "max_sleep")
@@ -50,8 +46,8 @@ def construct_options(
     """Torch's option handler; also called, without arguments, for every backend when torch infers one from options."""
     if init_method == DEFAULT_INIT_METHOD:
         # torch fills in its own default, which asks for MASTER_ADDR.
-        init_method = _DEFAULT_URL
-    if rpc_timeout == DEFAULT_RPC_TIMEOUT and init_method == _DEFAULT_URL and not given:
+        init_method = _rendezvous.DEFAULT_URL
+    if rpc_timeout == DEFAULT_RPC_TIMEOUT and init_method == _rendezvous.DEFAULT_URL and not given:
         try:
             return MPIRpcBackendOptions()
         except ValueError:
@@ -64,74 +60,6 @@ def construct_options(
 class _UnusableOptions(MPIRpcBackendOptions):
     def __init__(self) -> None:
         RpcBackendOptions.__init__(self)
-
-
-def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
-    """Torch's handler of ``mpi://``.
-
-    Where MPI brings the ranks together, a store of this process alone; else what ``env://`` gives. ``mpi:URL`` gives
-    what the URL does, see :func:`_with_interruptible_rendezvous`.
-    """
-    inner = url.removeprefix("mpi:")
-    if urlsplit(inner).scheme:
-        yield _rendezvous_interruptibly(inner)
-        return
-    query = dict(parse_qsl(urlsplit(url).query))
-    rank, world_size = int(query.get("rank", -1)), int(query.get("world_size", -1))
-    # init_process_group passes its timeout here, init_rpc passes nothing.
-    if kwargs:
-        raise ValueError(
-            'init_method="mpi://" serves torch.distributed.rpc.init_rpc(backend="MPI") only. Give '
-            "init_process_group a store that the ranks share (env://, tcp://host:port or file:///path)."
-        )
-    if world_size > 1 and _world.wanted(rank, world_size):
-        yield _store_of_environment(rank, world_size), rank, world_size
-    else:
-        yield HashStore(), rank, world_size
-
-
-_store: Store | None = None
-_abandoned: list[list[Store]] = []
-
-
-def _rendezvous_interruptibly(*where: Any) -> tuple[Store, int, int]:
-    """Torch's rendezvous. One that a signal ends goes on, and what it finds is kept.
-
-    Its store may have a server, to which other ranks have come meanwhile: without it they would be lost to the next
-    attempt, which shares the server.
-    """
-    found: list[Store] = []
-
-    def meet() -> tuple[Store, int, int]:
-        met: tuple[Store, int, int] = next(torchs_rendezvous(*where))
-        found.append(met[0])
-        return met
-
-    try:
-        return _waiting.interruptibly(meet)
-    except BaseException:
-        _abandoned.append(found)
-        raise
-
-
-def _store_of_environment(rank: int, world_size: int) -> Store:
-    """The store of ``env://``, the same one for all sessions of a world.
-
-    A new one for each would live in the process that is rank 0 then, and an early rank could take an old one for it.
-    """
-    global _store
-    if _store is not None and _world.is_formed():
-        return _store
-    try:
-        _store, _, _ = _rendezvous_interruptibly("env://", rank, world_size)
-        return _store
-    except ValueError as error:
-        raise RuntimeError(
-            f"init_rpc was asked for {world_size} ranks, but no MPI launcher started this process, and the ranks have "
-            f"no store to find each other by: {error}. Start the program with `mpirun -n {world_size} python "
-            "script.py` or with torchrun, set MASTER_ADDR and MASTER_PORT, or give init_method (tcp://host:port or "
-            "file:///path) in the options."
-        ) from error
 
 
 def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
@@ -153,7 +81,7 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
     world_size = _integer("world_size", -1 if world_size is None else world_size)
     rank, world_size = _complete_place(options, rank, world_size)
     if _without_launcher(options, rank, world_size):
-        options = _with_interruptible_rendezvous(options)
+        options = _rendezvous.made_interruptible(options)
     _mpi.load_extension().forget_autograd_worker_id(rank)
     return InitCall(name, rank, world_size, options)
 
@@ -174,14 +102,6 @@ def _complete_place(options: MPIRpcBackendOptions, rank: int, world_size: int) -
     _check_launch(mpi, options, rank, world_size, comm.Get_size())
     _check_place(rank, world_size, comm.Get_rank(), comm.Get_size(), options)
     return comm.Get_rank(), comm.Get_size()
-
-
-def _with_interruptible_rendezvous(options: MPIRpcBackendOptions) -> MPIRpcBackendOptions:
-    """The options, with an ``init_method`` that lets the handlers of signals run while a TCPStore waits for others."""
-    if urlsplit(options.init_method).scheme not in ("tcp", "env"):
-        return options
-    values: Any = {option.name: getattr(options, option.name) for option in OPTIONS}
-    return MPIRpcBackendOptions(**{**values, "init_method": f"mpi:{options.init_method}"})
 
 
 def _without_launcher(options: MPIRpcBackendOptions, rank: int, world_size: int) -> bool:

@@ -109,13 +109,13 @@ void Server::serve(InboundMessage inbound) {
   run(std::move(request), reply);
 }
 
-c10::intrusive_ptr<rpc::JitFuture> Server::process(rpc::Message& request) const {
+JitFuturePtr Server::process(rpc::Message& request) const {
   if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
     return callback_(request, {});
   }
   // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's
   // profiles miss them once each of its threads has had its turn): so each gets a new thread.
-  c10::intrusive_ptr<rpc::JitFuture> future;
+  JitFuturePtr future;
   std::exception_ptr error;
   startThread("a call that is profiled", [&] {
     threadHook_([&] {
@@ -133,7 +133,7 @@ c10::intrusive_ptr<rpc::JitFuture> Server::process(rpc::Message& request) const 
 }
 
 void Server::run(RpcMessage request, ReplyTo reply) {
-  c10::intrusive_ptr<rpc::JitFuture> future;
+  JitFuturePtr future;
   try {
     future = process(*request);
   } catch (const std::exception& error) {

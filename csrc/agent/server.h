@@ -12,6 +12,7 @@
 #include <c10/util/FunctionRef.h>
 #include <torch/csrc/distributed/rpc/request_callback.h>
 
+#include "agent/call_table.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
 
@@ -75,7 +76,7 @@ class Server final : private SendFailureListener {
 
   void serve(InboundMessage inbound);
   void run(RpcMessage request, ReplyTo reply);
-  c10::intrusive_ptr<torch::distributed::rpc::JitFuture> process(torch::distributed::rpc::Message& request) const;
+  JitFuturePtr process(torch::distributed::rpc::Message& request) const;
   void respond(ReplyTo reply, MakeResponse response) noexcept;
   void send(ReplyTo reply, RpcMessage response);
   void owe(ReplyTo reply, const std::exception& error) noexcept;

@@ -8,6 +8,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "host/resources.h"
+
 namespace torch_rpc_mpi {
 
 namespace {
@@ -54,7 +56,13 @@ PmiServer::PmiServer(c10::intrusive_ptr<c10d::Store> store, PmiPlace place, std:
   }
   client_ = ends[0];
   server_ = ends[1];
-  thread_ = std::thread([this] { serve(); });
+  try {
+    thread_ = startThread("PMI, which MPI asks where the other ranks are", [this] { serve(); });
+  } catch (...) {
+    close(client_);
+    close(server_);
+    throw;
+  }
 }
 
 PmiServer::~PmiServer() {

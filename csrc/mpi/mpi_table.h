@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a member is added, removed or changes its meaning; checked by the extension when it opens a shim. */
-#define TRM_MPI_TABLE_VERSION 1
+#define TRM_MPI_TABLE_VERSION 2
 
 typedef uintptr_t trm_handle;
 
@@ -76,8 +76,7 @@ struct trm_mpi_table {
    * when every entry is null; indices[i] and statuses[i] describe them. Per-request errors are in statuses[i].error
    * (MPI_ERR_IN_STATUS is turned into success). Both arrays have room for `count` entries. */
   int (*testsome)(int count, trm_handle* requests, int* out_count, int* indices, struct trm_status* statuses);
-  int (*cancel)(trm_handle* request); /* starts the cancellation; complete it with test() or wait() */
-  int (*wait)(trm_handle* request, struct trm_status* status);
+  int (*cancel)(trm_handle* request); /* starts the cancellation; complete it with test() */
   int (*request_free)(trm_handle* request);
   int (*iprobe)(int source, int tag, trm_handle comm, int* flag, struct trm_status* status);
 

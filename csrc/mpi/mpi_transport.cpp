@@ -31,7 +31,7 @@ MpiTransport::MpiTransport(
 
 // An error of MPI's is often the first that is heard of a process that has ended: that is then what helps.
 std::string MpiTransport::failureText(int peer, const std::string& what) const {
-  return neighbours_->hasEnded(peer, kEndingLimit)
+  return peer != kAnySource && neighbours_->hasEnded(peer, kEndingLimit)
       ? "its process has ended without leaving (it crashed or was killed): " + what
       : what;
 }

@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kFrameReceives = 32;
 constexpr size_t kFrameReceivesOfSource = 2; // at least
 constexpr size_t kDescriptorSpace = 1024;    // a frame holds the eager limit and the description of some tensors
+constexpr int kErrorsOfNobody = 16;          // then it is the transport that is broken, not a peer
 constexpr auto kStale = std::chrono::microseconds(300); // longer than most calls take, whose responses report as well
 
 } // namespace
@@ -137,8 +138,12 @@ void Exchange::onFrame(ProgressToken& token, FrameBuffer frame, const OperationS
   const int source = status.source;
   if (source < 0 || source >= transport_.size()) {
     listener_.onStrayFrame(source, status.ok() ? "its source is no rank of the group" : status.error);
+    if (!status.ok() && ++errorsOfNobody_ == kErrorsOfNobody) {
+      fatal_ = "frames can no longer be received: " + status.error;
+    }
     return;
   }
+  errorsOfNobody_ = 0;
   if (peers_[source]->ended()) {
     counters_.framesDropped.fetch_add(1, std::memory_order_relaxed);
     return;

@@ -6,23 +6,16 @@
 #include <torch/csrc/distributed/rpc/message.h>
 #include <torch/csrc/distributed/rpc/python_call.h>
 #include <torch/csrc/distributed/rpc/python_remote_call.h>
-#include <torch/csrc/distributed/rpc/python_resp.h>
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
 #include <torch/csrc/distributed/rpc/rref_context.h>
 #include <torch/csrc/distributed/rpc/script_call.h>
 #include <torch/csrc/distributed/rpc/script_remote_call.h>
-#include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
-#include "agent/engine_work.h"
-#include "base/error_text.h"
-#include "codec/not_run.h"
 #include "python/builtin_operator.h"
 #include "python/call_arguments.h"
-#include "python/pickle/plain_pickle.h"
-#include "python/python_error.h"
 #include "python/repeatable_call.h"
-#include "python/user_code.h"
+#include "python/response.h"
 #include "torch_compat/autograd.h"
 #include "torch_compat/thread_state.h"
 
@@ -34,60 +27,7 @@ namespace {
 
 namespace rpc = torch::distributed::rpc;
 
-using JitFuturePtr = c10::intrusive_ptr<JitFuture>;
-using MessagePtr = c10::intrusive_ptr<rpc::Message>;
-
-// The object in a response: None and a tensor as they are, since who asks a future for it gets the Python object then;
-// anything else as a Python object, made once, that takes the GIL to be let go of. So the commonest results need no
-// GIL.
-c10::IValue toPyIValue(const rpc::Message& response) {
-  if (const auto why = whyNotRun(response)) {
-    throw std::runtime_error(*why);
-  }
-  rpc::MessageType type = response.type();
-  // Also where the answer was there before the call had returned to its thread, which reads it then.
-  const EngineWork work(/*alsoRecorded=*/true);
-  // Also attaches the autograd function of the tensors received, and unpacks profiling.
-  const auto command = rpc::deserializeResponse(response, type);
-  switch (type) {
-    case rpc::MessageType::SCRIPT_RET: {
-      c10::IValue value = static_cast<rpc::ScriptResp&>(*command).value();
-      if (value.isTensor()) {
-        return value;
-      }
-      const py::gil_scoped_acquire gil;
-      return torch::jit::toIValue(torch::jit::toPyObject(std::move(value)), c10::PyObjectType::get());
-    }
-    case rpc::MessageType::PYTHON_RET: {
-      const auto& value = static_cast<rpc::PythonResp&>(*command).serializedPyObj();
-      if (auto plain = plainResult(value)) {
-        return std::move(*plain);
-      }
-      auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
-      const py::gil_scoped_acquire gil;
-      py::object object = loadPlainResult(value);
-      if (!object) {
-        const UserCode code; // of the classes of what it holds
-        object = handler.deserialize(value);
-        if (handler.isRemoteException(object)) {
-          throw PythonError(std::move(object));
-        }
-      }
-      return torch::jit::toIValue(object, c10::PyObjectType::get());
-    }
-    default:
-      TORCH_CHECK(false, "Unrecognized response message type ", type);
-  }
-}
-
-// A Python exception as one that may be rethrown in any thread, any number of times, without the GIL.
-template <typename Error>
-std::exception_ptr withoutPython(const Error& error) {
-  const py::gil_scoped_acquire gil;
-  return std::make_exception_ptr(PythonError::of(error));
-}
-
-JitFuturePtr send(const WorkerInfo& dst, MessagePtr message, bool forceGradRecording, float rpcTimeoutSeconds) {
+JitFuturePtr send(const WorkerInfo& dst, RpcMessage message, bool forceGradRecording, float rpcTimeoutSeconds) {
   const auto agent = rpc::RpcAgent::getCurrentRpcAgent();
   return torch::distributed::autograd::sendMessageWithAutograd(
       *agent, dst, std::move(message), forceGradRecording, rpcTimeoutSeconds);
@@ -104,25 +44,6 @@ auto pythonUdfSender(const WorkerInfo& dst, float rpcTimeoutSeconds, bool isAsyn
   return [call, isAsyncExecution](rpc::SerializedPyObj function) {
     return call->send(rpc::PythonCall(std::move(function), isAsyncExecution).toMessage());
   };
-}
-
-// Why the callee did not run the call, if it says so: its __main__ lacks a name.
-std::optional<std::string> refusal(const JitFuture& response) {
-  if (response.hasError()) {
-    return std::nullopt;
-  }
-  return whyNotRun(*response.constValue().toCustomClass<rpc::Message>());
-}
-
-// The response, as an error if the call was not run.
-JitFuturePtr ranOrFailed(JitFuture& response) {
-  const auto why = refusal(response);
-  if (!why) {
-    return JitFuturePtr::reclaim_copy(&response);
-  }
-  auto failed = response.createInstance(response.elementType());
-  failed->setError(std::make_exception_ptr(std::runtime_error(*why)));
-  return failed;
 }
 
 // The future of an RRef's creation: of its response, and of what `settle` then tells torch's RRefContext. torch's own
@@ -182,34 +103,6 @@ JitFuturePtr withSecondAttempt(JitFuturePtr first, ByValue byValue, SendAgain se
         return refusal(response) ? sendAgain(byValue.pickle()) : JitFuturePtr::reclaim_copy(&response);
       }),
       first->elementType());
-}
-
-void complete(JitFuture& pyFuture, const JitFuture& response) {
-  // setErrorIfNeeded(), because Python code may have completed the future that it was given.
-  if (response.hasError()) {
-    pyFuture.setErrorIfNeeded(response.exception_ptr());
-    return;
-  }
-  try {
-    const auto message = response.constValue().toCustomClass<rpc::Message>();
-    pyFuture.markCompleted(toPyIValue(*message), response.storages());
-  } catch (const py::error_already_set& error) {
-    pyFuture.setErrorIfNeeded(withoutPython(error));
-  } catch (const python_error& error) {
-    pyFuture.setErrorIfNeeded(withoutPython(error));
-  } catch (const std::exception& error) {
-    const bool saysNothing = *error.what() == '\0';
-    pyFuture.setErrorIfNeeded(
-        saysNothing ? std::make_exception_ptr(std::runtime_error(errorText(error))) : std::current_exception());
-  } catch (...) {
-    pyFuture.setErrorIfNeeded(std::current_exception());
-  }
-}
-
-// Completes pyFuture when the response is there, with the thread-local state that this thread has now.
-void completeWith(JitFuturePtr pyFuture, JitFuture& response) {
-  response.addCallback(
-      withThreadState([pyFuture = std::move(pyFuture)](JitFuture& completed) { complete(*pyFuture, completed); }));
 }
 
 struct ScriptFunctionCall {
@@ -308,7 +201,7 @@ JitFuturePtr pyRpcPythonUdf(
   auto pyFuture = first->createInstance(c10::PyObjectType::get());
   first->addCallback(withThreadState([pyFuture, byValue = std::move(byValue), sendIt](JitFuture& response) {
     if (!refusal(response)) {
-      complete(*pyFuture, response);
+      completeFrom(*pyFuture, response);
       return;
     }
     try {

@@ -10,6 +10,7 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "agent/call_table.h"
 #include "python/by_value.h"
 
 namespace torch_rpc_mpi {
@@ -20,14 +21,12 @@ using torch::distributed::rpc::WorkerInfo;
 
 // The future of a response as a future of the Python object in it, made on the thread that completes the former.
 // Without hasValue it has no value, and the response is not looked into; an error is passed on either way.
-c10::intrusive_ptr<JitFuture> toPyJitFuture(
-    const c10::intrusive_ptr<JitFuture>& messageJitFuture,
-    bool hasValue = true);
+JitFuturePtr toPyJitFuture(const JitFuturePtr& messageJitFuture, bool hasValue = true);
 
 // As in torch, the functions of builtin operators are called with the GIL and release it to send, and all others are
 // called without it. rpcTimeoutSeconds is in seconds: 0 for no timeout, kUnsetRpcTimeout for the agent's.
 
-c10::intrusive_ptr<JitFuture> pyRpcBuiltin(
+JitFuturePtr pyRpcBuiltin(
     const WorkerInfo& dst,
     const std::string& opName,
     const pybind11::args& args,
@@ -37,7 +36,7 @@ c10::intrusive_ptr<JitFuture> pyRpcBuiltin(
 // Takes pickledPythonUDF and the contents of tensors. byValue is for a call that names something of __main__: when the
 // callee says that its __main__ lacks a name, before anything has run, the call is pickled by value and sent again,
 // once.
-c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
+JitFuturePtr pyRpcPythonUdf(
     const WorkerInfo& dst,
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
@@ -45,7 +44,7 @@ c10::intrusive_ptr<JitFuture> pyRpcPythonUdf(
     bool isAsyncExecution,
     ByValue byValue = {});
 
-c10::intrusive_ptr<JitFuture> pyRpcTorchscript(
+JitFuturePtr pyRpcTorchscript(
     const std::string& dstWorkerName,
     const std::string& qualifiedNameStr,
     const pybind11::tuple& argsTuple,
@@ -79,21 +78,21 @@ PyRRef pyRemoteTorchscript(
 
 // The first halves of the pyRpc* functions: they return the future of the response, for toPyJitFuture().
 
-c10::intrusive_ptr<JitFuture> sendBuiltin(
+JitFuturePtr sendBuiltin(
     const WorkerInfo& dst,
     const std::string& opName,
     const pybind11::args& args,
     const pybind11::kwargs& kwargs,
     float rpcTimeoutSeconds);
 
-c10::intrusive_ptr<JitFuture> sendPythonUdf(
+JitFuturePtr sendPythonUdf(
     const WorkerInfo& dst,
     std::string& pickledPythonUDF,
     std::vector<torch::Tensor>& tensors,
     float rpcTimeoutSeconds,
     bool isAsyncExecution);
 
-c10::intrusive_ptr<JitFuture> sendTorchscript(
+JitFuturePtr sendTorchscript(
     const std::string& dstWorkerName,
     const std::string& qualifiedNameStr,
     const pybind11::tuple& argsTuple,

@@ -71,7 +71,7 @@ RepeatableCall::RepeatableCall(WorkerInfo dst, float rpcTimeoutSeconds)
   }
 }
 
-c10::intrusive_ptr<rpc::JitFuture> RepeatableCall::send(c10::intrusive_ptr<Message> message) {
+JitFuturePtr RepeatableCall::send(RpcMessage message) {
   const bool again = std::exchange(sent_, true);
   if (recordedAs_) {
     message = record(std::move(message), again);
@@ -91,7 +91,7 @@ c10::intrusive_ptr<rpc::JitFuture> RepeatableCall::send(c10::intrusive_ptr<Messa
 
 // What torch's getMessageWithAutograd() does with a call of a Python function. It is recorded even if no argument is a
 // tensor: the result may be one.
-c10::intrusive_ptr<rpc::Message> RepeatableCall::record(c10::intrusive_ptr<Message> message, bool again) const {
+RpcMessage RepeatableCall::record(RpcMessage message, bool again) const {
   const autograd::ContextPtr context = contextOf(*recordedAs_);
   if (context == nullptr) {
     return message; // there will be no backward pass

@@ -7,6 +7,9 @@
 #include <torch/csrc/distributed/autograd/rpc_messages/autograd_metadata.h>
 #include <torch/csrc/distributed/rpc/rpc_agent.h>
 
+#include "agent/call_table.h"
+#include "codec/message_codec.h"
+
 namespace torch_rpc_mpi {
 
 // Note [Second attempts and distributed autograd]
@@ -25,17 +28,16 @@ namespace torch_rpc_mpi {
 // profiler the call is recorded whichever thread sends it again. Used by one thread at a time.
 class RepeatableCall {
  public:
-  using Message = torch::distributed::rpc::Message;
   using WorkerInfo = torch::distributed::rpc::WorkerInfo;
 
   // rpcTimeoutSeconds: for each attempt.
   RepeatableCall(WorkerInfo dst, float rpcTimeoutSeconds);
 
   // Returns the future of the response.
-  c10::intrusive_ptr<torch::distributed::rpc::JitFuture> send(c10::intrusive_ptr<Message> message);
+  JitFuturePtr send(RpcMessage message);
 
  private:
-  c10::intrusive_ptr<Message> record(c10::intrusive_ptr<Message> message, bool again) const;
+  RpcMessage record(RpcMessage message, bool again) const;
 
   const WorkerInfo dst_;
   const float rpcTimeoutSeconds_;

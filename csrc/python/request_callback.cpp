@@ -18,6 +18,7 @@
 #include "base/error_text.h"
 #include "codec/not_run.h"
 #include "python/call_arguments.h"
+#include "python/called_function.h"
 #include "python/interpreter.h"
 #include "python/pickle/plain_pickle.h"
 #include "python/python_error.h"
@@ -34,70 +35,6 @@ namespace autograd = torch::distributed::autograd;
 namespace rpc = torch::distributed::rpc;
 
 namespace {
-
-using JitFuturePtr = PythonRequestCallback::JitFuturePtr;
-
-class TimedGil {
- public:
-  explicit TimedGil(MpiAgent* agent) {
-    if (agent == nullptr || !agent->isGILProfilingEnabled()) {
-      gil_.emplace();
-      return;
-    }
-    const auto start = std::chrono::steady_clock::now();
-    gil_.emplace();
-    agent->addGilWaitTime(
-        std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start));
-  }
-
- private:
-  std::optional<py::gil_scoped_acquire> gil_;
-};
-
-// A Python function that was unpickled, and for rpc.remote where its result belongs.
-class PythonFunction final : public rpc::RpcCommandBase {
- public:
-  PythonFunction(MpiAgent* agent, const PlainPickler* plain, const rpc::SerializedPyObj& pickled, bool async)
-      : isAsync(async) {
-    auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
-    const TimedGil gil(agent);
-    try {
-      if (plain != nullptr && (function = plain->loadCall(pickled))) {
-        return;
-      }
-      const UserCode code;
-      function = handler.deserialize(pickled);
-      if (PyExceptionInstance_Check(function.ptr())) { // it could not be unpickled
-        const auto name = py::module_::import("torch_rpc_mpi._pickler").attr("missing_in_main");
-        const py::object text = name(function, py::bytes(pickled.payload_));
-        if (!text.is_none()) {
-          missing = text.cast<std::string>();
-          function = py::object();
-        }
-      }
-    } catch (const std::exception& error) {
-      function = py::object();
-      throw std::runtime_error(errorText(error)); // a Python exception must go with the GIL held
-    }
-  }
-  ~PythonFunction() override {
-    if (function) {
-      const py::gil_scoped_acquire gil;
-      function = py::object();
-    }
-  }
-  PythonFunction(const PythonFunction&) = delete;
-  PythonFunction& operator=(const PythonFunction&) = delete;
-
-  c10::intrusive_ptr<rpc::Message> toMessageImpl() && override {
-    TORCH_INTERNAL_ASSERT(false, "an unpickled function is not sent");
-  }
-
-  py::object function;
-  std::string missing; // instead of the function: see torch_rpc_mpi._pickler.missing_in_main
-  const bool isAsync;
-  std::optional<std::pair<rpc::RRefId, rpc::ForkId>> result;
-};
 
 // What a function of @rpc.functions.async_execution returned. With the GIL.
 JitFuturePtr futureIn(const py::object& result) {

@@ -7,6 +7,8 @@
 
 #include <torch/csrc/distributed/rpc/request_callback_impl.h>
 
+#include "agent/call_table.h"
+
 namespace torch_rpc_mpi {
 
 class MpiAgent;
@@ -21,8 +23,6 @@ class MpiAgent;
 // Any number of threads may use it: python_ never changes, agent_ is set before the first request.
 class PythonRequestCallback final : public torch::distributed::rpc::RequestCallbackImpl {
  public:
-  using JitFuturePtr = c10::intrusive_ptr<torch::distributed::rpc::JitFuture>;
-
   // runFunction: takes a torch.distributed.rpc.internal.PythonUDF, returns its result, or its exception as a
   // RemoteException; as torch.distributed.rpc.internal._run_function.
   // serialize: takes a result, returns its bytes and its tensors; as torch.distributed.rpc.internal.serialize.

@@ -17,6 +17,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include "host/resources.h"
 #include "python/interpreter.h"
 #include "python/signals.h"
 
@@ -138,7 +139,15 @@ SecondInterrupt::SecondInterrupt(std::string text, Waits waits) {
   sigset_t before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  watcher = new std::thread(watch, std::move(text), std::move(waits));
+  try {
+    watcher = new std::thread(
+        startThread("what ends this process at a second Ctrl-C", [text, waits] { watch(text, waits); }));
+  } catch (const std::runtime_error&) { // it does without
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    active_ = false;
+    inUse = false;
+    return;
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   sigaction(SIGINT, nullptr, &pythonsHandler);
   struct sigaction ours = pythonsHandler;

@@ -231,6 +231,36 @@ TEST(agent_join_agrees_and_shutdown_closes_in_agreement) {
   }
 }
 
+// Rank 1 agrees and exits; that rank 2 may do so is still on its way from rank 0.
+TEST(agent_a_process_that_has_agreed_and_ended_is_not_taken_for_one_that_crashed) {
+  std::atomic<bool> late{true};
+  AgentOptions options;
+  options.watchInterval = std::chrono::milliseconds(5);
+  Group group(3, options, [&](FakeNetwork& network) {
+    network.delays = [&](int to, const std::string& frame) {
+      constexpr uint32_t kDone = 3; // of Drain
+      uint32_t kind = 0;
+      if (to != 2 || parseFrame(frame.data(), frame.size())->kind != FrameKind::kDrain) {
+        return false;
+      }
+      std::memcpy(&kind, frame.data() + sizeof(FrameHeader), sizeof(kind));
+      return kind == kDone && late;
+    };
+  });
+  std::vector<std::thread> threads;
+  for (const int rank : {0, 2}) {
+    threads.emplace_back([&, rank] { group.agents[rank]->join(true, 30); });
+  }
+  group.agents[1]->join(true, 30);
+  group.network->end(1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(250)); // more than the last words of a process may take
+  CHECK_THAT(group.agents[2]->lostWorkers().empty());
+  late = false;
+  for (std::thread& thread : threads) {
+    thread.join(); // a join that fails ends this process
+  }
+}
+
 TEST(agent_join_waits_for_a_call_under_way) {
   Group group(2);
   const auto future = group.call(0, 1, "hold");

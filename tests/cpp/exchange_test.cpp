@@ -578,6 +578,25 @@ TEST(exchange_a_frame_of_no_known_rank_is_told) {
   CHECK_EQUAL(pair.b.bodies.size(), 1U);
 }
 
+TEST(exchange_errors_without_end_that_name_no_peer_break_the_transport) {
+  Pair pair;
+  OperationStatus status;
+  status.error = "MPI_ERR_OTHER";
+  int errors = 0;
+  const auto failOnce = [&] {
+    ++errors;
+    pair.b.transport.fail(*pair.b.hold, status);
+    return pair.b.exchange.poll(*pair.b.hold);
+  };
+  const auto failOn = [&] {
+    while (errors < 1000 && !failOnce()) {
+    }
+    return errors;
+  };
+  CHECK_THROWS(failOn(), "frames can no longer be received: MPI_ERR_OTHER");
+  CHECK_THAT(errors > 1);
+}
+
 TEST(exchange_a_message_that_cannot_be_encoded_fails_alone) {
   Pair pair;
   auto bad = std::make_unique<TextMessage>(1, FrameKind::kRequest, "bad");

@@ -32,6 +32,8 @@ class FakeNetwork {
   size_t eagerBytes = 4096;
   // Asked after a poll of a rank in which something has finished: whether it fails all the same.
   std::function<bool(int rank)> fails = [](int) { return false; };
+  // Asked of the next frame for a rank: whether it is still on its way, and all that come after it.
+  std::function<bool(int to, const std::string& frame)> delays = [](int, const std::string&) { return false; };
   // The process of a rank ends.
   void end(int rank) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -125,7 +127,7 @@ class FakeTransport final : public Transport {
       const auto fits = [&](const Receive& receive) {
         return receive.peer == kAnySource || receive.peer == arrived.front().source;
       };
-      while (!arrived.empty()) {
+      while (!arrived.empty() && !network_->delays(rank_, arrived.front().copy)) {
         const auto receive = std::find_if(frames_.begin(), frames_.end(), fits);
         if (receive == frames_.end()) {
           break;

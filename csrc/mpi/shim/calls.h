@@ -29,7 +29,6 @@
   CALL(int, Test, (abi_request* request, int* flag, abi_status* status)) \
   CALL(int, Testsome, (int count, abi_request requests[], int* out_count, int indices[], abi_status statuses[])) \
   CALL(int, Cancel, (abi_request* request)) \
-  CALL(int, Wait, (abi_request* request, abi_status* status)) \
   CALL(int, Request_free, (abi_request* request)) \
   CALL(int, Iprobe, (int source, int tag, abi_comm comm, int* flag, abi_status* status)) \
   CALL(int, Get_count, (const abi_status* status, abi_datatype type, int* count)) \

@@ -157,6 +157,13 @@ static int shim_comm_abort(trm_handle comm, int code) {
 
 /* ---- statuses ---- */
 
+/* For MPI to fill. With an error it need not: the source is then no rank, and not rank 0. */
+static abi_status unknown_status(void) {
+  abi_status status = {0};
+  status.source = ABI_ANY_SOURCE;
+  return status;
+}
+
 static void read_status(const abi_status* from, int error, struct trm_status* to) {
   int count = 0;
   int cancelled = 0;
@@ -188,20 +195,11 @@ static int shim_irecv(void* data, size_t bytes, int source, int tag, trm_handle 
 
 static int shim_test(trm_handle* request, int* flag, struct trm_status* status) {
   abi_request own = to_request(*request);
-  abi_status found = {0};
+  abi_status found = unknown_status();
   int rc = mpi.Test(&own, flag, &found);
   *request = from_request(own);
   if (rc || *flag)
     read_status(&found, rc, status); /* A single completion reports its error as the result, not in the status. */
-  return rc;
-}
-
-static int shim_wait(trm_handle* request, struct trm_status* status) {
-  abi_request own = to_request(*request);
-  abi_status found = {0};
-  int rc = mpi.Wait(&own, &found);
-  *request = from_request(own);
-  read_status(&found, rc, status);
   return rc;
 }
 
@@ -216,8 +214,10 @@ static int is_in_status(int rc) {
 static int testsome_batch(int count, trm_handle* requests, int* out_count, int* indices, struct trm_status* statuses) {
   abi_request own[TESTSOME_BATCH];
   abi_status found[TESTSOME_BATCH];
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; i < count; ++i) {
     own[i] = to_request(requests[i]);
+    found[i] = unknown_status();
+  }
   int rc = mpi.Testsome(count, own, out_count, indices, found);
   int in_status = is_in_status(rc);
   if (*out_count == ABI_UNDEFINED || (rc && !in_status))
@@ -260,7 +260,7 @@ static int shim_request_free(trm_handle* request) {
 }
 
 static int shim_iprobe(int source, int tag, trm_handle comm, int* flag, struct trm_status* status) {
-  abi_status found = {0};
+  abi_status found = unknown_status();
   int from = source == TRM_ANY_SOURCE ? ABI_ANY_SOURCE : source;
   int rc = mpi.Iprobe(from, tag, to_comm(comm), flag, &found);
   if (!rc && *flag)
@@ -335,7 +335,6 @@ static struct trm_mpi_table table = {
     .test = shim_test,
     .testsome = shim_testsome,
     .cancel = shim_cancel,
-    .wait = shim_wait,
     .request_free = shim_request_free,
     .iprobe = shim_iprobe,
     .iallgather = shim_iallgather,

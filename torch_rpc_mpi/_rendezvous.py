@@ -1,0 +1,91 @@
+"""How ranks that no launcher brought together find each other: stores, from ``mpi://`` or what the options name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
+
+from . import _waiting, _world
+from ._torch_api import HashStore, Store
+from .options import OPTIONS, MPIRpcBackendOptions
+
+DEFAULT_URL = "mpi://"
+
+
+def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
+    """Torch's handler of ``mpi://``.
+
+    Where MPI brings the ranks together, a store of this process alone; else what ``env://`` gives. ``mpi:URL`` gives
+    what the URL does, see :func:`made_interruptible`.
+    """
+    inner = url.removeprefix("mpi:")
+    if urlsplit(inner).scheme:
+        yield _meet_interruptibly(inner)
+        return
+    query = dict(parse_qsl(urlsplit(url).query))
+    rank, world_size = int(query.get("rank", -1)), int(query.get("world_size", -1))
+    # init_process_group passes its timeout here, init_rpc passes nothing.
+    if kwargs:
+        raise ValueError(
+            'init_method="mpi://" serves torch.distributed.rpc.init_rpc(backend="MPI") only. Give '
+            "init_process_group a store that the ranks share (env://, tcp://host:port or file:///path)."
+        )
+    if world_size > 1 and _world.wanted(rank, world_size):
+        yield _store_of_environment(rank, world_size), rank, world_size
+    else:
+        yield HashStore(), rank, world_size
+
+
+_store: Store | None = None
+_abandoned: list[list[Store]] = []
+
+
+def _meet_interruptibly(*where: Any) -> tuple[Store, int, int]:
+    """Torch's rendezvous. One that a signal ends goes on, and what it finds is kept.
+
+    Its store may have a server, to which other ranks have come meanwhile: without it they would be lost to the next
+    attempt, which shares the server.
+    """
+    found: list[Store] = []
+
+    def meet() -> tuple[Store, int, int]:
+        met: tuple[Store, int, int] = next(torchs_rendezvous(*where))
+        found.append(met[0])
+        return met
+
+    try:
+        return _waiting.interruptibly(meet)
+    except BaseException:
+        _abandoned.append(found)
+        raise
+
+
+def _store_of_environment(rank: int, world_size: int) -> Store:
+    """The store of ``env://``, the same one for all sessions of a world.
+
+    A new one for each would live in the process that is rank 0 then, and an early rank could take an old one for it.
+    """
+    global _store
+    if _store is not None and _world.is_formed():
+        return _store
+    try:
+        _store, _, _ = _meet_interruptibly("env://", rank, world_size)
+        return _store
+    except ValueError as error:
+        raise RuntimeError(
+            f"init_rpc was asked for {world_size} ranks, but no MPI launcher started this process, and the ranks have "
+            f"no store to find each other by: {error}. Start the program with `mpirun -n {world_size} python "
+            "script.py` or with torchrun, set MASTER_ADDR and MASTER_PORT, or give init_method (tcp://host:port or "
+            "file:///path) in the options."
+        ) from error
+
+
+def made_interruptible(options: MPIRpcBackendOptions) -> MPIRpcBackendOptions:
+    """The options, with an ``init_method`` that lets the handlers of signals run while a TCPStore waits for others."""
+    if urlsplit(options.init_method).scheme not in ("tcp", "env"):
+        return options
+    values: Any = {option.name: getattr(options, option.name) for option in OPTIONS}
+    return MPIRpcBackendOptions(**{**values, "init_method": f"mpi:{options.init_method}"})
