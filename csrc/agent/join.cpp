@@ -57,10 +57,9 @@ void Join::advance(
     if (std::exchange(agreements_, drain_.agreements()) != drain_.agreements()) { // of a wait that was over
       missed();
     }
+    drain_.withdraw(); // also of a wait that was over, and followed by this one, before it was seen
     if (request == Request::kJoin) {
       drain_.join();
-    } else {
-      drain_.withdraw();
     }
   }
   if (drain_.joined()) {
@@ -69,7 +68,7 @@ void Join::advance(
   if (drain_.agreements() != agreements_) {
     agreements_ = drain_.agreements();
     std::unique_lock<std::mutex> lock(mutex_);
-    agreed_ = request_ != Request::kWithdraw; // which is set with the lock
+    agreed_ = request_ == Request::kNone; // else the wait that it belongs to is over
     const bool tooLate = !agreed_;
     changed_.notify_all();
     lock.unlock();

@@ -77,6 +77,7 @@ class Network {
   void stepped() {
     pollsInStep_ = 0;
   }
+  bool lateCallers = false; // somebody calls between two attempts to join: others may agree, and close, meanwhile
   // Called when a fault has struck between two ranks.
   std::function<void(int, int)> onStruck = [](int, int) {};
 

@@ -126,9 +126,9 @@ size_t Oracle::pendingWithoutExcuse() const {
       calls_, [&](const Call& call) { return pending(call) && !hasExcuse(call) && !dead_[call.from]; }));
 }
 
-size_t Oracle::pendingOfLiving() const {
+size_t Oracle::pendingOf(int rank) const {
   return static_cast<size_t>(
-      std::ranges::count_if(calls_, [&](const Call& call) { return pending(call) && !dead_[call.from]; }));
+      std::ranges::count_if(calls_, [&](const Call& call) { return pending(call) && call.from == rank; }));
 }
 
 std::string Oracle::aPendingCall() const {

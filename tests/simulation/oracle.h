@@ -79,9 +79,9 @@ class Oracle {
     return reasons_[static_cast<size_t>(at) * size_ + rank];
   }
 
-  // Calls that are unanswered although nothing is wrong with their workers; of ranks that live: any that are.
+  // Calls that are unanswered although nothing is wrong with their workers; any of one rank.
   size_t pendingWithoutExcuse() const;
-  size_t pendingOfLiving() const;
+  size_t pendingOf(int rank) const;
   std::string aPendingCall() const;
   void checkAllCompleted() const;
 

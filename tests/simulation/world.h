@@ -47,7 +47,8 @@ class World {
     bool stopping = false; // in shutdown, or behind it
     bool left = false;
     bool shortJoin = false;
-    size_t pausedUntil = 0; // step
+    bool calledBetween = false; // two attempts to join
+    size_t pausedUntil = 0;     // step
   };
   struct Notice { // of the end of a process
     int ended, told;
