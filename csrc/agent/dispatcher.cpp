@@ -73,19 +73,22 @@ bool Dispatcher::rests() const {
 
 bool Dispatcher::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
   const auto handOver = [&] {
+    if (tasks.empty()) {
+      tasks.swap(arrivals_); // which needs no memory
+      return;
+    }
     tasks.reserve(tasks.size() + arrivals_.size()); // halfway, it would leave tasks of nothing
     std::move(arrivals_.begin(), arrivals_.end(), std::back_inserter(tasks));
     arrivals_.clear();
   };
-  bool active = false;
   try {
-    active = progress(token);
+    const bool active = progress(token);
+    handOver();
+    return active;
   } catch (...) {
     handOver(); // the calls that they complete are in no table any more, and there will be no other turn
     throw;
   }
-  handOver();
-  return active;
 }
 
 bool Dispatcher::progress(ProgressToken& token) {

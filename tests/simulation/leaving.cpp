@@ -104,10 +104,11 @@ void World::checkAgreement(int rank) {
   const auto wrong = [&](const std::string& what) {
     trace().fail("the join of rank " + std::to_string(rank) + " succeeds although " + what);
   };
-  bool calledBetween = false;
+  // Of calls that were made between two attempts to join, and of what they led to, only their maker has to know.
+  const auto late = std::ranges::count_if(workers_, &Worker::calledBetween);
   for (int other = 0; other < size_; ++other) {
-    calledBetween = calledBetween || workers_[other].calledBetween;
-    if (!workers_[other].dead && (other == rank || !workers_[other].calledBetween) && oracle_.pendingOf(other) > 0) {
+    const bool counts = late == 0 || (late == 1 && other == rank && workers_[rank].calledBetween);
+    if (counts && !workers_[other].dead && oracle_.pendingOf(other) > 0) {
       wrong("calls of rank " + std::to_string(other) + " are under way");
     }
   }
@@ -115,7 +116,7 @@ void World::checkAgreement(int rank) {
     if (!worker.dead && !worker.leaving) {
       wrong("another has not joined");
     }
-    if (!worker.dead && !calledBetween && worker.service->held() > 0) {
+    if (!worker.dead && late == 0 && worker.service->held() > 0) {
       wrong("another still serves a call");
     }
   }
