@@ -1,5 +1,6 @@
 // How workers leave, each in its user's thread.
 #include <algorithm>
+#include <climits>
 
 #include "trace.h"
 #include "world.h"
@@ -65,8 +66,9 @@ bool World::joins(int rank) {
       }
       worker.calledBetween = random_.chance(50);
       network_->lateCallers = network_->lateCallers || worker.calledBetween;
-      if (worker.calledBetween) { // of which no agreement of the others can know
-        call(rank, static_cast<int>(random_.below(size_)), 0);
+      if (worker.calledBetween) { // of which no agreement of the others can know; it leads to no other
+        oracle_.excuseRank(rank);
+        call(rank, static_cast<int>(random_.below(size_)), INT_MAX);
       }
     }
   }
