@@ -68,7 +68,7 @@ bool World::joins(int rank) {
       network_->lateCallers = network_->lateCallers || worker.calledBetween;
       if (worker.calledBetween) { // of which no agreement of the others can know; it leads to no other
         oracle_.excuseRank(rank);
-        call(rank, static_cast<int>(random_.below(size_)), INT_MAX);
+        call(rank, random_.chance(60) ? rank : static_cast<int>(random_.below(size_)), INT_MAX);
       }
     }
   }

@@ -16,7 +16,8 @@ Network::Network(int size, Random& random, std::atomic<Clock::rep>& time)
       ranks_(size),
       underWay_(static_cast<size_t>(size) * size * 2),
       bulk_(underWay_.size()),
-      armed_(static_cast<size_t>(size) * size, WireFault::kNone) {
+      armed_(static_cast<size_t>(size) * size, WireFault::kNone),
+      cut_(armed_.size(), false) {
   const bool perSource = random.chance(50);
   for (OfRank& rank : ranks_) {
     rank.perSource = perSource;

@@ -109,6 +109,7 @@ class Network {
   std::vector<std::deque<PacketPtr>> underWay_; // by channelIndex()
   std::vector<std::deque<PacketPtr>> bulk_;     // arrived, by channelIndex()
   std::vector<WireFault> armed_;                // by source * size + destination
+  std::vector<bool> cut_;                       // likewise: a send has failed
   std::vector<Request> requests_;
   std::vector<Parked> parked_;
   size_t pollsInStep_ = 0;

@@ -53,13 +53,16 @@ void SimTransport::send(
       packet->data = nullptr;
       packet->taken = true;
     }
-    WireFault& armed = network_.armed_[static_cast<size_t>(rank_) * size() + peer];
-    const bool fails = armed == WireFault::kSendError && network_.takeFault(*packet) == WireFault::kSendError;
+    const size_t pair = static_cast<size_t>(rank_) * size() + peer;
+    const bool strikes =
+        network_.armed_[pair] == WireFault::kSendError && network_.takeFault(*packet) == WireFault::kSendError;
+    const bool fails = strikes || network_.cut_[pair];
     if (!fails) {
       network_.send(packet);
     }
     completes = (fails || packet->taken) && network_.random_.chance(50);
     if (!completes) {
+      network_.cut_[pair] = network_.cut_[pair] || fails; // nothing gets past what is lost
       sends_.push_back({packet, op, fails});
     }
     status.error = fails ? "the send failed" : "";
