@@ -6,6 +6,7 @@
 
 #include "agent/engine_work.h"
 #include "agent/future_wait.h"
+#include "base/error_text.h"
 
 namespace torch_rpc_mpi {
 
@@ -30,10 +31,11 @@ struct GuestAnnouncement {
   GuestAnnouncement& operator=(const GuestAnnouncement&) = delete;
 };
 
-// For want of memory for more.
+// For want of memory for more. Made when the library is loaded.
+const auto* const kLost = new std::shared_ptr<const std::string>(
+    std::make_shared<const std::string>("The worker that was called can no longer answer"));
+
 std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept {
-  static const auto* const kLost = new std::shared_ptr<const std::string>(
-      std::make_shared<const std::string>("The worker that was called can no longer answer"));
   try {
     return std::make_shared<const std::string>(text);
   } catch (const std::bad_alloc&) {
@@ -59,7 +61,7 @@ class Caller::CompletionTask : public Task {
       if (call_.failure != nullptr) {
         caller_.completion_.expire(call_);
       } else {
-        caller_.completion_.fail(call_, caller_.shutDownText());
+        caller_.completion_.fail(call_, [this] { return caller_.shutDownText(); });
       }
     }
     if (counted_) {
@@ -102,7 +104,7 @@ class Caller::ResponseTask final : public CompletionTask {
     try {
       response = decodeMessage(std::move(inbound_));
     } catch (const std::exception& error) {
-      completion().fail(call, "The response could not be read: ", error);
+      completion().fail(call, [&] { return "The response could not be read: " + errorText(error); });
       return;
     }
     completion().complete(call, response);
@@ -263,7 +265,7 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
     }
     completion_.complete(*call, message);
   } catch (const std::exception& error) {
-    completion_.fail(*call, "The response could not be sent: ", error);
+    completion_.fail(*call, [&] { return "The response could not be sent: " + errorText(error); });
   }
 }
 
@@ -282,6 +284,7 @@ void Caller::expire(Clock::time_point now, std::vector<TaskPtr>& tasks) {
 
 void Caller::onPeerEnded(int peer, const std::string& reason) {
   calls_.failAllOf(peer, sharedText(reason), Clock::now());
+  engine_->wake();
 }
 
 void Caller::close(const std::string& reason) {
@@ -290,18 +293,23 @@ void Caller::close(const std::string& reason) {
     if (call->failure != nullptr) {
       completion_.expire(*call);
     } else {
-      completion_.fail(*call, reason);
+      completion_.fail(*call, [&] { return reason; });
     }
   }
 }
 
 void Caller::close(const std::string& reason, std::vector<TaskPtr>& tasks) {
   calls_.close();
-  while (auto call = calls_.takeAny()) {
+  for (;;) {
+    makeRoom(tasks);
+    auto task = std::make_unique<ExpiryTask>(*this);
+    auto call = calls_.takeAny();
+    if (!call) {
+      return;
+    }
     if (call->failure == nullptr) {
       call->failure = sharedText(reason);
     }
-    auto task = std::make_unique<ExpiryTask>(*this);
     task->give(std::move(*call));
     tasks.push_back(std::move(task));
   }

@@ -81,6 +81,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
 
   std::string shutDownText() const; // the reason when this worker leaves
   // There will be no more calls; those that are left fail with the reason, unless they have one, here or in `tasks`.
+  // Short of memory for tasks it throws, and the rest fails when this worker leaves.
   void close(const std::string& reason);
   void close(const std::string& reason, std::vector<TaskPtr>& tasks);
 

@@ -60,14 +60,8 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
   });
 }
 
-void Completion::fail(const PendingCall& call, const std::string& error) const noexcept {
-  guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error))); });
-}
-
-void Completion::fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept {
-  guarded(call, [&] {
-    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(what + errorText(error))));
-  });
+void Completion::fail(const PendingCall& call, c10::function_ref<std::string()> error) const noexcept {
+  guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error()))); });
 }
 
 void Completion::expire(const PendingCall& call) const noexcept {

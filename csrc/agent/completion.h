@@ -4,6 +4,8 @@
 #include <exception>
 #include <string>
 
+#include <c10/util/FunctionRef.h>
+
 #include "agent/call_table.h"
 #include "agent/membership.h"
 #include "codec/message_codec.h"
@@ -28,9 +30,8 @@ class Completion {
 
   // With its response, which may be an exception's.
   void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
-  void fail(const PendingCall& call, const std::string& error) const noexcept;
-  // The error in words, behind what is said of it.
-  void fail(const PendingCall& call, const char* what, const std::exception& error) const noexcept;
+  // With an error whose words are made where the lack of memory for them is no harm.
+  void fail(const PendingCall& call, c10::function_ref<std::string()> error) const noexcept;
   // With the failure that it has, or else because its time is over.
   void expire(const PendingCall& call) const noexcept;
 

@@ -1,6 +1,7 @@
 #include "agent/dispatcher.h"
 
 #include <iterator>
+#include <new>
 #include <utility>
 
 #include "peer/receive_pool.h"
@@ -189,12 +190,15 @@ void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason
 }
 
 void Dispatcher::onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept {
-  const int self = members_.rank();
-  const std::string text = c10::str("RPC on ", members_.describe(self), " stopped: ", reason);
-  LOG(ERROR) << text;
-  members_.lose(self, text); // whatever is asked for later: the first reason is the one that helps
-  caller_.close(text, tasks);
-  join_.fail(text);
+  try {
+    const int self = members_.rank();
+    const std::string text = c10::str("RPC on ", members_.describe(self), " stopped: ", reason);
+    LOG(ERROR) << text;
+    members_.lose(self, text); // whatever is asked for later: the first reason is the one that helps
+    join_.fail(text);
+    caller_.close(text, tasks);
+  } catch (const std::bad_alloc&) { // which may well be the reason; what is left fails when this worker leaves
+  }
 }
 
 } // namespace torch_rpc_mpi

@@ -49,7 +49,7 @@ MpiAgent::MpiAgent(
       dispatcher_(*transport_, members_, exchange_, outbox_, server_, caller_, join_, options_.watchInterval),
       exchange_(*transport_, dispatcher_, options_.exchange),
       outbox_(exchange_, engine_, options_.exchange.eagerLimit),
-      server_(members_, exchange_, outbox_, caller_, *cb_, options_.threadHook),
+      server_(members_, exchange_, outbox_, *cb_, options_.threadHook),
       caller_(members_, completion_, exchange_, outbox_, server_, engine_, options_.signals, options_.slotUsesBefore),
       join_(
           members_.rank(),
@@ -76,7 +76,7 @@ void MpiAgent::startImpl() {
   if (isCurrentRpcAgentSet() && getCurrentRpcAgent().get() == this) {
     adoptRRefContext(shared_from_this());
   }
-  server_.start(weak_from_this());
+  server_.start(weak_from_this(), caller_);
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
   started_ = true; // also if the engine cannot: what was posted is taken back then
   engine_->start();

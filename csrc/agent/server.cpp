@@ -20,47 +20,73 @@ constexpr size_t kOwed = 1024;
 
 } // namespace
 
+// A request that counts until it has its response, or is dropped before it has begun.
+class Server::Served {
+ public:
+  explicit Served(Server& server) : server_(server) {
+    server_.serving_.fetch_add(1);
+  }
+  ~Served() {
+    if (!begun_) {
+      server_.serving_.fetch_sub(1);
+    }
+  }
+  Served(const Served&) = delete;
+  Served& operator=(const Served&) = delete;
+
+  Server& begin() { // respond() ends it
+    begun_ = true;
+    return server_;
+  }
+
+ private:
+  Server& server_;
+  bool begun_ = false;
+};
+
 class Server::RequestTask final : public Task {
  public:
-  RequestTask(Server& server, InboundMessage inbound) : server_(server), inbound_(std::move(inbound)) {}
+  RequestTask(Server& server, InboundMessage inbound) : served_(server), inbound_(std::move(inbound)) {}
   Kind kind() const override {
     return inbound_.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest;
   }
   void run() noexcept override {
     const ReplyTo reply{inbound_.source, inbound_.header.callId};
+    Server& server = served_.begin();
     try {
-      server_.serve(std::move(inbound_));
+      server.serve(std::move(inbound_));
     } catch (const std::exception& error) { // there is not even memory to say so
-      server_.owe(reply, error);
-      server_.serving_.fetch_sub(1);
+      server.owe(reply, error);
+      server.serving_.fetch_sub(1);
     }
   }
 
  private:
-  Server& server_;
+  Served served_;
   InboundMessage inbound_;
 };
 
 class Server::OwnRequestTask final : public Task {
  public:
   OwnRequestTask(Server& server, uint64_t id, RpcMessage message)
-      : server_(server),
+      : served_(server),
         id_(id),
         message_(std::move(message)) {}
   Kind kind() const override {
     return Kind::kRequest;
   }
   void run() noexcept override {
-    const ReplyTo reply{server_.members_.rank(), id_};
+    Server& server = served_.begin();
+    const ReplyTo reply{server.members_.rank(), id_};
     try {
-      server_.run(std::move(message_), reply);
+      server.run(std::move(message_), reply);
     } catch (const std::exception&) {
-      server_.respond(reply, []() -> RpcMessage { throw; });
+      server.respond(reply, []() -> RpcMessage { throw; });
     }
   }
 
  private:
-  Server& server_;
+  Served served_;
   const uint64_t id_;
   RpcMessage message_;
 };
@@ -69,13 +95,11 @@ Server::Server(
     const Membership& members,
     Exchange& exchange,
     Outbox& outbox,
-    SelfCaller& selfCaller,
     RequestCallback& callback,
     ThreadHook threadHook)
     : members_(members),
       exchange_(exchange),
       outbox_(outbox),
-      selfCaller_(selfCaller),
       callback_(callback),
       threadHook_(std::move(threadHook)) {
   owed_.reserve(kOwed);
@@ -83,15 +107,11 @@ Server::Server(
 }
 
 TaskPtr Server::arrived(InboundMessage request) {
-  auto task = std::make_unique<RequestTask>(*this, std::move(request));
-  serving_.fetch_add(1);
-  return task;
+  return std::make_unique<RequestTask>(*this, std::move(request));
 }
 
 TaskPtr Server::ownRequest(uint64_t id, RpcMessage request) {
-  auto task = std::make_unique<OwnRequestTask>(*this, id, std::move(request));
-  serving_.fetch_add(1);
-  return task;
+  return std::make_unique<OwnRequestTask>(*this, id, std::move(request));
 }
 
 void Server::serve(InboundMessage inbound) {
@@ -157,7 +177,7 @@ void Server::run(RpcMessage request, ReplyTo reply) {
 
 void Server::respond(ReplyTo reply, MakeResponse response) noexcept {
   if (reply.peer == members_.rank()) {
-    selfCaller_.onOwnResponse(reply.id, response);
+    selfCaller_->onOwnResponse(reply.id, response);
   } else {
     try {
       send(reply, response());

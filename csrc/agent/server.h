@@ -28,8 +28,8 @@ class SelfCaller {
   virtual void onOwnResponse(uint64_t id, MakeResponse response) noexcept = 0;
 };
 
-// Thread-safe. owedMutex_ guards owed_, of which owes_ is a hint; the counts are atomics; owner_ is set before the
-// first request comes; the rest is immutable, or guards itself.
+// Thread-safe. owedMutex_ guards owed_, of which owes_ is a hint; the counts are atomics; owner_ and selfCaller_ are
+// set before the first request comes; the rest is immutable, or guards itself.
 class Server final : private SendFailureListener {
  public:
   using ThreadHook = std::function<void(const std::function<void()>& body)>;
@@ -39,13 +39,13 @@ class Server final : private SendFailureListener {
       const Membership& members,
       Exchange& exchange,
       Outbox& outbox,
-      SelfCaller& selfCaller,
       RequestCallback& callback,
       ThreadHook threadHook);
 
   // owner: while it lives, so does this; a function may return a future that completes later than that.
-  void start(std::weak_ptr<const void> owner) {
+  void start(std::weak_ptr<const void> owner, SelfCaller& selfCaller) {
     owner_ = std::move(owner);
+    selfCaller_ = &selfCaller;
   }
   // What serves a request that has arrived, or one of this worker to itself. Each counts from now on.
   TaskPtr arrived(InboundMessage request);
@@ -66,6 +66,7 @@ class Server final : private SendFailureListener {
   void payAgain(); // what could not be paid
 
  private:
+  class Served;
   class RequestTask;
   class OwnRequestTask;
   // Where the response to a request goes. Used once.
@@ -87,7 +88,7 @@ class Server final : private SendFailureListener {
   const Membership& members_;
   Exchange& exchange_;
   Outbox& outbox_;
-  SelfCaller& selfCaller_;
+  SelfCaller* selfCaller_ = nullptr;
   RequestCallback& callback_;
   const ThreadHook threadHook_;
   std::weak_ptr<const void> owner_;

@@ -1,4 +1,4 @@
-// The part of Engine that users' threads run, see Note [Guests].
+// The part of ThreadedEngine that users' threads run, see Note [Guests].
 #include <algorithm>
 #include <exception>
 

@@ -49,8 +49,24 @@ void TaskLanes::mayWait(Task::Kind kind) {
   update();
 }
 
-void TaskLanes::blocks(Task::Kind kind, bool isBlocked) {
-  lane(kind).blocked += isBlocked ? 1 : -1;
+void TaskLanes::blocks() {
+  ++lane(Task::Kind::kRequest).blocked;
+  update();
+}
+
+void TaskLanes::comesBack() {
+  ++lane(Task::Kind::kRequest).back;
+  update();
+}
+
+bool TaskLanes::hasPlace() const {
+  const Lane& of = lane(Task::Kind::kRequest);
+  return of.running - of.blocked < numWorkerThreads_;
+}
+
+void TaskLanes::goesOn() {
+  --lane(Task::Kind::kRequest).blocked;
+  --lane(Task::Kind::kRequest).back;
   update();
 }
 
@@ -116,7 +132,8 @@ bool TaskLanes::mayTakeAnother(Task::Kind kind) const {
 
 bool TaskLanes::mayTakeSecondAttempt() const {
   const Lane& of = lane(Task::Kind::kRequest);
-  return !of.secondAttempts.empty() && of.running - of.blocked < numWorkerThreads_ && of.running < kAllThreads;
+  return !of.secondAttempts.empty() && of.running - of.blocked + of.back < numWorkerThreads_ &&
+      of.running < kAllThreads;
 }
 
 int TaskLanes::limitOf(Task::Kind kind) const {

@@ -14,8 +14,9 @@
 // requests may run that wait for what it makes: local_value() of the RRef that a refused rpc.remote() will create, say.
 // With a thread for each request in the order of arrival, as in TensorPipe, what makes a value is always ahead of what
 // waits for it. So a second attempt has the place that the first had: it is taken before other requests, and requests
-// that are blocked in a wait of ours leave their places to it. That many threads more it may take, and no more: with
-// num_worker_threads=1, functions still run one at a time.
+// that are blocked in a wait of ours leave their places to it. When what they wait for is there, they wait for a place,
+// before further second attempts: no more than num_worker_threads functions run that are not blocked; with 1, one at a
+// time.
 #pragma once
 
 #include <array>
@@ -34,9 +35,13 @@ class TaskLanes {
   TaskLanes(int numWorkerThreads, int coresToSpare);
 
   void add(std::vector<TaskPtr>& tasks);
-  TaskPtr take();                               // if runnable(); it runs from then on
-  void mayWait(Task::Kind kind);                // a running task has made a call
-  void blocks(Task::Kind kind, bool isBlocked); // a running task waits, or does so no longer
+  TaskPtr take();                // if runnable(); it runs from then on
+  void mayWait(Task::Kind kind); // a running task has made a call
+  // A running request is blocked in a wait; it comes back, and from then on wants a place; there is one; it has it.
+  void blocks();
+  void comesBack();
+  bool hasPlace() const;
+  void goesOn();
   void ended(Task::Kind kind, bool didWait);
   void look(); // once in a while: finds lanes whose tasks are long
   std::deque<TaskPtr> takeAll();
@@ -62,7 +67,8 @@ class TaskLanes {
     std::deque<TaskPtr> secondAttempts;
     int running = 0;
     int waiting = 0; // of those, for a call, probably
-    int blocked = 0; // of those, in a wait
+    int blocked = 0; // of those, in a wait, or back from it without a place
+    int back = 0;    // of those
     int atOnce = 1;
     uint64_t ended = 0;
     uint64_t endedAtLook = 0;

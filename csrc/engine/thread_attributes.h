@@ -14,7 +14,7 @@ class ThreadAttributes {
   ThreadAttributes();
 
   // For a thread of the engine, whoever has started it: the same cores and signals; and from now on waits() and runs()
-  // have an effect in it, see Note [Sharing cores] in engine.h. Not if the user has chosen a policy.
+  // have an effect in it, see Note [Sharing cores] in threaded_engine.h. Not if the user has chosen a policy.
   void adopt() const;
 
   // This thread is about to wait, or to run what a user may have written. Cheap if it did the same before.

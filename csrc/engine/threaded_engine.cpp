@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #include <pthread.h>
 #include <sched.h>
@@ -81,6 +83,7 @@ void ThreadedEngine::threadMain() {
     currentTask.running = false;
     lock.lock();
     lanes_.ended(currentTask.kind, currentTask.waiting);
+    places_.notify_all();
     ++workDone_;
   }
 }
@@ -153,11 +156,11 @@ bool ThreadedEngine::standBy(std::unique_lock<std::mutex>& lock) {
 }
 
 void ThreadedEngine::taskMayWait() {
-  if (!currentTask.waiting) {
-    currentTask.waiting = true;
+  const bool known = std::exchange(currentTask.waiting, true);
+  if (!known) {
     lanes_.mayWait(currentTask.kind);
   }
-  if (!leading_ || lanes_.runnable()) {
+  if ((!leading_ && !known) || lanes_.runnable()) {
     wakeIdleThread();
   }
 }
@@ -166,15 +169,18 @@ ThreadedEngine::Blocked::Blocked()
     : engine_(currentTask.running && currentTask.kind != Task::Kind::kCompletion ? currentEngine : nullptr) {
   if (engine_ != nullptr) {
     const std::lock_guard<std::mutex> lock(engine_->mutex_);
-    engine_->lanes_.blocks(currentTask.kind, true);
+    engine_->lanes_.blocks();
     engine_->taskMayWait();
+    engine_->places_.notify_all();
   }
 }
 
 ThreadedEngine::Blocked::~Blocked() {
   if (engine_ != nullptr) {
-    const std::lock_guard<std::mutex> lock(engine_->mutex_);
-    engine_->lanes_.blocks(currentTask.kind, false);
+    std::unique_lock<std::mutex> lock(engine_->mutex_);
+    engine_->lanes_.comesBack();
+    engine_->places_.wait(lock, [this] { return engine_->lanes_.hasPlace() || engine_->stopping_; });
+    engine_->lanes_.goesOn();
   }
 }
 
@@ -214,9 +220,26 @@ void ThreadedEngine::lead() {
   }
 }
 
-bool ThreadedEngine::turnOnce(std::vector<TaskPtr>& tasks) {
-  TokenHold hold(tokens_);
-  return hold && driver_.turn(*hold, tasks);
+bool ThreadedEngine::turnOnce(std::vector<TaskPtr>& tasks, bool* free) {
+  if (tasks.empty()) {
+    TokenHold hold(tokens_);
+    if (free != nullptr) {
+      *free = static_cast<bool>(hold);
+    }
+    return hold && driver_.turn(*hold, tasks);
+  }
+  // What is appended to an empty vector needs no memory, and so is not lost with a turn that throws for want of it.
+  std::vector<TaskPtr> more;
+  const auto append = [&] { std::move(more.begin(), more.end(), std::back_inserter(tasks)); };
+  bool active = false;
+  try {
+    active = turnOnce(more, free);
+  } catch (...) {
+    append();
+    throw;
+  }
+  append();
+  return active;
 }
 
 bool ThreadedEngine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) {
@@ -288,15 +311,11 @@ void ThreadedEngine::wakeIdleThread() {
 
 void ThreadedEngine::submitted(bool expectsReply) {
   std::vector<TaskPtr> tasks;
-  while (driver_.hasQueued()) {
-    TokenHold hold(tokens_);
-    if (!hold) {
-      break; // its holder looks at the queue again after releasing
-    }
+  bool free = true; // else the token's holder looks at the queue again after releasing it
+  while (free && driver_.hasQueued()) {
     try {
-      driver_.turn(*hold, tasks);
+      turnOnce(tasks, &free);
     } catch (const std::exception& error) {
-      hold.release();
       breakDown(errorText(error));
       break;
     }
@@ -334,6 +353,7 @@ bool ThreadedEngine::stop(std::chrono::milliseconds limit) {
   dropped = lanes_.takeAll();
   parkedCv_.notify_all();
   standbyCv_.notify_all();
+  places_.notify_all();
   doorbell_.ring();
   // A task may stop its own engine (a user's function that calls rpc.shutdown): it does not wait for itself.
   const int self = onEngineThread() ? 1 : 0;

@@ -82,7 +82,8 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   EngineCounts counts() const override;
   bool onEngineThread() const override;
 
-  // While one lives, the request that this thread runs, if it runs one, waits for something: Note [Second attempts].
+  // While one lives, the request that this thread runs, if it runs one, waits for something, and then for its place:
+  // Note [Second attempts].
   class Blocked {
    public:
     Blocked();
@@ -101,10 +102,10 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   TaskPtr take();                                   // with mutex_ held
   bool standBy(std::unique_lock<std::mutex>& lock); // whether to lead if nobody does
   void lead();
-  void wakeIdleThread();                     // with mutex_ held
-  void enqueue(std::vector<TaskPtr>& tasks); // with mutex_ held
-  bool turnOnce(std::vector<TaskPtr>& tasks);
-  bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
+  void wakeIdleThread();                                            // with mutex_ held
+  void enqueue(std::vector<TaskPtr>& tasks);                        // with mutex_ held
+  bool turnOnce(std::vector<TaskPtr>& tasks, bool* free = nullptr); // free: whether the token was
+  bool turnAsGuest(const void* awaited, TaskPtr& mine);             // whether anything happened
   bool guestLeads() const;
   bool sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks); // whether there is something to do
   void taskMayWait();                                                      // with mutex_ held
@@ -120,6 +121,7 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   std::condition_variable parkedCv_;  // idle threads without a duty
   std::condition_variable standbyCv_; // the ticking one
   std::condition_variable stoppedCv_;
+  std::condition_variable places_; // of requests that come back from a wait
   TaskLanes lanes_;
   Idling idling_; // the leader's
   int threads_ = 0;

@@ -14,7 +14,9 @@ namespace {
 constexpr size_t kFrameReceives = 32;
 constexpr size_t kFrameReceivesOfSource = 2; // at least
 constexpr size_t kDescriptorSpace = 1024;    // a frame holds the eager limit and the description of some tensors
-constexpr int kErrorsOfNobody = 16;          // then it is the transport that is broken, not a peer
+// Errors that name no peer, and nothing else for so long: it is the transport that is broken, not a peer whose process
+// has ended, of which more would be heard by then.
+constexpr auto kErrorsOfNobody = std::chrono::seconds(1);
 constexpr auto kStale = std::chrono::microseconds(300); // longer than most calls take, whose responses report as well
 
 } // namespace
@@ -138,12 +140,16 @@ void Exchange::onFrame(ProgressToken& token, FrameBuffer frame, const OperationS
   const int source = status.source;
   if (source < 0 || source >= transport_.size()) {
     listener_.onStrayFrame(source, status.ok() ? "its source is no rank of the group" : status.error);
-    if (!status.ok() && ++errorsOfNobody_ == kErrorsOfNobody) {
-      fatal_ = "frames can no longer be received: " + status.error;
+    if (!status.ok()) {
+      const auto now = Clock::now();
+      errorsOfNobodySince_ = errorsOfNobodySince_.value_or(now);
+      if (now - *errorsOfNobodySince_ >= kErrorsOfNobody) {
+        fatal_ = "frames can no longer be received: " + status.error;
+      }
     }
     return;
   }
-  errorsOfNobody_ = 0;
+  errorsOfNobodySince_.reset();
   if (peers_[source]->ended()) {
     counters_.framesDropped.fetch_add(1, std::memory_order_relaxed);
     return;

@@ -16,6 +16,7 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -88,8 +89,8 @@ class Exchange : private PeerFailureListener {
   std::vector<std::unique_ptr<Peer>> peers_; // this rank's own is never used
   std::vector<std::unique_ptr<FrameReceive>> receives_;
   Time nextStaleLook_{};
-  int errorsOfNobody_ = 0; // of MPI, one after the other, that name no peer
-  std::string fatal_;      // what broke the transport; thrown by the next poll()
+  std::optional<Time> errorsOfNobodySince_; // of MPI, one after the other, that name no peer
+  std::string fatal_;                       // what broke the transport; thrown by the next poll()
   bool closed_ = false;
 
   std::mutex dueMutex_;

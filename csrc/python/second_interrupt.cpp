@@ -15,8 +15,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "base/clock.h"
 #include "host/resources.h"
 #include "python/interpreter.h"
 #include "python/signals.h"
@@ -26,8 +28,6 @@ namespace py = pybind11;
 namespace torch_rpc_mpi {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // One key press may come as several signals: from the terminal, and passed on by the launcher.
 constexpr auto kOneKeyPress = std::chrono::milliseconds(100);
@@ -142,10 +142,11 @@ SecondInterrupt::SecondInterrupt(std::string text, Waits waits) {
   try {
     watcher = new std::thread(
         startThread("what ends this process at a second Ctrl-C", [text, waits] { watch(text, waits); }));
-  } catch (const std::runtime_error&) { // it does without
+  } catch (const std::exception& error) { // it does without
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     active_ = false;
     inUse = false;
+    LOG(WARNING) << "A second Ctrl-C will not end this process: " << error.what();
     return;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);

@@ -230,9 +230,13 @@ TEST(engine_a_request_that_is_blocked_leaves_its_place_to_second_attempts_only) 
   Running running(1);
   std::binary_semaphore blocked{0}, ended{0};
   std::atomic<bool> ranMeanwhile{false};
+  std::atomic<bool> wentOn{false};
   running.request([&] {
-    const ThreadedEngine::Blocked wait;
-    blocked.acquire(); // what the second attempt makes
+    {
+      const ThreadedEngine::Blocked wait;
+      blocked.acquire(); // what the second attempt makes
+    }
+    wentOn = true;
   });
   running.request([&] {
     ranMeanwhile = true;
@@ -241,6 +245,11 @@ TEST(engine_a_request_that_is_blocked_leaves_its_place_to_second_attempts_only) 
   running.driver.put(Task::Kind::kSecondAttempt, [&] {
     CHECK_THAT(!ranMeanwhile);
     blocked.release();
+    // With one place, what waited goes on when this has ended, not beside it.
+    for (int look = 0; look < 20; ++look) {
+      CHECK_THAT(!wentOn);
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
   });
   running.engine->submitted(false);
   ended.acquire();

@@ -582,9 +582,12 @@ TEST(exchange_errors_without_end_that_name_no_peer_break_the_transport) {
   Pair pair;
   OperationStatus status;
   status.error = "MPI_ERR_OTHER";
+  std::atomic<Clock::rep> time{0};
+  Clock::simulate(&time);
   int errors = 0;
   const auto failOnce = [&] {
     ++errors;
+    time += std::chrono::nanoseconds(std::chrono::milliseconds(50)).count();
     pair.b.transport.fail(*pair.b.hold, status);
     return pair.b.exchange.poll(*pair.b.hold);
   };
@@ -594,6 +597,7 @@ TEST(exchange_errors_without_end_that_name_no_peer_break_the_transport) {
     return errors;
   };
   CHECK_THROWS(failOn(), "frames can no longer be received: MPI_ERR_OTHER");
+  Clock::simulate(nullptr);
   CHECK_THAT(errors > 1);
 }
 

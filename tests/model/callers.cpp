@@ -338,7 +338,7 @@ bool EngineModel::stepOfCaller(State& s, Thread& t) {
       step_ = "send";
       if (s.callsClosed) { // it throws
         t.at = At::kDone;
-      } else if (kind() == Caller::kCallsItself) { // sendToSelf
+      } else if (kind() == Caller::kCallsItself) { // Server::ownRequest
         s.calls |= t.task;
         s.made |= t.task;
         t.tasks = t.task;

@@ -156,7 +156,7 @@ bool EngineModel::stepOfTask(State& s, Thread& t) {
       t.at = At::kTaskEnded;
       if (t.task & completionTasks_) {
         complete(s, t.task);
-      } else if (t.task & kCalls) { // LocalRequestTask
+      } else if (t.task & kCalls) { // OwnRequestTask
         if (s.calls & t.task) {
           s.calls &= ~t.task;
           complete(s, t.task);

@@ -216,7 +216,7 @@ static int testsome_batch(int count, trm_handle* requests, int* out_count, int* 
   abi_status found[TESTSOME_BATCH];
   for (int i = 0; i < count; ++i) {
     own[i] = to_request(requests[i]);
-    found[i] = unknown_status();
+    found[i].source = ABI_ANY_SOURCE; /* as in unknown_status() */
   }
   int rc = mpi.Testsome(count, own, out_count, indices, found);
   int in_status = is_in_status(rc);
