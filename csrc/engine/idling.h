@@ -10,7 +10,7 @@
 
 namespace torch_rpc_mpi {
 
-// Each has a row in docs/performance.md, "What was tried", which says what is worse without it.
+// The log in docs/performance.md says what those of the leader and the guest are for, and what was measured.
 struct IdlingTimes {
   using Microseconds = std::chrono::microseconds;
   using Milliseconds = std::chrono::milliseconds;
