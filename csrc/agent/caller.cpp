@@ -58,11 +58,7 @@ class Caller::CompletionTask : public Task {
   explicit CompletionTask(Caller& caller) : caller_(caller) {}
   ~CompletionTask() override {
     if (call_.future != nullptr) {
-      if (call_.failure != nullptr) {
-        caller_.completion_.expire(call_);
-      } else {
-        caller_.completion_.fail(call_, [this] { return caller_.shutDownText(); });
-      }
+      caller_.completion_.fail(call_, [this] { return caller_.shutDownText(); });
     }
     if (counted_) {
       caller_.completing_.fetch_sub(1);
@@ -290,11 +286,7 @@ void Caller::onPeerEnded(int peer, const std::string& reason) {
 void Caller::close(const std::string& reason) {
   calls_.close();
   while (auto call = calls_.takeAny()) {
-    if (call->failure != nullptr) {
-      completion_.expire(*call);
-    } else {
-      completion_.fail(*call, [&] { return reason; });
-    }
+    completion_.fail(*call, [&] { return reason; });
   }
 }
 

@@ -61,14 +61,14 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
 }
 
 void Completion::fail(const PendingCall& call, c10::function_ref<std::string()> error) const noexcept {
-  guarded(call, [&] { call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error()))); });
+  guarded(call, [&] {
+    const std::string text = call.failure != nullptr ? *call.failure : error();
+    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(text)));
+  });
 }
 
 void Completion::expire(const PendingCall& call) const noexcept {
-  guarded(call, [&] {
-    const std::string error = call.failure != nullptr ? *call.failure : timeoutText(call.timeout);
-    call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(error)));
-  });
+  fail(call, [&] { return timeoutText(call.timeout); });
 }
 
 } // namespace torch_rpc_mpi

@@ -30,9 +30,9 @@ class Completion {
 
   // With its response, which may be an exception's.
   void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
-  // With an error whose words are made where the lack of memory for them is no harm.
+  // With the failure that it has, else this one, whose words are made where the lack of memory for them is no harm.
   void fail(const PendingCall& call, c10::function_ref<std::string()> error) const noexcept;
-  // With the failure that it has, or else because its time is over.
+  // Because its time is over, unless it has a failure.
   void expire(const PendingCall& call) const noexcept;
 
  private:
