@@ -72,12 +72,7 @@ bool ThreadedEngine::turnAsGuest(const void* awaited, TaskPtr& mine) {
   } catch (const std::exception& error) {
     breakDown(errorText(error));
   }
-  const auto found =
-      std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
-  if (found != tasks.end()) {
-    mine = std::move(*found);
-    tasks.erase(found);
-  }
+  mine = takeCompletionOf(awaited, tasks);
   post(tasks);
   return active;
 }

@@ -1,8 +1,11 @@
 // A piece of work for an engine thread.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "base/clock.h"
 
@@ -24,5 +27,17 @@ class Task {
   }
 };
 using TaskPtr = std::unique_ptr<Task>;
+
+// Takes the completion that `awaited` waits for out of these; null if it is not among them.
+inline TaskPtr takeCompletionOf(const void* awaited, std::vector<TaskPtr>& tasks) {
+  const auto found =
+      std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
+  if (found == tasks.end()) {
+    return nullptr;
+  }
+  TaskPtr task = std::move(*found);
+  tasks.erase(found);
+  return task;
+}
 
 } // namespace torch_rpc_mpi

@@ -155,12 +155,7 @@ void SimEngine::driveFor(const void* awaited, const std::function<bool()>& over)
     } catch (const std::exception& error) {
       breakDown(errorText(error));
     }
-    const auto found =
-        std::find_if(tasks.begin(), tasks.end(), [&](const TaskPtr& task) { return task->completes(awaited); });
-    if (found != tasks.end()) {
-      mine = std::move(*found);
-      tasks.erase(found);
-    }
+    mine = takeCompletionOf(awaited, tasks);
     post(tasks);
   }
   if (mine != nullptr) {
