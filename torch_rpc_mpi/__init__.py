@@ -19,17 +19,30 @@ from . import _register
 
 if TYPE_CHECKING:
     from .calls import remote, rpc_async, rpc_sync
+    from .faults import on_worker_lost, write_flight_record
     from .functions import as_asyncio
     from .options import MPIRpcBackendOptions
 
-__all__ = ["MPIRpcBackendOptions", "__version__", "as_asyncio", "is_available", "remote", "rpc_async", "rpc_sync"]
+__all__ = [
+    "MPIRpcBackendOptions",
+    "__version__",
+    "as_asyncio",
+    "is_available",
+    "on_worker_lost",
+    "remote",
+    "rpc_async",
+    "rpc_sync",
+    "write_flight_record",
+]
 
 _LAZY = {
     "MPIRpcBackendOptions": "options",
     "as_asyncio": "functions",
+    "on_worker_lost": "faults",
     "remote": "calls",
     "rpc_async": "calls",
     "rpc_sync": "calls",
+    "write_flight_record": "faults",
 }
 
 __version__ = "0.1.0"

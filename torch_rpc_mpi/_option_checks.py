@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,16 @@ def check_str(option: Option, value: object) -> str:
     if not isinstance(value, str):
         raise option.wrong_type(value, "a string")
     return value
+
+
+def check_directory(option: Option, value: object) -> str:
+    """An empty text, or the path of a directory in which files can be made."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    path = check_str(option, value)
+    if path and not (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)):
+        raise ValueError(f"{option.name} must be a directory in which files can be made, but {path!r} is none")
+    return path
 
 
 def check_choice(option: Option, value: object) -> str:

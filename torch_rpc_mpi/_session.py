@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed.rpc import internal
 
-from . import _C, _all_gather, _pickler, _remote_errors, _torch_api, calls
+from . import _C, _all_gather, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
 from ._torch_api import Place, Replacements
 
@@ -71,6 +71,18 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -
     _current.replaced.make(_hooks_into_api(agent, pickler))
     _current.replaced.make(_hooks_into_futures())
     _current.replaced.make(_current.all_gathers.replacements())
+
+
+def current_agent() -> Agent | None:
+    """The agent of the session that this process is in."""
+    return None if _current is None else _current.agent
+
+
+def tell_of_loss(loss: tuple[int, str]) -> None:
+    """Told by the engine: the rank of a worker that was lost, and why."""
+    agent = current_agent()
+    if agent is not None:
+        faults.tell_of_loss(agent.get_worker_info(loss[0]), loss[1])
 
 
 def end(agent: Agent) -> None:

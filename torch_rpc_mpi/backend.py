@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from ._torch_api import RpcAgent
 
 # What of the options the C++ agent reads (AgentOptions in _C.pyi).
-_AGENT_OPTIONS = ("num_worker_threads", "rpc_timeout", "eager_limit", "bulk_chunk", "spin_time", "max_sleep")
+_AGENT_OPTIONS = (
+    "num_worker_threads",
+    "rpc_timeout",
+    "eager_limit",
+    "bulk_chunk",
+    "spin_time",
+    "max_sleep",
+    "flight_recorder_dir",
+)
 
 
 class InitCall(NamedTuple):
@@ -168,6 +176,7 @@ def init_backend(
                 _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
                 functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
                 None if pickler is None else pickler.plain,
+                _session.tell_of_loss,
             )
         )
         return neighbours.reaches_all

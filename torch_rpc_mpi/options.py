@@ -22,6 +22,7 @@ from ._option_checks import (
     check_communicator,
     check_device_maps,
     check_devices,
+    check_directory,
     check_float,
     check_int,
     check_str,
@@ -118,6 +119,13 @@ OPTIONS: tuple[Option, ...] = (
         "cloudpickle. `pickle`: only as torch does. `cloudpickle`: always with cloudpickle.",
         check_choice,
     ),
+    Option(
+        "flight_recorder_dir", "str", "", "path",
+        "Where the flight recorder, which always keeps the last events of calls, writes them as JSON: when a call "
+        "times out, a worker is lost or the process gets SIGUSR2; at most 16 files in a session. Without it only "
+        "`torch_rpc_mpi.write_flight_record(path)` writes any.",
+        check_directory, from_environment=True,
+    ),
 )  # fmt: skip
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -139,6 +147,7 @@ class _Given(TypedDict, total=False):
     spin_time: float
     max_sleep: float
     pickler: Literal["auto", "pickle", "cloudpickle"]
+    flight_recorder_dir: str
 
 
 def _unknown(name: str) -> str:
@@ -172,6 +181,7 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
     spin_time: float
     max_sleep: float
     pickler: str
+    flight_recorder_dir: str
 
     def __init__(self, **given: Unpack[_Given]) -> None:
         # pybind11 wants its own part constructed before any attribute of it is set.

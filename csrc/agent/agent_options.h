@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #include "base/signal_service.h"
 #include "engine/engine.h"
@@ -20,8 +21,12 @@ struct AgentOptions {
   IdlingOptions idling;
   std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
-  SignalService signals;       // of threads that wait here
-  uint32_t slotUsesBefore = 0; // see CallTable
+  // Told of a worker that was lost, in a task of the engine.
+  using OnWorkerLost = std::function<void(int rank, const std::string& reason)>;
+  OnWorkerLost onWorkerLost = [](int, const std::string&) {};
+  std::string flightRecorderDir; // empty: none
+  SignalService signals;         // of threads that wait here
+  uint32_t slotUsesBefore = 0;   // see CallTable
   MakeEngine makeEngine = makeThreadedEngine;
 };
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <ATen/core/ivalue.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/csrc/distributed/rpc/message.h>
 
 #include "base/clock.h"
@@ -24,21 +25,31 @@ inline constexpr std::chrono::milliseconds kFailureDelay{50};
 
 struct PendingCall {
   JitFuturePtr future;
+  uint64_t id = 0; // given by the table
   int peer = 0;
   torch::distributed::rpc::MessageType type = torch::distributed::rpc::MessageType::UNKNOWN;
   std::chrono::milliseconds timeout{0}; // 0: none
   Clock::time_point made;
   std::shared_ptr<const std::string> failure = {}; // with which it ends when its time is over, instead of "timed out"
+  std::shared_ptr<const std::string> whyLate = {}; // if it times out: see Note [Late calls]
 };
+
+// So long before its time is over a call is late; 0 for one whose time is too short to ask what became of it.
+constexpr std::chrono::milliseconds lateBefore(std::chrono::milliseconds timeout) {
+  using std::chrono::milliseconds;
+  if (timeout < milliseconds(500)) {
+    return timeout < milliseconds(100) ? milliseconds(0) : milliseconds(10);
+  }
+  return timeout < milliseconds(2000) ? milliseconds(100) : milliseconds(500);
+}
 
 // Thread-safe: mutex_ guards all but nextDeadline_ and size_, which are hints for others. Every call is taken exactly
 // once, by whoever completes it; futures are never completed in here. Only add() needs memory: no call is lost for want
 // of it.
 //
 // An id names a slot and how often the slot was used, so that a late response cannot complete another call; no id is 0,
-// however often. Calls with
-// the same timeout expire in the order in which they were made: one list for each distinct timeout keeps adding,
-// taking and expiring O(1) and leaves nothing behind of a call that was answered.
+// however often. Calls with the same timeout become late, and expire, in the order in which they were made: one list
+// for each distinct delay keeps adding, taking and expiring O(1) and leaves nothing behind of a call that was answered.
 class CallTable {
  public:
   // usesBefore: as if every slot had been used so often already.
@@ -50,8 +61,14 @@ class CallTable {
   std::optional<PendingCall> take(uint64_t id, int peer);
   // Whether there is such a call, and it went to another peer.
   bool awaitsOther(uint64_t id, int peer) const;
-  // One of those whose time is over; nothing if there are no more.
-  std::optional<PendingCall> takeExpired(Clock::time_point now);
+  // What is due first, each once: that a call is late, which stays, or that its time is over, and then it is taken.
+  struct Due {
+    uint64_t id = 0;
+    int peer = 0;
+    std::optional<PendingCall> expired;
+  };
+  std::optional<Due> takeDue(Clock::time_point now);
+  void explain(uint64_t id, int peer, const std::shared_ptr<const std::string>& whyLate);
   // Their time is over soon, see kFailureDelay; until then nobody else takes them. False if there is no such call.
   bool failLater(uint64_t id, int peer, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
   void failAllOf(int peer, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
@@ -63,6 +80,8 @@ class CallTable {
     return size_.load();
   }
   size_t sizeOf(int peer) const;
+  // Shows each call to `look`, which must not use the table.
+  void forEach(c10::function_ref<void(const PendingCall& call)> look) const;
   // Not later than the first deadline; Clock::time_point::max() without any.
   Clock::time_point nextDeadline() const {
     return Clock::time_point(Clock::duration(nextDeadline_.load(std::memory_order_relaxed)));
@@ -73,15 +92,17 @@ class CallTable {
   struct Slot {
     PendingCall call; // without a future: free
     uint32_t uses = 0;
-    uint32_t previous = kNone, next = kNone; // in the list of its timeout
-    Clock::time_point deadline;
+    uint32_t previous = kNone, next = kNone; // in its list
+    std::chrono::milliseconds delay{0};      // of that list; 0: in none
+    bool late = false;
+    Clock::time_point due;
   };
   struct List {
     uint32_t first = kNone, last = kNone;
   };
   const Slot* find(uint64_t id) const;
   void fail(uint32_t index, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
-  void start(uint32_t index, std::chrono::milliseconds timeout, Clock::time_point now);
+  void start(uint32_t index, std::chrono::milliseconds delay, Clock::time_point due);
   PendingCall release(uint32_t index);
   void link(uint32_t index, List& list);
   void unlink(uint32_t index);

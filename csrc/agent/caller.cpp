@@ -7,6 +7,7 @@
 #include "agent/engine_work.h"
 #include "agent/future_wait.h"
 #include "base/error_text.h"
+#include "base/flight_recorder.h"
 
 namespace torch_rpc_mpi {
 
@@ -34,6 +35,10 @@ struct GuestAnnouncement {
 // For want of memory for more. Made when the library is loaded.
 const auto* const kLost = new std::shared_ptr<const std::string>(
     std::make_shared<const std::string>("The worker that was called can no longer answer"));
+
+// Of calls that nobody asked after.
+const auto* const kManyLate = new std::shared_ptr<const std::string>(
+    std::make_shared<const std::string>("Too many calls were late at once to ask what became of each"));
 
 std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept {
   try {
@@ -77,6 +82,9 @@ class Caller::CompletionTask : public Task {
   }
 
  protected:
+  Caller& caller() const {
+    return caller_;
+  }
   const Completion& completion() const {
     return caller_.completion_;
   }
@@ -103,6 +111,7 @@ class Caller::ResponseTask final : public CompletionTask {
       completion().fail(call, [&] { return "The response could not be read: " + errorText(error); });
       return;
     }
+    FlightRecorder::instance().record(CallEvent::kCompleted, call.peer, call.id, call.type);
     completion().complete(call, response);
   }
 
@@ -116,6 +125,12 @@ class Caller::ExpiryTask final : public CompletionTask {
   using CompletionTask::CompletionTask;
   void run() noexcept override {
     const PendingCall call = take();
+    const bool timedOut = call.failure == nullptr;
+    FlightRecorder::instance().record(
+        timedOut ? CallEvent::kTimedOut : CallEvent::kFailed, call.peer, call.id, call.type);
+    if (timedOut) {
+      caller().flightLog_.note("a call timed out, to ", call.peer);
+    }
     completion().expire(call);
   }
 };
@@ -123,10 +138,11 @@ class Caller::ExpiryTask final : public CompletionTask {
 Caller::Caller(
     const Membership& members,
     const Completion& completion,
-    const Exchange& exchange,
+    Exchange& exchange,
     Outbox& outbox,
     Server& server,
     const std::shared_ptr<Engine>& engine,
+    FlightLog& flightLog,
     SignalService signals,
     uint32_t slotUsesBefore)
     : members_(members),
@@ -135,8 +151,11 @@ Caller::Caller(
       outbox_(outbox),
       server_(server),
       engine_(engine),
+      flightLog_(flightLog),
       signals_(signals),
-      calls_(slotUsesBefore) {}
+      calls_(slotUsesBefore) {
+  late_.reserve(kLateCallsAsked);
+}
 
 JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
   const GuestAnnouncement announcement;
@@ -166,6 +185,7 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
     return nullptr;
   }
   message->setId(static_cast<int64_t>(id));
+  FlightRecorder::instance().record(CallEvent::kMade, peer, id, message->type());
   try {
     const EngineWork work;
     if (toSelf) {
@@ -239,6 +259,8 @@ void Caller::driveUntil(const c10::ivalue::Future& future) {
 bool Caller::onResponse(InboundMessage response, std::vector<TaskPtr>& tasks) {
   const int peer = response.source;
   const uint64_t id = response.header.callId;
+  FlightRecorder::instance().record(
+      CallEvent::kAnswered, peer, id, response.header.messageType, response.header.bodyBytes);
   makeRoom(tasks);
   auto task = std::make_unique<ResponseTask>(*this, std::move(response));
   if (auto call = calls_.take(id, peer)) {
@@ -265,16 +287,56 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
   }
 }
 
-void Caller::expire(Clock::time_point now, std::vector<TaskPtr>& tasks) {
+void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks) {
+  std::unique_ptr<ExpiryTask> task;
   while (now >= calls_.nextDeadline()) {
     makeRoom(tasks);
-    auto task = std::make_unique<ExpiryTask>(*this);
-    auto call = calls_.takeExpired(now);
-    if (!call) {
+    if (task == nullptr) {
+      task = std::make_unique<ExpiryTask>(*this);
+    }
+    auto due = calls_.takeDue(now);
+    if (!due) {
       break;
     }
-    task->give(std::move(*call));
-    tasks.push_back(std::move(task));
+    if (due->expired) {
+      task->give(std::move(*due->expired));
+      tasks.push_back(std::move(task));
+    } else if (late_.size() < late_.capacity()) {
+      late_.push_back({due->peer, due->id});
+    } else {
+      calls_.explain(due->id, due->peer, *kManyLate);
+    }
+  }
+  if (!late_.empty()) {
+    askAfterLate(token, tasks);
+  }
+}
+
+// See Note [Late calls].
+void Caller::askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks) {
+  std::ranges::stable_sort(late_, {}, &Late::peer);
+  try {
+    for (auto first = late_.begin(); first != late_.end();) {
+      const int peer = first->peer;
+      std::vector<uint64_t> ids;
+      for (; first != late_.end() && first->peer == peer; ++first) {
+        ids.push_back(first->id);
+      }
+      if (peer == members_.rank()) {
+        onStatement(peer, server_.stateOf(peer, ids, tasks));
+      } else {
+        exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kInquiry, writeInquiry(ids)));
+      }
+    }
+  } catch (const std::bad_alloc&) { // their timeouts do without
+  }
+  late_.clear();
+}
+
+void Caller::onStatement(int source, const Statement& statement) {
+  const std::string callee = members_.describe(source);
+  for (const LateCall& call : statement.calls) {
+    calls_.explain(call.id, source, sharedText(whyLate(callee, statement.business, call)));
   }
 }
 

@@ -9,6 +9,8 @@
 
 #include "agent/call_table.h"
 #include "agent/completion.h"
+#include "agent/flight_log.h"
+#include "agent/late_calls.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
 #include "agent/server.h"
@@ -16,17 +18,18 @@
 
 namespace torch_rpc_mpi {
 
-// Thread-safe: calls_ guards itself, completing_ is an atomic, the rest is immutable.
+// Thread-safe: calls_ guards itself, completing_ is an atomic, late_ is the token's, the rest is immutable.
 class Caller final : public SelfCaller, private SendFailureListener {
  public:
   // engine: there when the first call is made.
   Caller(
       const Membership& members,
       const Completion& completion,
-      const Exchange& exchange,
+      Exchange& exchange,
       Outbox& outbox,
       Server& server,
       const std::shared_ptr<Engine>& engine,
+      FlightLog& flightLog,
       SignalService signals,
       uint32_t slotUsesBefore);
 
@@ -69,6 +72,9 @@ class Caller final : public SelfCaller, private SendFailureListener {
   int64_t completing() const { // calls between their answer and the end of their callbacks
     return completing_.load();
   }
+  void forEachUnanswered(c10::function_ref<void(const PendingCall& call)> look) const {
+    calls_.forEach(look);
+  }
   Clock::time_point nextDeadline() const {
     return calls_.nextDeadline();
   }
@@ -76,7 +82,8 @@ class Caller final : public SelfCaller, private SendFailureListener {
   // Of the token's holder. What completes calls goes to `tasks`; what throws there has lost none.
   // False if the response is to a call that was made to another worker.
   bool onResponse(InboundMessage response, std::vector<TaskPtr>& tasks);
-  void expire(Clock::time_point now, std::vector<TaskPtr>& tasks);
+  void expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks);
+  void onStatement(int source, const Statement& statement);
   void onPeerEnded(int peer, const std::string& reason);
 
   std::string shutDownText() const; // the reason when this worker leaves
@@ -93,15 +100,22 @@ class Caller final : public SelfCaller, private SendFailureListener {
   void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
   void sendToPeer(int peer, uint64_t id, RpcMessage message);
+  void askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks);
 
   const Membership& members_;
   const Completion& completion_;
-  const Exchange& exchange_;
+  Exchange& exchange_;
   Outbox& outbox_;
   Server& server_;
   const std::shared_ptr<Engine>& engine_;
+  FlightLog& flightLog_;
   const SignalService signals_;
   CallTable calls_;
+  struct Late {
+    int peer;
+    uint64_t id;
+  };
+  std::vector<Late> late_; // in this turn
   std::atomic<int64_t> completing_{0};
 };
 

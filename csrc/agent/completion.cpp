@@ -67,8 +67,20 @@ void Completion::fail(const PendingCall& call, c10::function_ref<std::string()> 
   });
 }
 
+// See Note [Late calls].
+std::string Completion::whyLate(const PendingCall& call) const {
+  if (call.whyLate != nullptr) {
+    return *call.whyLate;
+  }
+  const std::string callee = members_.describe(call.peer);
+  if (lateBefore(call.timeout).count() == 0) {
+    return "It was made to " + callee;
+  }
+  return "What became of it " + callee + " has not said: its process, its host or the link to it stands still";
+}
+
 void Completion::expire(const PendingCall& call) const noexcept {
-  fail(call, [&] { return timeoutText(call.timeout); });
+  fail(call, [&] { return timeoutText(call.timeout) + ". " + whyLate(call); });
 }
 
 } // namespace torch_rpc_mpi

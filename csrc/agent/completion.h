@@ -36,6 +36,7 @@ class Completion {
   void expire(const PendingCall& call) const noexcept;
 
  private:
+  std::string whyLate(const PendingCall& call) const;
   template <typename Body>
   void guarded(const PendingCall& call, const Body& body) const noexcept;
 

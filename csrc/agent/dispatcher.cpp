@@ -4,6 +4,7 @@
 #include <new>
 #include <utility>
 
+#include "base/flight_recorder.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -36,6 +37,39 @@ class ReleaseTask final : public Task {
   DoneMessages done_;
 };
 
+class LossTask final : public Task {
+ public:
+  LossTask(const AgentOptions::OnWorkerLost& listener, int peer, std::string reason)
+      : listener_(listener),
+        peer_(peer),
+        reason_(std::move(reason)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override {
+    listener_(peer_, reason_);
+  }
+
+ private:
+  const AgentOptions::OnWorkerLost& listener_;
+  const int peer_;
+  const std::string reason_;
+};
+
+class FlightLogTask final : public Task {
+ public:
+  explicit FlightLogTask(FlightLog& log) : log_(log) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override {
+    log_.write();
+  }
+
+ private:
+  FlightLog& log_;
+};
+
 } // namespace
 
 Dispatcher::Dispatcher(
@@ -46,6 +80,8 @@ Dispatcher::Dispatcher(
     Server& server,
     Caller& caller,
     Join& join,
+    FlightLog& flightLog,
+    const AgentOptions::OnWorkerLost& onWorkerLost,
     std::chrono::milliseconds watchInterval)
     : transport_(transport),
       members_(members),
@@ -54,6 +90,8 @@ Dispatcher::Dispatcher(
       server_(server),
       caller_(caller),
       join_(join),
+      flightLog_(flightLog),
+      onWorkerLost_(onWorkerLost),
       watchInterval_(watchInterval) {}
 
 bool Dispatcher::hasQueued() const {
@@ -104,7 +142,7 @@ bool Dispatcher::progress(ProgressToken& token) {
     nextTrim_ = now + kTrimAfter;
     ReceivePool::instance().trim(now - kTrimAfter);
   }
-  caller_.expire(now, arrivals_);
+  caller_.expire(token, now, arrivals_);
   join_.advance(
       token, [&] { return idle(token); },
       [this] { return DrainCounts{exchange_.counters().framesSent, exchange_.counters().framesReceived}; });
@@ -116,6 +154,9 @@ bool Dispatcher::progress(ProgressToken& token) {
   DoneMessages done = exchange_.takeDone(token);
   if (!done.sent.empty() || !done.failed.empty()) {
     arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(done)));
+  }
+  if (flightLog_.due()) {
+    arrivals_.push_back(std::make_unique<FlightLogTask>(flightLog_));
   }
   return moved || posted;
 }
@@ -169,8 +210,28 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       }
       break;
     }
+    case FrameKind::kInquiry:
+      answerInquiry(token, source, message.body());
+      break;
+    case FrameKind::kStatement:
+      try {
+        caller_.onStatement(source, readStatement(message.body()));
+      } catch (const std::runtime_error& error) {
+        exchange_.fail(token, source, std::string("it sent a frame that makes no sense: ") + error.what());
+      }
+      break;
     case FrameKind::kCredit:
       break;
+  }
+}
+
+void Dispatcher::answerInquiry(ProgressToken& token, int source, ConstSpan body) {
+  try {
+    const Statement statement = server_.stateOf(source, readInquiry(body), arrivals_);
+    exchange_.post(token, std::make_unique<OutboundControl>(source, FrameKind::kStatement, writeStatement(statement)));
+  } catch (const std::bad_alloc&) { // the caller does without
+  } catch (const std::runtime_error& error) {
+    exchange_.fail(token, source, std::string("it sent a frame that makes no sense: ") + error.what());
   }
 }
 
@@ -185,8 +246,14 @@ std::string Dispatcher::failureText(int peer, const std::string& cause) const {
 
 void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason) {
   members_.lose(peer, reason);
+  FlightRecorder::instance().record(CallEvent::kPeerLost, peer, 0);
+  flightLog_.note("lost ", peer);
   caller_.onPeerEnded(peer, reason);
   join_.fail(reason);
+  try {
+    arrivals_.push_back(std::make_unique<LossTask>(onWorkerLost_, peer, reason));
+  } catch (const std::bad_alloc&) { // the program is not told, but its calls have failed
+  }
 }
 
 void Dispatcher::onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept {
@@ -194,6 +261,7 @@ void Dispatcher::onBroken(const std::string& reason, std::vector<TaskPtr>& tasks
     const int self = members_.rank();
     const std::string text = c10::str("RPC on ", members_.describe(self), " stopped: ", reason);
     LOG(ERROR) << text;
+    flightLog_.note("the transport is broken on ", self);
     members_.lose(self, text); // whatever is asked for later: the first reason is the one that helps
     join_.fail(text);
     caller_.close(text, tasks);

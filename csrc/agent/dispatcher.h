@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "agent/agent_options.h"
 #include "agent/caller.h"
+#include "agent/flight_log.h"
 #include "agent/join.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
@@ -32,6 +34,8 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
       Server& server,
       Caller& caller,
       Join& join,
+      FlightLog& flightLog,
+      const AgentOptions::OnWorkerLost& onWorkerLost,
       std::chrono::milliseconds watchInterval);
 
   // Tasks of a turn that nobody took.
@@ -60,6 +64,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   std::string failureText(int peer, const std::string& cause) const override;
   void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) override;
 
+  void answerInquiry(ProgressToken& token, int source, ConstSpan body);
   bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
@@ -71,6 +76,8 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   Server& server_;
   Caller& caller_;
   Join& join_;
+  FlightLog& flightLog_;
+  const AgentOptions::OnWorkerLost& onWorkerLost_;
   const std::chrono::milliseconds watchInterval_;
 
   std::vector<TaskPtr> arrivals_; // made during a turn

@@ -2,6 +2,9 @@
 
 #include <cmath>
 
+#include <unistd.h>
+
+#include "agent/flight_text.h"
 #include "agent/leaving.h"
 #include "agent/rref_sessions.h"
 #include "base/deadline.h"
@@ -45,12 +48,36 @@ MpiAgent::MpiAgent(
       options_(std::move(options)),
       transport_(std::move(transport)),
       members_(transport_->rank(), members),
+      flightLog_(
+          options_.flightRecorderDir,
+          c10::str("torch_rpc_mpi-rank", members_.rank(), "-", getpid()),
+          [this](int peer) { return members_.describe(peer); },
+          [this](const std::string& why) { return flightText(why, members_, caller_, server_, getMetrics()); }),
       completion_(members_),
-      dispatcher_(*transport_, members_, exchange_, outbox_, server_, caller_, join_, options_.watchInterval),
+      dispatcher_(
+          *transport_,
+          members_,
+          exchange_,
+          outbox_,
+          server_,
+          caller_,
+          join_,
+          flightLog_,
+          options_.onWorkerLost,
+          options_.watchInterval),
       exchange_(*transport_, dispatcher_, options_.exchange),
       outbox_(exchange_, engine_, options_.exchange.eagerLimit),
-      server_(members_, exchange_, outbox_, *cb_, options_.threadHook),
-      caller_(members_, completion_, exchange_, outbox_, server_, engine_, options_.signals, options_.slotUsesBefore),
+      server_(members_, exchange_, outbox_, engine_, *cb_, options_.numWorkerThreads, options_.threadHook),
+      caller_(
+          members_,
+          completion_,
+          exchange_,
+          outbox_,
+          server_,
+          engine_,
+          flightLog_,
+          options_.signals,
+          options_.slotUsesBefore),
       join_(
           members_.rank(),
           transport_->size(),
@@ -165,6 +192,7 @@ void MpiAgent::shutdownImpl() {
     return;
   }
   Leaving leaving(*engine_, dispatcher_, exchange_, caller_, members_, options_.signals);
+  flightLog_.write(); // of what went wrong last; its task may not run any more
   const bool stopped = leaving.leave(agreed_);
   ReceivePool::instance().trim(Clock::time_point::max());
   if (!stopped) {

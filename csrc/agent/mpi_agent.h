@@ -14,6 +14,7 @@
 #include "agent/caller.h"
 #include "agent/completion.h"
 #include "agent/dispatcher.h"
+#include "agent/flight_log.h"
 #include "agent/join.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
@@ -68,6 +69,11 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   std::vector<WorkerInfo> getWorkerInfos() const override;
   std::unordered_map<std::string, std::string> getMetrics() override;
   void addGilWaitTime(const std::chrono::microseconds gilWaitTime) override;
+  // Writes the flight recorder's file, to `path` or if that is empty to the next in the directory. Returns its path.
+  // Throws std::runtime_error.
+  std::string writeFlightRecord(const std::string& path) {
+    return flightLog_.write("asked for", path);
+  }
   // The workers to which calls can no longer be answered, in the order in which they were lost; this one itself if its
   // transport is broken.
   std::vector<Membership::Loss> lostWorkers() const {
@@ -82,6 +88,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   const AgentOptions options_;
   const std::unique_ptr<Transport> transport_;
   Membership members_;
+  FlightLog flightLog_;
   const Completion completion_;
   Dispatcher dispatcher_;
   Exchange exchange_;

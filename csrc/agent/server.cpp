@@ -7,6 +7,7 @@
 
 #include "agent/engine_work.h"
 #include "base/error_text.h"
+#include "base/flight_recorder.h"
 #include "host/resources.h"
 
 namespace torch_rpc_mpi {
@@ -61,6 +62,10 @@ class Server::RequestTask final : public Task {
     }
   }
 
+  bool isOf(int peer, uint64_t id) const {
+    return inbound_.source == peer && inbound_.header.callId == id;
+  }
+
  private:
   Served served_;
   InboundMessage inbound_;
@@ -85,6 +90,10 @@ class Server::OwnRequestTask final : public Task {
     }
   }
 
+  bool isOf(uint64_t id) const {
+    return id_ == id;
+  }
+
  private:
   Served served_;
   const uint64_t id_;
@@ -95,18 +104,25 @@ Server::Server(
     const Membership& members,
     Exchange& exchange,
     Outbox& outbox,
+    const std::shared_ptr<Engine>& engine,
     RequestCallback& callback,
+    int numWorkerThreads,
     ThreadHook threadHook)
     : members_(members),
       exchange_(exchange),
       outbox_(outbox),
+      engine_(engine),
       callback_(callback),
-      threadHook_(std::move(threadHook)) {
+      numWorkerThreads_(numWorkerThreads),
+      threadHook_(std::move(threadHook)),
+      running_(std::make_shared<RunningRequests>()) {
   owed_.reserve(kOwed);
   paying_.reserve(kOwed);
 }
 
 TaskPtr Server::arrived(InboundMessage request) {
+  FlightRecorder::instance().record(
+      CallEvent::kArrived, request.source, request.header.callId, request.header.messageType, request.header.bodyBytes);
   return std::make_unique<RequestTask>(*this, std::move(request));
 }
 
@@ -153,6 +169,8 @@ JitFuturePtr Server::process(rpc::Message& request) const {
 }
 
 void Server::run(RpcMessage request, ReplyTo reply) {
+  FlightRecorder::instance().record(CallEvent::kStarted, reply.peer, reply.id, request->type());
+  RunningRequests::Request running(*running_, reply.peer, reply.id);
   JitFuturePtr future;
   try {
     future = process(*request);
@@ -165,9 +183,15 @@ void Server::run(RpcMessage request, ReplyTo reply) {
     return;
   }
   servingAsync_.fetch_add(1);
+  struct Promised {
+    std::shared_ptr<RunningRequests> all;
+    RunningRequests::Request request;
+  };
+  auto promised = std::make_shared<Promised>(running_, running);
   // Run by whoever completes the future, a user's thread perhaps.
-  future->addCallback([this, owner = owner_, reply](rpc::JitFuture& done) {
+  future->addCallback([this, owner = owner_, reply, promised = std::move(promised)](rpc::JitFuture& done) {
     const EngineWork work;
+    promised->request.end();
     if (const auto alive = owner.lock()) {
       servingAsync_.fetch_sub(1);
       respond(reply, [&] { return responseOf(done, reply.id); });
@@ -176,6 +200,7 @@ void Server::run(RpcMessage request, ReplyTo reply) {
 }
 
 void Server::respond(ReplyTo reply, MakeResponse response) noexcept {
+  FlightRecorder::instance().record(CallEvent::kFinished, reply.peer, reply.id);
   if (reply.peer == members_.rank()) {
     selfCaller_->onOwnResponse(reply.id, response);
   } else {
@@ -243,6 +268,69 @@ void Server::pay(ProgressToken& token) {
 void Server::payAgain() {
   const std::lock_guard<std::mutex> lock(owedMutex_);
   owes_ = !owed_.empty();
+}
+
+Statement Server::stateOf(int source, const std::vector<uint64_t>& ids, const std::vector<TaskPtr>& arrivals) const {
+  Statement statement;
+  statement.business = business();
+  for (const uint64_t id : ids) {
+    statement.calls.push_back(stateOf(source, id, arrivals));
+  }
+  return statement;
+}
+
+Business Server::business() const {
+  const EngineCounts counts = engine_->counts();
+  Business business;
+  business.workerThreads = static_cast<uint32_t>(numWorkerThreads_);
+  business.running = static_cast<uint32_t>(counts.runningRequests);
+  business.waiting = static_cast<uint32_t>(counts.waitingRequests);
+  running_->search([&](const RunningRequests::Request& request) {
+    if (request.promised()) {
+      return false;
+    }
+    business.oldestSeconds = std::chrono::duration<float>(Clock::now() - request.since()).count();
+    const std::string_view name = request.function();
+    std::copy_n(name.begin(), std::min(name.size(), business.oldest.size() - 1), business.oldest.begin());
+    return true;
+  });
+  return business;
+}
+
+LateCall Server::stateOf(int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const {
+  LateCall call;
+  call.id = id;
+  const auto isIt = [&](const Task& task) {
+    if (source == members_.rank()) {
+      const auto* own = dynamic_cast<const OwnRequestTask*>(&task);
+      return own != nullptr && own->isOf(id);
+    }
+    const auto* request = dynamic_cast<const RequestTask*>(&task);
+    return request != nullptr && request->isOf(source, id);
+  };
+  if (const auto before = engine_->queuedBefore(isIt)) {
+    call.state = LateCall::State::kQueued;
+    call.before = static_cast<uint32_t>(*before);
+    return call;
+  }
+  if (std::ranges::any_of(arrivals, [&](const TaskPtr& task) { return isIt(*task); })) {
+    call.state = LateCall::State::kQueued;
+    call.before = static_cast<uint32_t>(engine_->counts().queuedRequests);
+    return call;
+  }
+  running_->search([&](const RunningRequests::Request& request) {
+    if (request.peer() != source || request.callId() != id) {
+      return false;
+    }
+    call.state = request.promised() ? LateCall::State::kPromised : LateCall::State::kRunning;
+    call.seconds = std::chrono::duration<float>(Clock::now() - request.since()).count();
+    return true;
+  });
+  if (call.state == LateCall::State::kAnswered && source != members_.rank() &&
+      exchange_.receives(source, FrameKind::kRequest, id)) {
+    call.state = LateCall::State::kArriving;
+  }
+  return call;
 }
 
 RpcMessage Server::errorResponse(const std::string& what, uint64_t id) const {

@@ -13,8 +13,10 @@
 #include <torch/csrc/distributed/rpc/request_callback.h>
 
 #include "agent/call_table.h"
+#include "agent/late_calls.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
+#include "agent/running_requests.h"
 
 namespace torch_rpc_mpi {
 
@@ -39,7 +41,9 @@ class Server final : private SendFailureListener {
       const Membership& members,
       Exchange& exchange,
       Outbox& outbox,
+      const std::shared_ptr<Engine>& engine,
       RequestCallback& callback,
+      int numWorkerThreads,
       ThreadHook threadHook);
 
   // owner: while it lives, so does this; a function may return a future that completes later than that.
@@ -58,6 +62,12 @@ class Server final : private SendFailureListener {
     return servingAsync_.load();
   }
 
+  const RunningRequests& running() const {
+    return *running_;
+  }
+  // Of the token's holder, see Note [Late calls]: of calls of `source`. arrivals: tasks that no engine has yet.
+  Statement stateOf(int source, const std::vector<uint64_t>& ids, const std::vector<TaskPtr>& arrivals) const;
+
   // Of the token's holder: callers that are to be told that there was no memory for their response.
   bool owes() const {
     return owes_.load();
@@ -75,6 +85,8 @@ class Server final : private SendFailureListener {
     uint64_t id;
   };
 
+  Business business() const;
+  LateCall stateOf(int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const;
   void serve(InboundMessage inbound);
   void run(RpcMessage request, ReplyTo reply);
   JitFuturePtr process(torch::distributed::rpc::Message& request) const;
@@ -88,13 +100,17 @@ class Server final : private SendFailureListener {
   const Membership& members_;
   Exchange& exchange_;
   Outbox& outbox_;
+  const std::shared_ptr<Engine>& engine_;
   SelfCaller* selfCaller_ = nullptr;
   RequestCallback& callback_;
+  const int numWorkerThreads_;
   const ThreadHook threadHook_;
   std::weak_ptr<const void> owner_;
 
   std::atomic<int64_t> serving_{0};
   std::atomic<int64_t> servingAsync_{0};
+
+  const std::shared_ptr<RunningRequests> running_; // a future that a function returned may outlive this
 
   std::mutex owedMutex_;
   std::vector<ReplyTo> owed_;

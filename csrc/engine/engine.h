@@ -4,6 +4,7 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,6 +47,7 @@ struct EngineCounts {
   int threads = 0;
   int busy = 0;
   int runningRequests = 0;
+  int waitingRequests = 0; // of those, for calls that they made, probably
   size_t queuedRequests = 0;
   size_t queuedCompletions = 0;
 };
@@ -84,6 +86,8 @@ class Engine {
   virtual void wake() = 0;
 
   virtual EngineCounts counts() const = 0;
+  // How many requests are to be taken before the queued one that `isIt` finds; nothing if none is.
+  virtual std::optional<size_t> queuedBefore(const std::function<bool(const Task&)>& isIt) const = 0;
   virtual bool onEngineThread() const = 0;
 };
 

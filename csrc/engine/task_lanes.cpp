@@ -104,6 +104,20 @@ std::deque<TaskPtr> TaskLanes::takeAll() {
   return all;
 }
 
+std::optional<size_t> TaskLanes::requestsBefore(const std::function<bool(const Task&)>& isIt) const {
+  const Lane& of = lane(Task::Kind::kRequest);
+  size_t before = 0;
+  for (const std::deque<TaskPtr>* queue : {&of.secondAttempts, &of.queue}) {
+    for (const TaskPtr& task : *queue) {
+      if (isIt(*task)) {
+        return before;
+      }
+      ++before;
+    }
+  }
+  return std::nullopt;
+}
+
 bool TaskLanes::backlog() const {
   for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
     if (lane(kind).running > 0 && mayTakeAnother(kind)) {

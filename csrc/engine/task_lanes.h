@@ -23,6 +23,8 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <functional>
+#include <optional>
 #include <vector>
 
 #include "engine/task.h"
@@ -57,6 +59,11 @@ class TaskLanes {
   int running(Task::Kind kind) const {
     return lane(kind).running;
   }
+  int waiting(Task::Kind kind) const {
+    return lane(kind).waiting;
+  }
+  // The queued requests before the one that `isIt` finds; nothing if none is.
+  std::optional<size_t> requestsBefore(const std::function<bool(const Task&)>& isIt) const;
   size_t queued(Task::Kind kind) const {
     return lane(kind).queue.size() + lane(kind).secondAttempts.size();
   }

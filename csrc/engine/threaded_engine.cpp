@@ -365,8 +365,17 @@ bool ThreadedEngine::stop(std::chrono::milliseconds limit) {
 EngineCounts ThreadedEngine::counts() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return {
-      threads_, lanes_.running(), lanes_.running(Task::Kind::kRequest), lanes_.queued(Task::Kind::kRequest),
+      threads_,
+      lanes_.running(),
+      lanes_.running(Task::Kind::kRequest),
+      lanes_.waiting(Task::Kind::kRequest),
+      lanes_.queued(Task::Kind::kRequest),
       lanes_.queued(Task::Kind::kCompletion)};
+}
+
+std::optional<size_t> ThreadedEngine::queuedBefore(const std::function<bool(const Task&)>& isIt) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return lanes_.requestsBefore(isIt);
 }
 
 std::shared_ptr<Engine> makeThreadedEngine(EngineOptions options, EngineDriver& driver, BellWord& bell) {

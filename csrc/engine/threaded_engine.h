@@ -80,6 +80,7 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
     doorbell_.ring();
   }
   EngineCounts counts() const override;
+  std::optional<size_t> queuedBefore(const std::function<bool(const Task&)>& isIt) const override;
   bool onEngineThread() const override;
 
   // While one lives, the request that this thread runs, if it runs one, waits for something, and then for its place:

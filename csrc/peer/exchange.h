@@ -66,6 +66,10 @@ class Exchange : private PeerFailureListener {
   bool hasDue() const { // any thread: somebody is to be told of credit
     return hasDue_.load(std::memory_order_relaxed);
   }
+  // Whether not all of a message of this kind and id is here.
+  bool receives(int rank, FrameKind kind, uint64_t callId) const {
+    return peers_[rank]->incoming.receives(kind, callId);
+  }
   // Nothing under way in either direction, as far as this side knows.
   bool quiet(ProgressToken& token) const;
 

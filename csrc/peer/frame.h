@@ -25,12 +25,14 @@ enum class FrameKind : uint8_t {
   kResponse = 2,
   kCredit = 3,  // nothing but the header's counters
   kGoodbye = 4, // the sender leaves; it neither serves nor answers from now on. Body: why, as text
-  kDrain = 5    // see agent/drain.h
+  kDrain = 5,   // see agent/drain.h
+  kInquiry = 6, // both: see agent/late_calls.h
+  kStatement = 7
 };
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.
 struct FrameHeader {
-  static constexpr uint32_t kMagic = 0x52504d33; // "RPM3": raise the digit with every change of the protocol
+  static constexpr uint32_t kMagic = 0x52504d34; // "RPM4": raise the digit with every change of the protocol
 
   uint32_t magic = kMagic;
   FrameKind kind = FrameKind::kRequest;

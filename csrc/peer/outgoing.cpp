@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error_text.h"
+#include "base/flight_recorder.h"
 
 namespace torch_rpc_mpi {
 
@@ -122,6 +123,7 @@ void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
     ++partsOut_;
     streams_.push_back({&message, 0, 0});
   }
+  FlightRecorder::instance().record(CallEvent::kSent, rank_, header.callId, header.messageType, bytes + bulkBytes);
   context_.transport.send(token, rank_, Channel::kFrame, message.frame_.data(), bytes, &message);
   // Without chunks the message may be gone by now, and after an error what has streams is abandoned.
   pump(token);

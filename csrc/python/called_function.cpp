@@ -2,10 +2,12 @@
 
 #include <chrono>
 #include <stdexcept>
+#include <string_view>
 
 #include <torch/csrc/distributed/rpc/message.h>
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
 
+#include "agent/running_requests.h"
 #include "base/error_text.h"
 #include "python/user_code.h"
 
@@ -58,6 +60,39 @@ PythonFunction::~PythonFunction() {
   if (function) {
     const py::gil_scoped_acquire gil;
     function = py::object();
+  }
+}
+
+namespace {
+
+std::string_view utf8(PyObject* text) noexcept {
+  Py_ssize_t bytes = 0;
+  const char* const data = text != nullptr && PyUnicode_Check(text) ? PyUnicode_AsUTF8AndSize(text, &bytes) : nullptr;
+  if (data == nullptr) {
+    PyErr_Clear(); // a lone surrogate
+    return {};
+  }
+  return {data, static_cast<size_t>(bytes)};
+}
+
+} // namespace
+
+void nameCalledFunction(const py::object& call) noexcept {
+  if (!PyTuple_Check(call.ptr()) || PyTuple_GET_SIZE(call.ptr()) == 0) {
+    return;
+  }
+  PyObject* function = PyTuple_GET_ITEM(call.ptr(), 0);
+  if (PyMethod_Check(function)) {
+    function = PyMethod_GET_FUNCTION(function);
+  }
+  if (PyFunction_Check(function)) {
+    const auto* const made = reinterpret_cast<PyFunctionObject*>(function);
+    RunningRequests::nameFunction(utf8(made->func_module), utf8(made->func_qualname));
+  } else if (PyCFunction_Check(function)) {
+    const auto* const builtin = reinterpret_cast<PyCFunctionObject*>(function);
+    RunningRequests::nameFunction(utf8(builtin->m_module), builtin->m_ml->ml_name);
+  } else {
+    RunningRequests::nameFunction({}, Py_TYPE(function)->tp_name);
   }
 }
 

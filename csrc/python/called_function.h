@@ -43,4 +43,7 @@ class PythonFunction final : public torch::distributed::rpc::RpcCommandBase {
   std::optional<std::pair<torch::distributed::rpc::RRefId, torch::distributed::rpc::ForkId>> result;
 };
 
+// Says of the request that this thread runs what `call`, a PythonUDF of torch's, calls. With the GIL.
+void nameCalledFunction(const pybind11::object& call) noexcept;
+
 } // namespace torch_rpc_mpi

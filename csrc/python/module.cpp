@@ -23,6 +23,7 @@
 #include "python/request_callback.h"
 #include "python/second_interrupt.h"
 #include "python/signals.h"
+#include "python/user_code.h"
 #include "python/watchdog.h"
 
 namespace py = pybind11;
@@ -60,6 +61,7 @@ struct PyAgentOptions {
   double spinTime = 0.001;
   double maxSleep = 0.001;
   bool anySource = true;
+  std::string flightRecorderDir;
 
   AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
@@ -85,11 +87,32 @@ struct PyAgentOptions {
         std::clamp(eachPeer / options.exchange.frameBytes(), size_t{32}, ExchangeOptions().windowRequests);
     options.idling.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
     options.idling.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
+    options.flightRecorderDir = flightRecorderDir;
     options.threadHook = withPythonThreadState;
     options.signals = kPythonSignals;
     return options;
   }
 };
+
+// `function`, which takes (rank, reason) and raises nothing, for the engine's threads.
+AgentOptions::OnWorkerLost lossListener(py::object function) {
+  const std::shared_ptr<py::object> held(new py::object(std::move(function)), [](py::object* object) {
+    if (interpreterRuns()) {
+      const py::gil_scoped_acquire gil;
+      delete object;
+    } else {
+      object->release();
+      delete object;
+    }
+  });
+  return [held](int rank, const std::string& reason) {
+    if (interpreterRuns()) {
+      const py::gil_scoped_acquire gil;
+      const UserCode code;
+      (void)callToTheEndOfPython(*held, py::make_tuple(rank, reason));
+    }
+  };
+}
 
 std::shared_ptr<MpiAgent> makeAgent(
     const std::shared_ptr<Communicator>& communicator,
@@ -101,7 +124,8 @@ std::shared_ptr<MpiAgent> makeAgent(
     py::object runFunction,
     py::object serialize,
     py::object passOn,
-    py::object plainPickler) {
+    py::object plainPickler,
+    py::object onWorkerLost) {
   TORCH_CHECK(
       names.size() == hosts.size() && names.size() == addresses.size() &&
           names.size() == static_cast<size_t>(communicator->size()),
@@ -115,10 +139,12 @@ std::shared_ptr<MpiAgent> makeAgent(
   auto callback = std::make_unique<PythonRequestCallback>(
       std::move(runFunction), std::move(serialize), std::move(passOn), std::move(plainPickler));
   auto& requests = *callback;
+  AgentOptions agentOptions = options.toCore(communicator->size(), static_cast<int>(ranksOnHost));
+  agentOptions.onWorkerLost = lossListener(std::move(onWorkerLost));
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
           std::make_unique<MpiTransport>(communicator, neighbours, options.anySource), std::move(members),
-          std::move(callback), options.toCore(communicator->size(), static_cast<int>(ranksOnHost))),
+          std::move(callback), std::move(agentOptions)),
       torch::impl::destroy_without_gil<MpiAgent>);
   requests.setAgent(*agent);
   return agent;
@@ -218,7 +244,8 @@ void bindAgent(py::module_& module) {
       .def_readwrite("bulk_chunk", &PyAgentOptions::bulkChunk)
       .def_readwrite("spin_time", &PyAgentOptions::spinTime)
       .def_readwrite("max_sleep", &PyAgentOptions::maxSleep)
-      .def_readwrite("any_source", &PyAgentOptions::anySource);
+      .def_readwrite("any_source", &PyAgentOptions::anySource)
+      .def_readwrite("flight_recorder_dir", &PyAgentOptions::flightRecorderDir);
 
   // torch's own module holds the base class; it must be known before ours.
   py::module_::import("torch._C._distributed_rpc");
@@ -226,7 +253,7 @@ void bindAgent(py::module_& module) {
       .def(
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
           py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"), py::arg("pass_on"),
-          py::arg("plain_pickler"))
+          py::arg("plain_pickler"), py::arg("on_worker_lost"))
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
@@ -259,6 +286,7 @@ void bindAgent(py::module_& module) {
             return lost;
           },
           NoGil())
+      .def("write_flight_record", &MpiAgent::writeFlightRecord, py::arg("path"), NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
   py::class_<SecondInterrupt>(module, "SecondInterrupt")

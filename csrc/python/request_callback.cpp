@@ -15,6 +15,7 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include "agent/mpi_agent.h"
+#include "agent/running_requests.h"
 #include "base/error_text.h"
 #include "codec/not_run.h"
 #include "python/call_arguments.h"
@@ -220,6 +221,7 @@ JitFuturePtr PythonRequestCallback::processScriptCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
   auto& call = static_cast<rpc::ScriptCall&>(command);
+  RunningRequests::nameFunction({}, call.hasOp() ? call.op()->schema().name() : call.qualifiedName().qualifiedName());
   const JitFuturePtr result = call.hasOp()
       ? runJitOperator(*call.op(), call.stackRef(), streams)
       : runJitFunction(call.qualifiedName(), call.stackRef(), streams, call.isAsyncExecution());
@@ -261,6 +263,7 @@ JitFuturePtr PythonRequestCallback::run(
   const c10::MultiStreamGuard guard(streams);
   auto& handler = rpc::PythonRpcHandler::getInstance();
   const TimedGil gil(agent_);
+  nameCalledFunction(call.function);
   try {
     const py::object result = python_->run(std::exchange(call.function, py::object()));
     return call.isAsync && !handler.isRemoteException(result) ? futureIn(result) : keep(result);

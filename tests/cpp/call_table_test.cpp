@@ -15,9 +15,18 @@ PendingCall callTo(int peer, int timeout) { // milliseconds
   return call;
 }
 
-int takeExpired(CallTable& table, Clock::time_point now) {
+std::optional<PendingCall> takeExpired(CallTable& table, Clock::time_point now) {
+  while (auto due = table.takeDue(now)) {
+    if (due->expired) {
+      return std::move(due->expired);
+    }
+  }
+  return std::nullopt;
+}
+
+int takeAllExpired(CallTable& table, Clock::time_point now) {
   int taken = 0;
-  while (table.takeExpired(now)) {
+  while (takeExpired(table, now)) {
     ++taken;
   }
   return taken;
@@ -45,8 +54,8 @@ TEST(call_table_expires_in_order_of_deadlines) {
     ids.push_back(table.add(callTo(i % 4, i % 20 == 0 ? 0 : i), now));
   }
   CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(1));
-  CHECK_EQUAL(takeExpired(table, now), 0);
-  CHECK_EQUAL(takeExpired(table, now + std::chrono::milliseconds(50)), 48);
+  CHECK_EQUAL(takeAllExpired(table, now), 0);
+  CHECK_EQUAL(takeAllExpired(table, now + std::chrono::milliseconds(50)), 48);
   CHECK_THAT(table.nextDeadline() == now + std::chrono::milliseconds(51));
   table.close();
   for (int left = 52; left > 0; --left) {
@@ -56,7 +65,7 @@ TEST(call_table_expires_in_order_of_deadlines) {
   CHECK_EQUAL(table.size(), 0U);
   CHECK_EQUAL(table.add(callTo(0, 0), now), 0U);
   CHECK_EQUAL(table.size(), 0U);
-  CHECK_EQUAL(takeExpired(table, now + std::chrono::hours(1)), 0);
+  CHECK_EQUAL(takeAllExpired(table, now + std::chrono::hours(1)), 0);
   CHECK_THAT(table.nextDeadline() == Clock::time_point::max());
 }
 
@@ -77,7 +86,7 @@ TEST(call_table_calls_to_a_lost_peer_expire_soon_with_the_first_reason_and_need_
   testing::failAllocations(0);
   CHECK_THAT(!table.take(id, 1).has_value()); // its response would come too late
   int failed = 0;
-  while (const auto call = table.takeExpired(now + kFailureDelay)) {
+  while (const auto call = takeExpired(table, now + kFailureDelay)) {
     CHECK_THAT(call->failure == (++failed == 1 ? first : second));
   }
   CHECK_EQUAL(failed, 1001);
@@ -100,4 +109,47 @@ TEST(call_table_gives_a_call_to_its_peer_alone) {
   CHECK_THAT(!table.awaitsOther(id, 1));
   CHECK_THAT(table.take(id, 1).has_value());
   CHECK_THAT(!table.awaitsOther(id, 2)); // it is over
+}
+
+TEST(call_table_a_call_is_late_once_and_then_expires_at_its_time) {
+  CallTable table;
+  const auto now = Clock::now();
+  const auto after = [&](int milliseconds) { return now + std::chrono::milliseconds(milliseconds); };
+  const uint64_t slow = table.add(callTo(1, 3000), now);
+  const uint64_t fast = table.add(callTo(2, 600), now);
+  const uint64_t answered = table.add(callTo(2, 600), now);
+  CHECK_THAT(table.nextDeadline() == after(500));
+  CHECK_THAT(!table.takeDue(after(499)));
+  const auto late = table.takeDue(after(510)); // it is looked at too late, which moves no deadline
+  CHECK_THAT(late && !late->expired && late->id == fast && late->peer == 2);
+  CHECK_EQUAL(table.takeDue(after(510))->id, answered);
+  CHECK_THAT(!table.takeDue(after(599)));
+  CHECK_THAT(table.nextDeadline() == after(600));
+  table.explain(fast, 1, nullptr); // of another peer: nothing
+  table.explain(fast, 2, std::make_shared<const std::string>("why"));
+  table.explain(999, 2, nullptr);
+  CHECK_THAT(table.take(answered, 2).has_value());
+  const auto over = table.takeDue(after(600));
+  CHECK_THAT(over && over->expired && over->expired->id == fast && *over->expired->whyLate == "why");
+  CHECK_EQUAL(over->expired->timeout.count(), 600);
+  CHECK_EQUAL(table.takeDue(after(2500))->id, slow);
+  CHECK_THAT(!table.takeDue(after(2999)));
+  CHECK_THAT(table.takeDue(after(3000))->expired.has_value());
+  CHECK_EQUAL(table.size(), 0U);
+  CHECK_THAT(!table.takeDue(after(100000)));
+}
+
+TEST(call_table_calls_become_late_and_expire_in_the_order_of_their_ends_whatever_their_timeouts) {
+  CallTable table;
+  const auto now = Clock::now();
+  for (const int timeout : {5000, 2000, 3000, 150, 120}) {
+    (void)table.add(callTo(1, timeout), now);
+  }
+  std::vector<int64_t> ends;
+  for (auto due = table.takeDue(now + std::chrono::hours(1)); due; due = table.takeDue(now + std::chrono::hours(1))) {
+    if (due->expired) {
+      ends.push_back(due->expired->timeout.count());
+    }
+  }
+  CHECK_THAT((ends == std::vector<int64_t>{120, 150, 2000, 3000, 5000}));
 }

@@ -210,3 +210,72 @@ def type_of_rrefs(world: World) -> None:
         rref._get_type(timeout=0.1)
     go.signal("done")
     assert rpc.remote(world.next, wait, args=(go,))._get_type(timeout=20) is str
+
+
+# Why a call is late.
+
+
+@case(options={"num_worker_threads": 2}, sizes=(2,), tensorpipe="it does not say why")
+def the_error_says_why(world: World) -> None:
+    """What the callee was doing with the call shortly before its time was over."""
+    if world.rank == 0:
+        started, go = world.event("started"), world.event("go")
+        holder = rpc.rpc_async(world.next, signal_and_wait, args=(started, go), timeout=20)
+        started.wait()
+        running = rpc.rpc_async(world.next, wait, args=(go,), timeout=2)
+        promised = rpc.rpc_async(world.next, promise, timeout=2)
+        queued = rpc.rpc_async(world.next, identity, args=(1,), timeout=2)
+        behind = rpc.rpc_async(world.next, identity, args=(torch.ones(3_000_000),), timeout=2)
+        short = rpc.rpc_async(world.next, identity, args=(1,), timeout=0.05)
+        where = rf"On worker '{world.next}' \(rank 1 on host .+\) it waits behind"
+        busy = r"all its 2 worker threads are busy, the oldest in harness\.signal_and_wait for \d"
+        for future, why in (
+            (running, rf"It has been running on worker '{world.next}' \(rank 1 on host .+\) for 1\.\d\d s"),
+            (promised, rf"{where} \d other requests: {busy}"),
+            (queued, rf"{where} \d other requests: {busy}"),
+            (behind, rf"{where} \d other requests: {busy}"),
+            (short, rf"It was made to worker '{world.next}' \(rank 1"),
+        ):
+            with pytest.raises(RuntimeError, match=rf"{ran_out()}\. {why}"):
+                future.wait()
+        go.signal("done")
+        equal(holder.wait(), "done")
+        late = rpc.rpc_async(world.next, promise, timeout=2)
+        with pytest.raises(RuntimeError, match=r"returned a future, which is not complete 1\.\d\d s after it began"):
+            late.wait()
+        rpc.rpc_sync(world.next, keep_promises)
+
+
+_promised: list[torch.futures.Future[int]] = []
+
+
+@rpc.functions.async_execution
+def promise() -> torch.futures.Future[int]:
+    _promised.append(torch.futures.Future())
+    return _promised[-1]
+
+
+def keep_promises() -> None:
+    while _promised:
+        _promised.pop().set_result(1)
+
+
+@case(options={"num_worker_threads": 1}, sizes=(2,), tensorpipe="it does not say why")
+def the_error_names_nested_calls_that_use_up_all_threads(world: World) -> None:
+    """Each worker's only thread waits for a call to the other, whose only thread does the same."""
+    if world.rank == 0:
+        with pytest.raises(RuntimeError, match=r"each of them waits for a call of its own.*num_worker_threads"):
+            rpc.rpc_sync(world.next, call_back_and_forth, args=(world.name(), world.next, 3), timeout=20)
+
+
+def call_back_and_forth(there: str, here: str, depth: int) -> int:
+    return rpc.rpc_sync(there, call_back_and_forth, args=(here, there, depth - 1), timeout=depth) if depth > 1 else 0
+
+
+@case(sizes=(1,), tensorpipe="it does not say why")
+def the_error_of_a_call_to_oneself_says_why(world: World) -> None:
+    go = world.event("go")
+    future = rpc.rpc_async(world.name(), wait, args=(go,), timeout=1)
+    with pytest.raises(RuntimeError, match=rf"It has been running on worker '{world.name()}' \(rank 0"):
+        future.wait()
+    go.signal()

@@ -171,6 +171,11 @@ void SimEngine::withToken(const std::function<void(ProgressToken&)>& body) {
   body(*hold);
 }
 
+std::optional<size_t> SimEngine::queuedBefore(const std::function<bool(const Task&)>& isIt) const {
+  const auto found = std::ranges::find_if(tasks_, [&](const TaskPtr& task) { return isIt(*task); });
+  return found == tasks_.end() ? std::nullopt : std::optional<size_t>(found - tasks_.begin());
+}
+
 EngineCounts SimEngine::counts() const {
   EngineCounts counts;
   counts.busy = running_;

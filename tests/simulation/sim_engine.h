@@ -30,6 +30,7 @@ class SimEngine final : public Engine {
     othersRun_();
   }
   EngineCounts counts() const override;
+  std::optional<size_t> queuedBefore(const std::function<bool(const Task&)>& isIt) const override;
   bool onEngineThread() const override {
     return current == this;
   }
