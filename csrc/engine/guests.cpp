@@ -66,8 +66,8 @@ bool ThreadedEngine::turnAsGuest(const void* awaited, TaskPtr& mine) {
   std::vector<TaskPtr> tasks;
   bool active = false;
   try {
-    active = turnOnce(tasks);
-    while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks)) {
+    active = turnOnce(tasks) == Turn::kActive;
+    while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks) == Turn::kActive) {
     }
   } catch (const std::exception& error) {
     breakDown(errorText(error));

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <exception>
-#include <iterator>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <utility>
 
 #include <pthread.h>
-#include <sched.h>
 
 #include "base/error_text.h"
 #include "host/resources.h"
@@ -184,105 +182,6 @@ ThreadedEngine::Blocked::~Blocked() {
   }
 }
 
-void ThreadedEngine::lead() {
-  std::vector<TaskPtr> tasks;
-  Idling::Step step;
-  idling_.begin(Clock::now());
-  while (!stopping_) {
-    bool active = false;
-    try {
-      active = step.sleep.count() == 0 ? turnOnce(tasks) : sleep(step.sleep, tasks);
-      // A sender that found the token taken relies on its holder; this one is about to leave.
-      while (!tasks.empty() && driver_.hasQueued()) {
-        turnOnce(tasks);
-      }
-    } catch (const std::exception& error) {
-      breakDown(errorText(error));
-    }
-    if (!tasks.empty()) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!stopping_) { // else nobody would run them, or drop them; they are destroyed here, outside the lock
-        enqueue(tasks);
-      }
-      return;
-    }
-    if (lanes_.runnable() || broken_ || guestLeads()) {
-      return;
-    }
-    step = idling_.next(active, driver_.rests(), Clock::now());
-    if (step.pause == Idling::Pause::kYield) {
-      sched_yield();
-    } else if (step.pause == Idling::Pause::kNap) {
-      ThreadAttributes::waits();
-      std::this_thread::sleep_for(IdlingTimes::kNap);
-      idling_.napped(Clock::now());
-    }
-  }
-}
-
-bool ThreadedEngine::turnOnce(std::vector<TaskPtr>& tasks, bool* free) {
-  if (tasks.empty()) {
-    TokenHold hold(tokens_);
-    if (free != nullptr) {
-      *free = static_cast<bool>(hold);
-    }
-    return hold && driver_.turn(*hold, tasks);
-  }
-  // What is appended to an empty vector needs no memory, and so is not lost with a turn that throws for want of it.
-  std::vector<TaskPtr> more;
-  const auto append = [&] { std::move(more.begin(), more.end(), std::back_inserter(tasks)); };
-  bool active = false;
-  try {
-    active = turnOnce(more, free);
-  } catch (...) {
-    append();
-    throw;
-  }
-  append();
-  return active;
-}
-
-bool ThreadedEngine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) {
-  const uint32_t ticket = doorbell_.prepare();
-  asleep_ = true;
-  bool active = true;
-  try {
-    // What was sent before the sender could know that this one sleeps. If another thread has the token, it may have
-    // looked too early.
-    TokenHold hold(tokens_);
-    active = !hold || driver_.turn(*hold, tasks) || !tasks.empty();
-  } catch (...) {
-    doorbell_.cancel();
-    asleep_ = false;
-    throw;
-  }
-  const auto deadline = driver_.nextDeadline();
-  if (deadline != Clock::time_point::max()) {
-    limit = std::min<std::chrono::nanoseconds>(limit, deadline - Clock::now());
-  }
-  if (active || driver_.hasQueued() || lanes_.runnable() || stopping_ || guest_ || limit.count() <= 0) {
-    doorbell_.cancel();
-    active = true;
-  } else {
-    ThreadAttributes::waits();
-    active = doorbell_.wait(ticket, limit);
-  }
-  asleep_ = false;
-  return active;
-}
-
-void ThreadedEngine::breakDown(const std::string& reason) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (broken_.exchange(true)) {
-      return;
-    }
-  }
-  std::vector<TaskPtr> tasks;
-  driver_.onBroken(reason, tasks);
-  post(tasks);
-}
-
 void ThreadedEngine::post(std::vector<TaskPtr>& tasks) {
   if (tasks.empty()) {
     return;
@@ -311,10 +210,10 @@ void ThreadedEngine::wakeIdleThread() {
 
 void ThreadedEngine::submitted(bool expectsReply) {
   std::vector<TaskPtr> tasks;
-  bool free = true; // else the token's holder looks at the queue again after releasing it
-  while (free && driver_.hasQueued()) {
+  // If the token is taken, its holder looks at the queue again after releasing it.
+  for (Turn turn = Turn::kIdle; turn != Turn::kNoToken && driver_.hasQueued();) {
     try {
-      turnOnce(tasks, &free);
+      turn = turnOnce(tasks);
     } catch (const std::exception& error) {
       breakDown(errorText(error));
       break;

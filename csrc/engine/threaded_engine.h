@@ -102,11 +102,14 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
   TaskPtr take();                                   // with mutex_ held
   bool standBy(std::unique_lock<std::mutex>& lock); // whether to lead if nobody does
+  // engine/leader.cpp
   void lead();
-  void wakeIdleThread();                                            // with mutex_ held
-  void enqueue(std::vector<TaskPtr>& tasks);                        // with mutex_ held
-  bool turnOnce(std::vector<TaskPtr>& tasks, bool* free = nullptr); // free: whether the token was
-  bool turnAsGuest(const void* awaited, TaskPtr& mine);             // whether anything happened
+  void handOver(std::vector<TaskPtr>& tasks);
+  void wakeIdleThread();                        // with mutex_ held
+  void enqueue(std::vector<TaskPtr>& tasks);    // with mutex_ held
+  enum class Turn { kNoToken, kIdle, kActive }; // another thread has the token; nothing happened, or something
+  Turn turnOnce(std::vector<TaskPtr>& tasks);
+  bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
   bool guestLeads() const;
   bool sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks); // whether there is something to do
   void taskMayWait();                                                      // with mutex_ held

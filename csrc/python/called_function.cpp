@@ -8,6 +8,7 @@
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
 
 #include "agent/running_requests.h"
+#include "base/clock.h"
 #include "base/error_text.h"
 #include "python/user_code.h"
 
@@ -22,10 +23,9 @@ TimedGil::TimedGil(MpiAgent* agent) {
     gil_.emplace();
     return;
   }
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   gil_.emplace();
-  agent->addGilWaitTime(
-      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start));
+  agent->addGilWaitTime(std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start));
 }
 
 PythonFunction::PythonFunction(

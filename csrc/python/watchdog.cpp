@@ -35,7 +35,7 @@ void InitWatchdog::cancel() {
 }
 
 void InitWatchdog::watch() {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   auto next = warnAfter_;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
