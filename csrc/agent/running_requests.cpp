@@ -1,7 +1,6 @@
 #include "agent/running_requests.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 namespace torch_rpc_mpi {
@@ -62,7 +61,7 @@ void RunningRequests::nameFunction(std::string_view module, std::string_view fun
   size_t bytes = 0;
   const auto append = [&](std::string_view text) {
     const size_t fits = std::min(text.size(), request->function_.size() - bytes);
-    std::memcpy(request->function_.data() + bytes, text.data(), fits);
+    std::copy_n(text.begin(), fits, request->function_.begin() + static_cast<ptrdiff_t>(bytes));
     bytes += fits;
   };
   append(module);
