@@ -314,7 +314,7 @@ void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<Tas
 
 // See Note [Late calls].
 void Caller::askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks) {
-  std::ranges::stable_sort(late_, {}, &Late::peer);
+  std::ranges::sort(late_, {}, &Late::peer); // which needs no memory
   try {
     for (auto first = late_.begin(); first != late_.end();) {
       const int peer = first->peer;
