@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 
+#include "agent/faults.h"
 #include "base/signal_service.h"
 #include "engine/engine.h"
 #include "peer/peer_context.h"
@@ -22,6 +24,7 @@ struct AgentOptions {
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
   SignalService signals;       // of threads that wait here
   uint32_t slotUsesBefore = 0; // see CallTable
+  std::shared_ptr<Faults> faults; // null but in tests
   MakeEngine makeEngine = makeThreadedEngine;
 };
 

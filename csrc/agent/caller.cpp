@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <thread>
 #include <utility>
 
 #include "agent/engine_work.h"
@@ -138,8 +139,31 @@ Caller::Caller(
       signals_(signals),
       calls_(slotUsesBefore) {}
 
-JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
+JitFuturePtr Caller::failingCall(int peer, rpc::MessageType type, const std::string& failure) {
   const GuestAnnouncement announcement;
+  PendingCall call;
+  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+  call.peer = peer;
+  call.type = type;
+  call.timeout = kFailureDelay;
+  call.failure = sharedText(failure);
+  call.made = Clock::now();
+  JitFuturePtr future = call.future;
+  const auto made = call.made;
+  const bool open = calls_.add(std::move(call), made) != 0;
+  engine_->wake();
+  return open ? future : nullptr;
+}
+
+JitFuturePtr Caller::call(
+    int peer,
+    RpcMessage message,
+    std::chrono::milliseconds timeout,
+    std::chrono::milliseconds delay) {
+  const GuestAnnouncement announcement;
+  if (const auto reason = members_.whyLost(peer)) {
+    return failingCall(peer, message->type(), *reason);
+  }
   const bool toSelf = peer == members_.rank();
   PendingCall call;
   call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
@@ -149,13 +173,6 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
   call.made = Clock::now();
   JitFuturePtr future = call.future;
   const auto made = call.made;
-  if (const auto reason = members_.whyLost(peer)) {
-    call.timeout = kFailureDelay;
-    call.failure = sharedText(*reason);
-    const bool open = calls_.add(std::move(call), made) != 0;
-    engine_->wake();
-    return open ? future : nullptr;
-  }
   if (Engine::guestAnnounced()) {
     // A call to oneself another thread runs, and is there as soon as this one would be.
     Engine::announceGuest(!toSelf);
@@ -166,6 +183,9 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
     return nullptr;
   }
   message->setId(static_cast<int64_t>(id));
+  if (delay.count() > 0) {
+    std::this_thread::sleep_for(delay);
+  }
   try {
     const EngineWork work;
     if (toSelf) {

@@ -540,3 +540,32 @@ TEST(agent_serves_signals_while_send_waits_for_the_answer) {
                 std::vector<char>{}, std::vector<at::Tensor>{}, rpc::MessageType::SCRIPT_RET)));
   }
 }
+
+TEST(agent_has_the_faults_that_are_asked_for) {
+  AgentOptions options;
+  options.faults = std::make_shared<Faults>(FaultOptions{{"SCRIPT_CALL", "RREF_USER_DELETE"}, {{"PYTHON_CALL", 0.1}}, 1});
+  Group group(2, options);
+  const auto send = [&](int to, rpc::MessageType type, float timeout = 30) {
+    return group.agents[0]->send(
+        group.agents[0]->getWorkerInfo(static_cast<rpc::worker_id_t>(to)),
+        c10::make_intrusive<rpc::Message>(
+            std::vector<char>{static_cast<char>('0' + to)}, std::vector<at::Tensor>(), type),
+        timeout);
+  };
+  for (const int to : {0, 1}) {
+    const auto failed = send(to, rpc::MessageType::SCRIPT_CALL);
+    CHECK_THAT(failed->completed() && failed->hasError());
+    CHECK_THAT(errorOf(failed).find("This SCRIPT_CALL was not sent") != std::string::npos);
+    CHECK_EQUAL(textOf(answer(send(to, rpc::MessageType::SCRIPT_CALL))), std::to_string(to));
+
+    const auto retried = send(to, rpc::MessageType::RREF_USER_DELETE);
+    CHECK_THAT(!retried->completed()); // torch's retry thread would run its callback itself
+    CHECK_THAT(errorOf(retried).find("This RREF_USER_DELETE was not sent") != std::string::npos);
+    answer(send(to, rpc::MessageType::RREF_USER_DELETE));
+
+    CHECK_THAT(errorOf(send(to, rpc::MessageType::PYTHON_CALL, 0.02F)).find("RPC ran for more") != std::string::npos);
+    const auto begun = std::chrono::steady_clock::now();
+    answer(send(to, rpc::MessageType::PYTHON_CALL));
+    CHECK_THAT(std::chrono::steady_clock::now() - begun >= std::chrono::milliseconds(100));
+  }
+}
