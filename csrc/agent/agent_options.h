@@ -22,8 +22,8 @@ struct AgentOptions {
   IdlingOptions idling;
   std::chrono::milliseconds watchInterval{100}; // how often to look whether neighbours are alive
   std::function<void(const std::function<void()>& body)> threadHook = [](const std::function<void()>& body) { body(); };
-  SignalService signals;       // of threads that wait here
-  uint32_t slotUsesBefore = 0; // see CallTable
+  SignalService signals;          // of threads that wait here
+  uint32_t slotUsesBefore = 0;    // see CallTable
   std::shared_ptr<Faults> faults; // null but in tests
   MakeEngine makeEngine = makeThreadedEngine;
 };

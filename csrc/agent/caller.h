@@ -30,8 +30,8 @@ class Caller final : public SelfCaller, private SendFailureListener {
       SignalService signals,
       uint32_t slotUsesBefore);
 
-  // A call to a worker, this one perhaps. timeout: 0 for none; it begins now, the message leaves when the delay is over,
-  // until which this waits. Null if there are no more calls: see close().
+  // A call to a worker, this one perhaps. timeout: 0 for none; it begins now, the message leaves when the delay is
+  // over, until which this waits. Null if there are no more calls: see close().
   JitFuturePtr call(
       int peer,
       RpcMessage message,

@@ -31,9 +31,8 @@ constexpr std::pair<const char*, rpc::MessageType> kTypes[] = {
 };
 
 rpc::MessageType typeOf(const std::string& name) {
-  const auto* const found = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& type) {
-    return name == type.first;
-  });
+  const auto* const found =
+      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& type) { return name == type.first; });
   TORCH_CHECK(
       found != std::end(kTypes), "No request is called '", name, "'. The requests are ",
       c10::Join(", ", messageTypeNames()));
