@@ -78,6 +78,9 @@ class Caller::CompletionTask : public Task {
   }
 
  protected:
+  Outbox& outbox() const {
+    return caller_.outbox_;
+  }
   const Completion& completion() const {
     return caller_.completion_;
   }
@@ -100,14 +103,22 @@ class Caller::ResponseTask final : public CompletionTask {
     RpcMessage response;
     try {
       response = decodeMessage(std::move(inbound_));
+    } catch (const BadMessage& error) {
+      outbox().refuse(call.peer, error.what());
+      completion().fail(call, [&] { return unread(error); });
+      return;
     } catch (const std::exception& error) {
-      completion().fail(call, [&] { return "The response could not be read: " + errorText(error); });
+      completion().fail(call, [&] { return unread(error); });
       return;
     }
     completion().complete(call, response);
   }
 
  private:
+  static std::string unread(const std::exception& error) {
+    return "The response could not be read: " + errorText(error);
+  }
+
   InboundMessage inbound_;
 };
 

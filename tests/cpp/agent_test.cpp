@@ -541,9 +541,45 @@ TEST(agent_serves_signals_while_send_waits_for_the_answer) {
   }
 }
 
+// As bytes that MPI has spoiled: requests and answers alike.
+TEST(agent_a_message_that_makes_no_sense_fails_its_sender_and_no_other) {
+  for (const FrameKind kind : {FrameKind::kRequest, FrameKind::kResponse}) {
+    Group group(3);
+    const auto other = group.call(0, 2, "hold");
+    auto request = c10::make_intrusive<rpc::Message>(
+        std::vector<char>{'h', 'o', 'l', 'd'}, std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_CALL);
+    const auto pending = group.agents[0]->send(group.agents[0]->getWorkerInfo(1), request, 60);
+
+    std::string frame(sizeof(FrameHeader), '\0');
+    const std::string body = "no outline of a message";
+    FrameHeader header;
+    header.kind = kind;
+    header.callId = static_cast<uint64_t>(request->id());
+    header.bodyBytes = body.size();
+    std::memcpy(frame.data(), &header, sizeof(header));
+    frame += body;
+    struct Sent final : Operation {
+      void complete(ProgressToken&, const OperationStatus&) noexcept override {}
+    } sent;
+    TokenSource tokens;
+    const TokenHold token(tokens);
+    FakeTransport(group.network, 1).send(*token, 0, Channel::kFrame, frame.data(), frame.size(), &sent);
+
+    const std::string error = errorOf(pending);
+    CHECK_THAT(error.find("of rank 1") != std::string::npos);
+    CHECK_THAT(error.find("makes no sense") != std::string::npos);
+    const std::string later = errorOf(group.call(0, 1, "later"));
+    CHECK_THAT(later.find("RPC to worker 'worker1' (rank 1 on host host) failed") != std::string::npos);
+    CHECK_THAT(later.find("makes no sense") != std::string::npos);
+    CHECK_THAT(!other->completed());
+    CHECK_EQUAL(textOf(answer(group.call(0, 2, "others go on"))), "others go on");
+  }
+}
+
 TEST(agent_has_the_faults_that_are_asked_for) {
   AgentOptions options;
-  options.faults = std::make_shared<Faults>(FaultOptions{{"SCRIPT_CALL", "RREF_USER_DELETE"}, {{"PYTHON_CALL", 0.1}}, 1});
+  options.faults =
+      std::make_shared<Faults>(FaultOptions{{"SCRIPT_CALL", "RREF_USER_DELETE"}, {{"PYTHON_CALL", 0.1}}, 1});
   Group group(2, options);
   const auto send = [&](int to, rpc::MessageType type, float timeout = 30) {
     return group.agents[0]->send(
