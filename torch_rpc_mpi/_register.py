@@ -23,6 +23,9 @@ RENDEZVOUS_SCHEME = "mpi"
 
 logger = logging.getLogger("torch_rpc_mpi")
 
+# This package's: testing.py adds one.
+_ours = {BACKEND_NAME}
+
 # Set on our init_rpc; survives functools.wraps of a package that wraps it again.
 _WRAPPER_MARK = "_torch_rpc_mpi_wrapper"
 
@@ -63,6 +66,19 @@ def register() -> None:
     _synchronize_backend_type(rpc)
     if not hasattr(rpc.init_rpc, _WRAPPER_MARK):
         _torch_api.INIT_RPC.set(_wrap_init_rpc(rpc.init_rpc))
+
+
+def register_further(
+    name: str, construct_options: Callable[..., MPIRpcBackendOptions], init_backend: Callable[..., RpcAgent]
+) -> None:
+    """Registers another backend of this package, which ``init_rpc`` treats as it does ``"MPI"``."""
+    import torch.distributed.rpc as rpc
+
+    registry: Any = rpc.backend_registry
+    if not registry.backend_registered(name):
+        registry.register_backend(name, construct_options, init_backend)
+        _synchronize_backend_type(rpc)
+    _ours.add(name)
 
 
 def is_registered() -> bool:
@@ -148,10 +164,11 @@ def _wrap_init_rpc(original: Callable[..., None]) -> Callable[..., None]:
 
         _synchronize_backend_type(rpc)
         backend = _current_member(rpc, backend)
-        if _is_ours(rpc, backend, rpc_backend_options):
+        ours = _which_of_ours(backend, rpc_backend_options)
+        if ours is not None:
             from . import backend as implementation
 
-            backend = rpc.backend_registry.BackendType[BACKEND_NAME]
+            backend = rpc.backend_registry.BackendType[ours]
             name, rank, world_size, rpc_backend_options = implementation.prepare(
                 name, rank, world_size, rpc_backend_options
             )
@@ -161,11 +178,10 @@ def _wrap_init_rpc(original: Callable[..., None]) -> Callable[..., None]:
     return init_rpc
 
 
-def _is_ours(rpc: ModuleType, backend: Any, options: Any) -> bool:
+def _which_of_ours(backend: Any, options: Any) -> str | None:
     if backend is None:
         from .options import MPIRpcBackendOptions
 
-        return isinstance(options, MPIRpcBackendOptions)
-    if isinstance(backend, str):
-        return backend == BACKEND_NAME  # any other string stays torch's TypeError
-    return backend is rpc.backend_registry.BackendType.__members__.get(BACKEND_NAME)
+        return BACKEND_NAME if isinstance(options, MPIRpcBackendOptions) else None
+    name = backend.name if isinstance(backend, enum.Enum) else backend
+    return name if isinstance(name, str) and name in _ours else None  # any other string stays torch's TypeError

@@ -27,17 +27,6 @@ if TYPE_CHECKING:
     from . import _C
     from ._torch_api import RpcAgent
 
-# What of the options the C++ agent reads (AgentOptions in _C.pyi).
-_AGENT_OPTIONS = (
-    "num_worker_threads",
-    "rpc_timeout",
-    "eager_limit",
-    "bulk_chunk",
-    "spin_time",
-    "max_sleep",
-    "flight_recorder_dir",
-)
-
 
 class InitCall(NamedTuple):
     """The arguments of torch's ``init_rpc``, completed."""
@@ -52,9 +41,7 @@ def construct_options(
     rpc_timeout: float = DEFAULT_RPC_TIMEOUT, init_method: str = DEFAULT_INIT_METHOD, **given: Any
 ) -> MPIRpcBackendOptions:
     """Torch's option handler; also called, without arguments, for every backend when torch infers one from options."""
-    if init_method == DEFAULT_INIT_METHOD:
-        # torch fills in its own default, which asks for MASTER_ADDR.
-        init_method = _rendezvous.DEFAULT_URL
+    init_method = without_torchs_default(init_method)
     if rpc_timeout == DEFAULT_RPC_TIMEOUT and init_method == _rendezvous.DEFAULT_URL and not given:
         try:
             return MPIRpcBackendOptions()
@@ -63,6 +50,11 @@ def construct_options(
             # fail of that; one that uses ours gets the error from the constructor in prepare() or init_backend().
             return _UnusableOptions()
     return MPIRpcBackendOptions(rpc_timeout=rpc_timeout, init_method=init_method, **given)
+
+
+def without_torchs_default(init_method: str) -> str:
+    """Ours, where torch has filled in its own default, which asks for MASTER_ADDR."""
+    return _rendezvous.DEFAULT_URL if init_method == DEFAULT_INIT_METHOD else init_method
 
 
 class _UnusableOptions(MPIRpcBackendOptions):
@@ -314,7 +306,7 @@ def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[
 
 def _agent_options(extension: Any, options: MPIRpcBackendOptions, nodes: int) -> _C.AgentOptions:
     agent_options: _C.AgentOptions = extension.AgentOptions()
-    for name in _AGENT_OPTIONS:
+    for name in options.of_agent:
         setattr(agent_options, name, getattr(options, name))
     agent_options.any_source = _mpi.open_library().takes_any_source(nodes)
     return agent_options

@@ -128,8 +128,6 @@ OPTIONS: tuple[Option, ...] = (
     ),
 )  # fmt: skip
 
-_BY_NAME = {option.name: option for option in OPTIONS}
-
 
 class _Given(TypedDict, total=False):
     """What a type checker knows of the keyword arguments; a unit test compares it with the table."""
@@ -150,10 +148,11 @@ class _Given(TypedDict, total=False):
     flight_recorder_dir: str
 
 
-def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, _BY_NAME, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"its options are {', '.join(_BY_NAME)}"
-    return f"MPIRpcBackendOptions has no option {name!r}; {hint}"
+def signature_of(options: Sequence[Option]) -> inspect.Signature:
+    """Keyword arguments, for help() to show with their defaults."""
+    return inspect.Signature(
+        [inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in options]
+    )
 
 
 class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-ignore]
@@ -168,7 +167,18 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
         ValueError: a value out of range, or a communicator that cannot carry RPC.
     """
 
-    __signature__: ClassVar[inspect.Signature]  # for help(), with the table's defaults
+    __signature__: ClassVar = signature_of(OPTIONS)
+    table: ClassVar = {option.name: option for option in OPTIONS}
+    # What of the options the C++ agent reads (AgentOptions in _C.pyi).
+    of_agent: ClassVar[tuple[str, ...]] = (
+        "num_worker_threads",
+        "rpc_timeout",
+        "eager_limit",
+        "bulk_chunk",
+        "spin_time",
+        "max_sleep",
+        "flight_recorder_dir",
+    )
 
     num_worker_threads: int
     node: str
@@ -187,25 +197,30 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
         # pybind11 wants its own part constructed before any attribute of it is set.
         super().__init__()
         for name in given:
-            if name not in _BY_NAME:
-                raise TypeError(_unknown(name))
-        for option in OPTIONS:
+            if name not in self.table:
+                raise TypeError(self._unknown(name))
+        for option in self.table.values():
             value = given[option.name] if option.name in given else option.default_from(os.environ)  # type: ignore[literal-required]
             setattr(self, option.name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
-        option = _BY_NAME.get(name)
+        option = self.table.get(name)
         if option is None:
-            raise AttributeError(_unknown(name))
+            raise AttributeError(self._unknown(name))
         super().__setattr__(name, option.checked(value))
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in _BY_NAME)
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.table)
         return f"{type(self).__name__}({values})"
+
+    def _unknown(self, name: str) -> str:
+        close = difflib.get_close_matches(name, self.table, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"its options are {', '.join(self.table)}"
+        return f"{type(self).__name__} has no option {name!r}; {hint}"
 
     def checked_comm(self) -> MPI.Intracomm | None:
         """The communicator, checked again: it may have been freed since it was given."""
-        _BY_NAME["comm"].checked(self.comm)
+        self.table["comm"].checked(self.comm)
         return self.comm
 
     def set_device_map(self, to: str, device_map: DeviceMap) -> None:
@@ -214,7 +229,7 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
         Raises:
             ValueError: a device is already mapped to another one.
         """
-        option = _BY_NAME["device_maps"]
+        option = self.table["device_maps"]
         known = self.device_maps.get(to, {})
         added = to_device_map(device_map, option)
         for source, target in added.items():
@@ -228,11 +243,6 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
     def set_devices(self, devices: Sequence[DeviceLike]) -> None:
         """Sets the accelerators that this worker uses for RPC."""
         self.devices = list(devices)  # type: ignore[arg-type]
-
-
-MPIRpcBackendOptions.__signature__ = inspect.Signature(
-    [inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in OPTIONS]
-)
 
 
 def render_markdown() -> str:

@@ -4,8 +4,10 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 
+#include "agent/faults.h"
 #include "base/signal_service.h"
 #include "engine/engine.h"
 #include "peer/peer_context.h"
@@ -24,9 +26,10 @@ struct AgentOptions {
   // Told of a worker that was lost, in a task of the engine.
   using OnWorkerLost = std::function<void(int rank, const std::string& reason)>;
   OnWorkerLost onWorkerLost = [](int, const std::string&) {};
-  std::string flightRecorderDir; // empty: none
-  SignalService signals;         // of threads that wait here
-  uint32_t slotUsesBefore = 0;   // see CallTable
+  std::string flightRecorderDir;  // empty: none
+  SignalService signals;          // of threads that wait here
+  uint32_t slotUsesBefore = 0;    // see CallTable
+  std::shared_ptr<Faults> faults; // null but in tests
   MakeEngine makeEngine = makeThreadedEngine;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <thread>
 #include <utility>
 
 #include "agent/engine_work.h"
@@ -85,6 +86,9 @@ class Caller::CompletionTask : public Task {
   Caller& caller() const {
     return caller_;
   }
+  Outbox& outbox() const {
+    return caller_.outbox_;
+  }
   const Completion& completion() const {
     return caller_.completion_;
   }
@@ -107,8 +111,12 @@ class Caller::ResponseTask final : public CompletionTask {
     RpcMessage response;
     try {
       response = decodeMessage(std::move(inbound_));
+    } catch (const BadMessage& error) {
+      outbox().refuse(call.peer, error.what());
+      completion().fail(call, [&] { return unread(error); });
+      return;
     } catch (const std::exception& error) {
-      completion().fail(call, [&] { return "The response could not be read: " + errorText(error); });
+      completion().fail(call, [&] { return unread(error); });
       return;
     }
     FlightRecorder::instance().record(CallEvent::kCompleted, call.peer, call.id, call.type);
@@ -116,6 +124,10 @@ class Caller::ResponseTask final : public CompletionTask {
   }
 
  private:
+  static std::string unread(const std::exception& error) {
+    return "The response could not be read: " + errorText(error);
+  }
+
   InboundMessage inbound_;
 };
 
@@ -157,8 +169,31 @@ Caller::Caller(
   late_.reserve(kLateCallsAsked);
 }
 
-JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
+JitFuturePtr Caller::failingCall(int peer, rpc::MessageType type, const std::string& failure) {
   const GuestAnnouncement announcement;
+  PendingCall call;
+  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+  call.peer = peer;
+  call.type = type;
+  call.timeout = kFailureDelay;
+  call.failure = sharedText(failure);
+  call.made = Clock::now();
+  JitFuturePtr future = call.future;
+  const auto made = call.made;
+  const bool open = calls_.add(std::move(call), made) != 0;
+  engine_->wake();
+  return open ? future : nullptr;
+}
+
+JitFuturePtr Caller::call(
+    int peer,
+    RpcMessage message,
+    std::chrono::milliseconds timeout,
+    std::chrono::milliseconds delay) {
+  const GuestAnnouncement announcement;
+  if (const auto reason = members_.whyLost(peer)) {
+    return failingCall(peer, message->type(), *reason);
+  }
   const bool toSelf = peer == members_.rank();
   PendingCall call;
   call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
@@ -168,13 +203,6 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
   call.made = Clock::now();
   JitFuturePtr future = call.future;
   const auto made = call.made;
-  if (const auto reason = members_.whyLost(peer)) {
-    call.timeout = kFailureDelay;
-    call.failure = sharedText(*reason);
-    const bool open = calls_.add(std::move(call), made) != 0;
-    engine_->wake();
-    return open ? future : nullptr;
-  }
   if (Engine::guestAnnounced()) {
     // A call to oneself another thread runs, and is there as soon as this one would be.
     Engine::announceGuest(!toSelf);
@@ -186,6 +214,9 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
   }
   message->setId(static_cast<int64_t>(id));
   FlightRecorder::instance().record(CallEvent::kMade, peer, id, message->type());
+  if (delay.count() > 0) {
+    std::this_thread::sleep_for(delay);
+  }
   try {
     const EngineWork work;
     if (toSelf) {

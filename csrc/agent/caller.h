@@ -33,8 +33,15 @@ class Caller final : public SelfCaller, private SendFailureListener {
       SignalService signals,
       uint32_t slotUsesBefore);
 
-  // A call to a worker, this one perhaps. timeout: 0 for none. Null if there are no more calls: see close().
-  JitFuturePtr call(int peer, RpcMessage message, std::chrono::milliseconds timeout);
+  // A call to a worker, this one perhaps. timeout: 0 for none; it begins now, the message leaves when the delay is
+  // over, until which this waits. Null if there are no more calls: see close().
+  JitFuturePtr call(
+      int peer,
+      RpcMessage message,
+      std::chrono::milliseconds timeout,
+      std::chrono::milliseconds delay = std::chrono::milliseconds(0));
+  // One that is not sent and fails, as a call to a peer that has ended does: see Note [Completion].
+  JitFuturePtr failingCall(int peer, torch::distributed::rpc::MessageType type, const std::string& failure);
 
   // For a call that its thread will wait for at once, see Note [Guests]: expectAnswer(true) before it is sent, then
   // driveUntil() with a future that completes when the call does. It may return before that. Neither does anything on

@@ -52,7 +52,8 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
   guarded(call, [&] {
     if (response->type() == rpc::MessageType::EXCEPTION) {
       const std::vector<char>& text = response->payload();
-      call.future->setErrorIfNeeded(std::make_exception_ptr(std::runtime_error(std::string(text.begin(), text.end()))));
+      call.future->setErrorIfNeeded(
+          std::make_exception_ptr(std::runtime_error(readableText({text.data(), text.size()}))));
       return;
     }
     auto storages = response->getStorages();

@@ -4,6 +4,7 @@
 #include <new>
 #include <utility>
 
+#include "base/error_text.h"
 #include "base/flight_recorder.h"
 #include "peer/receive_pool.h"
 
@@ -199,7 +200,7 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       }
       break;
     case FrameKind::kGoodbye: {
-      const std::string farewell(message.body().data, message.body().bytes);
+      const std::string farewell = readableText({message.body().data, message.body().bytes});
       exchange_.leaves(token, source, "it has left (" + farewell + ")", Clock::now());
       break;
     }

@@ -148,8 +148,26 @@ JitFuturePtr MpiAgent::send(
   checkNotForked();
   const rpc::MessageType type = message->type();
   TORCH_CHECK(rpcAgentRunning_.load(), notRunningText(type));
-  JitFuturePtr future = caller_.call(getWorkerInfo(to.id_).id_, std::move(message), timeoutOf(rpcTimeoutSeconds));
+  const int peer = getWorkerInfo(to.id_).id_;
+  const auto timeout = timeoutOf(rpcTimeoutSeconds);
+  JitFuturePtr future = options_.faults == nullptr ? caller_.call(peer, std::move(message), timeout)
+                                                   : sendWithFaults(peer, std::move(message), timeout);
   TORCH_CHECK(future != nullptr, notRunningText(type));
+  return future;
+}
+
+JitFuturePtr MpiAgent::sendWithFaults(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
+  const rpc::MessageType type = message->type();
+  const auto failure = options_.faults->failureOf(*message);
+  if (!failure) {
+    return caller_.call(peer, std::move(message), timeout, options_.faults->delayOf(type));
+  }
+  if (Faults::torchRetries(type)) { // and its thread that does so must not meet a future that has failed
+    return caller_.failingCall(peer, type, *failure);
+  }
+  caller_.expectAnswer(false); // there will be none
+  auto future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+  future->setError(std::make_exception_ptr(std::runtime_error(*failure)));
   return future;
 }
 

@@ -81,6 +81,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   }
 
  private:
+  JitFuturePtr sendWithFaults(int peer, RpcMessage message, std::chrono::milliseconds timeout);
   std::chrono::milliseconds timeoutOf(float seconds) const;
   std::string notRunningText(torch::distributed::rpc::MessageType type) const;
   std::string whatJoinWaitsFor() const;

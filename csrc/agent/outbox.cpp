@@ -1,5 +1,7 @@
 #include "agent/outbox.h"
 
+#include <new>
+
 namespace torch_rpc_mpi {
 
 void Outbox::encode(OutboundRpc& message) const {
@@ -14,6 +16,14 @@ void Outbox::submit(OutboundPtr message, bool expectsReply) {
     filled_ = true;
   }
   engine_->submitted(expectsReply);
+}
+
+void Outbox::refuse(int peer, const std::string& why) noexcept {
+  try {
+    exchange_.refuse(peer, why);
+    engine_->wake();
+  } catch (const std::bad_alloc&) { // whoever waited for the message has been told all the same
+  }
 }
 
 bool Outbox::post(ProgressToken& token) {

@@ -1,9 +1,10 @@
-// Messages on their way from any thread to the token's holder.
+// What is on its way from any thread to the token's holder: messages, and peers to be failed.
 #pragma once
 
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "codec/message_codec.h"
@@ -34,6 +35,8 @@ class Outbox {
   void encode(OutboundRpc& message) const;
   // expectsReply: somebody has to poll for the answer.
   void submit(OutboundPtr message, bool expectsReply);
+  // A message of this peer makes no sense: Exchange::refuse().
+  void refuse(int peer, const std::string& why) noexcept;
 
   // Of the token's holder.
   bool filled() const {

@@ -136,6 +136,10 @@ void Server::serve(InboundMessage inbound) {
   RpcMessage request;
   try {
     request = decodeMessage(std::move(inbound));
+  } catch (const BadMessage& error) {
+    outbox_.refuse(reply.peer, error.what());
+    serving_.fetch_sub(1);
+    return;
   } catch (const std::exception& error) {
     respond(reply, [&] {
       return errorResponse(std::string("The request could not be read: ") + errorText(error), reply.id);

@@ -262,7 +262,7 @@ RpcMessage decodeMessage(InboundMessage inbound) {
         inbound.header.bodyBytes, " bytes and ", inbound.header.bulkParts, " parts)");
   };
   if (!inbound.error.empty()) {
-    throw BadMessage(whose() + ": " + inbound.error);
+    throw std::runtime_error(whose() + ": " + inbound.error);
   }
   try {
     return decode(inbound);

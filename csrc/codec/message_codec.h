@@ -75,8 +75,8 @@ class OutboundControl final : public OutboundMessage {
 
 // Memory for the bulk parts that `body` describes. Throws BadMessage, NoMemory.
 std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body);
-// The message that has arrived. Throws BadMessage, also for what `inbound.error` says; and std::invalid_argument for a
-// sparse tensor with indices that it does not have.
+// The message that has arrived. Throws BadMessage, for bytes that no sender writes; std::invalid_argument for a sparse
+// tensor with indices that it does not have; and for what `inbound.error` says, and for want of memory, others.
 RpcMessage decodeMessage(InboundMessage inbound);
 // What the receiver would decode, without the way there: for calls to oneself, whose arguments are copies as well.
 RpcMessage copyMessage(const torch::distributed::rpc::Message& message);

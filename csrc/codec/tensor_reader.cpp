@@ -49,14 +49,23 @@ at::ScalarType readType(Reader& reader) {
   return type;
 }
 
+// torch multiplies all of them, also where one is 0.
+void checkCount(const std::vector<int64_t>& sizes) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) {
+    require(size >= 0, "a tensor has a negative size");
+    require(!__builtin_mul_overflow(count, size, &count), "a tensor has more elements than can be counted");
+  }
+}
+
 std::vector<int64_t> readSizes(Reader& reader) {
   const size_t dimensions = reader.get<uint8_t>();
   require(dimensions <= kMaxDimensions, "a tensor has too many dimensions");
   std::vector<int64_t> sizes(dimensions);
   for (int64_t& size : sizes) {
     size = reader.get<int64_t>();
-    require(size >= 0, "a tensor has a negative size");
   }
+  checkCount(sizes);
   return sizes;
 }
 
@@ -91,6 +100,7 @@ Description readDescription(Reader& reader) {
 
 // Throws unless every element lies within the storage.
 void checkBounds(const Description& description, size_t storageBytes) {
+  checkCount(description.sizes);
   uint64_t last = description.offset;
   bool overflow = false;
   bool empty = false;
@@ -98,7 +108,7 @@ void checkBounds(const Description& description, size_t storageBytes) {
     const int64_t size = description.sizes[d];
     const int64_t stride = description.strides[d];
     empty |= size == 0;
-    overflow |= size < 0 || stride < 0;
+    overflow |= stride < 0;
     uint64_t reach = 0;
     overflow |= __builtin_mul_overflow(
         static_cast<uint64_t>(std::max<int64_t>(size - 1, 0)), static_cast<uint64_t>(stride), &reach);
@@ -165,10 +175,17 @@ class TensorReader {
     if ((description.flags & kNegated) != 0) {
       tensor._set_neg(true);
     }
-    if ((description.flags & kRequiresGrad) != 0) {
-      tensor.set_requires_grad(true);
+    return withGrad(tensor, description.flags);
+  }
+
+  static at::Tensor withGrad(const at::Tensor& tensor, uint8_t flags) {
+    if ((flags & kRequiresGrad) == 0) {
+      return tensor;
     }
-    return tensor;
+    require(
+        at::isFloatingType(tensor.scalar_type()) || at::isComplexType(tensor.scalar_type()),
+        "a tensor requires a gradient that its dtype cannot have");
+    return tensor.set_requires_grad(true);
   }
 
   static void setShape(const at::Tensor& tensor, const Description& description) {
@@ -183,7 +200,7 @@ class TensorReader {
     const at::Tensor values = readPlain();
     checkSparse(indices, values, sizes);
     auto tensor = at::_sparse_coo_tensor_unsafe(indices, values, sizes, values.options().layout(at::kSparse));
-    return (flags & kRequiresGrad) != 0 ? tensor.set_requires_grad(true) : tensor;
+    return withGrad(tensor, flags);
   }
 
   at::Tensor readSparseCsr() {
@@ -194,7 +211,7 @@ class TensorReader {
     const at::Tensor values = readPlain();
     checkSparseCsr(rows, columns, values, sizes);
     auto tensor = at::_sparse_csr_tensor_unsafe(rows, columns, values, sizes, values.options().layout(at::kSparseCsr));
-    return (flags & kRequiresGrad) != 0 ? tensor.set_requires_grad(true) : tensor;
+    return withGrad(tensor, flags);
   }
 
   at::Tensor readQuantized() {

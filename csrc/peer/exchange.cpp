@@ -98,6 +98,23 @@ void Exchange::released(int source, uint64_t chargedBytes) {
   }
 }
 
+void Exchange::refuse(int source, const std::string& why) {
+  const std::lock_guard<std::mutex> lock(dueMutex_);
+  refused_.emplace_back(source, why);
+  hasDue_ = true;
+}
+
+void Exchange::failRefused(ProgressToken& token) {
+  std::vector<std::pair<int, std::string>> refused;
+  {
+    const std::lock_guard<std::mutex> lock(dueMutex_);
+    refused.swap(refused_);
+  }
+  for (const auto& [rank, why] : refused) {
+    fail(token, rank, why);
+  }
+}
+
 std::vector<int> Exchange::takeDue() {
   std::vector<int> due;
   if (hasDue()) {
@@ -124,6 +141,9 @@ void Exchange::reportCredit(ProgressToken& token, const std::vector<int>& ranks)
 // ---- receiving ----
 
 bool Exchange::poll(ProgressToken& token) {
+  if (hasDue()) {
+    failRefused(token);
+  }
   const std::vector<int> due = takeDue();
   if (closed_) {
     return false; // but nothing stays due, for which a sender would turn for ever

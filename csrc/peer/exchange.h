@@ -18,6 +18,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "peer/peer.h"
@@ -25,7 +26,7 @@
 namespace torch_rpc_mpi {
 
 // Everything is guarded by the progress token but: counters_ (atomics, read by anyone), what Peer and Credit say of
-// themselves, and due_, guarded by dueMutex_ (hasDue_ is a hint).
+// themselves, and due_ and refused_, guarded by dueMutex_ (hasDue_ is a hint).
 class Exchange : private PeerFailureListener {
  public:
   using Time = Peer::Time;
@@ -58,12 +59,14 @@ class Exchange : private PeerFailureListener {
 
   // Any thread: a request of `source` left the queue to be run.
   void released(int source, uint64_t chargedBytes);
+  // Any thread: a message of `source` that had arrived makes no sense. The next turn fails the peer.
+  void refuse(int source, const std::string& why);
   // Any thread, a hint: a request of so many bytes would leave at once.
   bool wouldSendAtOnce(int rank, uint64_t chargedBytes) const;
   Peer::State stateOf(int rank) const { // any thread
     return peers_[rank]->state();
   }
-  bool hasDue() const { // any thread: somebody is to be told of credit
+  bool hasDue() const { // any thread: somebody is to be told of credit, or to fail
     return hasDue_.load(std::memory_order_relaxed);
   }
   // Whether not all of a message of this kind and id is here.
@@ -79,6 +82,7 @@ class Exchange : private PeerFailureListener {
   void onPeerFailed(ProgressToken& token, int rank, const std::string& reason) noexcept override;
   void reportCredit(ProgressToken& token, const std::vector<int>& ranks);
   std::vector<int> takeDue();
+  void failRefused(ProgressToken& token);
   void onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status);
   void onFrameOf(ProgressToken& token, int source, FrameBuffer frame, size_t bytes);
   void postFrameReceive(ProgressToken& token, FrameReceive* slot);
@@ -99,6 +103,7 @@ class Exchange : private PeerFailureListener {
 
   std::mutex dueMutex_;
   std::vector<int> due_;
+  std::vector<std::pair<int, std::string>> refused_; // peers, and why
   std::atomic<bool> hasDue_{false};
 };
 

@@ -62,6 +62,7 @@ struct PyAgentOptions {
   double maxSleep = 0.001;
   bool anySource = true;
   std::string flightRecorderDir;
+  FaultOptions faults;
 
   AgentOptions toCore(int worldSize, int ranksOnHost) const {
     AgentOptions options;
@@ -90,6 +91,9 @@ struct PyAgentOptions {
     options.flightRecorderDir = flightRecorderDir;
     options.threadHook = withPythonThreadState;
     options.signals = kPythonSignals;
+    if (!faults.messagesToFail.empty() || !faults.messagesToDelay.empty()) {
+      options.faults = std::make_shared<Faults>(faults);
+    }
     return options;
   }
 };
@@ -245,7 +249,18 @@ void bindAgent(py::module_& module) {
       .def_readwrite("spin_time", &PyAgentOptions::spinTime)
       .def_readwrite("max_sleep", &PyAgentOptions::maxSleep)
       .def_readwrite("any_source", &PyAgentOptions::anySource)
-      .def_readwrite("flight_recorder_dir", &PyAgentOptions::flightRecorderDir);
+      .def_readwrite("flight_recorder_dir", &PyAgentOptions::flightRecorderDir)
+      .def_property(
+          "messages_to_fail", [](const PyAgentOptions& self) { return self.faults.messagesToFail; },
+          [](PyAgentOptions& self, std::vector<std::string> names) { self.faults.messagesToFail = std::move(names); })
+      .def_property(
+          "messages_to_delay", [](const PyAgentOptions& self) { return self.faults.messagesToDelay; },
+          [](PyAgentOptions& self, std::unordered_map<std::string, double> delays) {
+            self.faults.messagesToDelay = std::move(delays);
+          })
+      .def_property(
+          "num_fail_sends", [](const PyAgentOptions& self) { return self.faults.numFailSends; },
+          [](PyAgentOptions& self, int sends) { self.faults.numFailSends = sends; });
 
   // torch's own module holds the base class; it must be known before ours.
   py::module_::import("torch._C._distributed_rpc");
@@ -292,6 +307,7 @@ void bindAgent(py::module_& module) {
   py::class_<SecondInterrupt>(module, "SecondInterrupt")
       .def(py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"))
       .def("cancel", &SecondInterrupt::cancel, NoGil());
+  module.def("message_type_names", &messageTypeNames);
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
   module.def("usable_cores", [] { return usableCores(); });
   module.def("usable_memory", [] { return usableMemory(); });

@@ -28,6 +28,7 @@ OF_DYNAMIC_GROUPS = (
     "test_dynamic_rpc_init_rpc_without_rank",
     "test_dynamic_and_static_init_rpc_together",
 )
+EXPECTED_FAILURES = dict.fromkeys(OF_DYNAMIC_GROUPS, "MPI's groups are fixed: see docs/dynamic_groups.md")
 
 TENSORPIPE = [
     without(rpc_test.TensorPipeAgentRpcTest, *OF_TENSORPIPES_OPTIONS),

@@ -540,3 +540,68 @@ TEST(agent_serves_signals_while_send_waits_for_the_answer) {
                 std::vector<char>{}, std::vector<at::Tensor>{}, rpc::MessageType::SCRIPT_RET)));
   }
 }
+
+// As bytes that MPI has spoiled: requests and answers alike.
+TEST(agent_a_message_that_makes_no_sense_fails_its_sender_and_no_other) {
+  for (const FrameKind kind : {FrameKind::kRequest, FrameKind::kResponse}) {
+    Group group(3);
+    const auto other = group.call(0, 2, "hold");
+    auto request = c10::make_intrusive<rpc::Message>(
+        std::vector<char>{'h', 'o', 'l', 'd'}, std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_CALL);
+    const auto pending = group.agents[0]->send(group.agents[0]->getWorkerInfo(1), request, 60);
+
+    std::string frame(sizeof(FrameHeader), '\0');
+    const std::string body = "no outline of a message";
+    FrameHeader header;
+    header.kind = kind;
+    header.callId = static_cast<uint64_t>(request->id());
+    header.bodyBytes = body.size();
+    std::memcpy(frame.data(), &header, sizeof(header));
+    frame += body;
+    struct Sent final : Operation {
+      void complete(ProgressToken&, const OperationStatus&) noexcept override {}
+    } sent;
+    TokenSource tokens;
+    const TokenHold token(tokens);
+    FakeTransport(group.network, 1).send(*token, 0, Channel::kFrame, frame.data(), frame.size(), &sent);
+
+    const std::string error = errorOf(pending);
+    CHECK_THAT(error.find("of rank 1") != std::string::npos);
+    CHECK_THAT(error.find("makes no sense") != std::string::npos);
+    const std::string later = errorOf(group.call(0, 1, "later"));
+    CHECK_THAT(later.find("RPC to worker 'worker1' (rank 1 on host host) failed") != std::string::npos);
+    CHECK_THAT(later.find("makes no sense") != std::string::npos);
+    CHECK_THAT(!other->completed());
+    CHECK_EQUAL(textOf(answer(group.call(0, 2, "others go on"))), "others go on");
+  }
+}
+
+TEST(agent_has_the_faults_that_are_asked_for) {
+  AgentOptions options;
+  options.faults =
+      std::make_shared<Faults>(FaultOptions{{"SCRIPT_CALL", "RREF_USER_DELETE"}, {{"PYTHON_CALL", 0.1}}, 1});
+  Group group(2, options);
+  const auto send = [&](int to, rpc::MessageType type, float timeout = 30) {
+    return group.agents[0]->send(
+        group.agents[0]->getWorkerInfo(static_cast<rpc::worker_id_t>(to)),
+        c10::make_intrusive<rpc::Message>(
+            std::vector<char>{static_cast<char>('0' + to)}, std::vector<at::Tensor>(), type),
+        timeout);
+  };
+  for (const int to : {0, 1}) {
+    const auto failed = send(to, rpc::MessageType::SCRIPT_CALL);
+    CHECK_THAT(failed->completed() && failed->hasError());
+    CHECK_THAT(errorOf(failed).find("This SCRIPT_CALL was not sent") != std::string::npos);
+    CHECK_EQUAL(textOf(answer(send(to, rpc::MessageType::SCRIPT_CALL))), std::to_string(to));
+
+    const auto retried = send(to, rpc::MessageType::RREF_USER_DELETE);
+    CHECK_THAT(!retried->completed()); // torch's retry thread would run its callback itself
+    CHECK_THAT(errorOf(retried).find("This RREF_USER_DELETE was not sent") != std::string::npos);
+    answer(send(to, rpc::MessageType::RREF_USER_DELETE));
+
+    CHECK_THAT(errorOf(send(to, rpc::MessageType::PYTHON_CALL, 0.02F)).find("RPC ran for more") != std::string::npos);
+    const auto begun = std::chrono::steady_clock::now();
+    answer(send(to, rpc::MessageType::PYTHON_CALL));
+    CHECK_THAT(std::chrono::steady_clock::now() - begun >= std::chrono::milliseconds(100));
+  }
+}

@@ -4,15 +4,19 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include <algorithm>
+#include <functional>
 #include <random>
 
 #include "base/error_text.h"
 #include "check.h"
 #include "codec/not_run.h"
 #include "codec/sendable.h"
+#include "codec/tensor_format.h"
 #include "peer/receive_pool.h"
+#include "tensor_reading.h"
 
 using namespace torch_rpc_mpi;
+using torch_rpc_mpi::testing::readAll;
 namespace rpc = torch::distributed::rpc;
 
 namespace {
@@ -144,6 +148,44 @@ TEST(codec_refuses_indices_that_a_sparse_tensor_does_not_have) {
   }
 }
 
+// What torch's own checks would find, in words that do not say whose message it was.
+TEST(codec_refuses_descriptions_that_torch_has_no_tensor_for) {
+  const auto edited = [](const at::Tensor& tensor, const std::function<void(std::string&)>& edit) {
+    TensorWriter writer;
+    writer.add({tensor});
+    std::string descriptions = writer.descriptions();
+    edit(descriptions);
+    std::vector<at::DataPtr> storages;
+    std::vector<size_t> sizes;
+    for (const ConstSpan& slice : writer.slices()) {
+      storages.push_back(allocateStorage(slice.bytes, false));
+      sizes.push_back(slice.bytes);
+    }
+    Reader reader({descriptions.data(), descriptions.size()}, "the description");
+    return readTensors(reader, 1, std::move(storages), sizes);
+  };
+  // A plain tensor: form, dtype, flags, dimensions, slice, offset, sizes.
+  const auto requiresGrad = [](std::string& description) { description[2] |= kRequiresGrad; };
+  CHECK_THAT(edited(at::ones({2}), requiresGrad)[0].requires_grad());
+  CHECK_THROWS(edited(at::ones({2}, at::kInt), requiresGrad), "a gradient that its dtype cannot have");
+  const auto grows = [](std::string& description) {
+    const uint64_t huge = uint64_t{1} << 40;
+    for (const size_t at : {16, 24}) {
+      std::memcpy(description.data() + at, &huge, sizeof(huge));
+    }
+  };
+  CHECK_THROWS(edited(at::ones({1}).expand({4, 4}), grows), "more elements than can be counted");
+  CHECK_THROWS(edited(at::ones({1}).expand({4, 4, 0}), grows), "larger than memory can be");
+}
+
+TEST(codec_looks_once_at_an_index_that_stands_for_many) {
+  constexpr int64_t kMany = int64_t{1} << 40;
+  const at::Tensor tensor = at::_sparse_coo_tensor_unsafe(
+      at::ones({1, 1}, at::kLong).expand({1, kMany}), at::ones({1}).expand({kMany}), {3},
+      at::TensorOptions().dtype(at::kFloat).layout(at::kSparse));
+  CHECK_EQUAL(throughTheWire(tensor)._nnz(), kMany);
+}
+
 TEST(codec_refuses_tensors_without_memory) {
   const auto over = [](size_t bytes, at::DataPtr data) {
     const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data), nullptr, false);
@@ -181,6 +223,16 @@ TEST(errors_always_say_something) {
   CHECK_THAT(errorText(Silent()).find("Silent") != std::string::npos);
   CHECK_THAT(errorText(std::make_exception_ptr(Silent())).find("Silent") != std::string::npos);
   CHECK_THAT(!errorText(std::make_exception_ptr(7)).empty());
+}
+
+TEST(errors_of_others_can_be_read) {
+  const std::string valid = "a \n\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80";
+  CHECK_EQUAL(readableText(valid), valid);
+  for (const std::string bad :
+       {"\xff", "\xc3", "\xe2\x82", "\xc0\x80", "\xe0\x80\x80", "\xed\xa0\x80", "\xf0\x80\x80\x80",
+        "\xf4\x90\x80\x80"}) {
+    CHECK_EQUAL(readableText("a" + bad + "b"), "a" + std::string(bad.size(), '?') + "b");
+  }
 }
 
 namespace {
@@ -235,53 +287,6 @@ class Arrival {
   std::string asSent; // the body with which the parts came
   std::vector<std::string> parts;
 };
-
-// All bytes from a tensor's first to its last. Here, because AddressSanitizer does not see what torch's own code reads.
-void touch(const at::Tensor& tensor) {
-  size_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    last += static_cast<size_t>(tensor.size(d) - 1) * static_cast<size_t>(tensor.stride(d));
-  }
-  const auto* bytes = static_cast<const volatile char*>(tensor.const_data_ptr());
-  for (size_t i = 0; tensor.numel() > 0 && i < (last + 1) * tensor.itemsize(); ++i) {
-    (void)bytes[i];
-  }
-}
-
-// All that a program may read of a tensor.
-void readAll(const at::Tensor& tensor) {
-  if (!tensor.defined()) {
-    return;
-  }
-  if (tensor.layout() == at::kSparse) {
-    touch(tensor._indices());
-    touch(tensor._values());
-  } else if (tensor.layout() == at::kSparseCsr) {
-    touch(tensor.crow_indices());
-    touch(tensor.col_indices());
-    touch(tensor.values());
-  } else {
-    touch(tensor);
-  }
-  if (tensor.is_quantized() && tensor.qscheme() != at::kPerTensorAffine) {
-    const int64_t channels = tensor.size(tensor.q_per_channel_axis());
-    for (const at::Tensor& each : {tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()}) {
-      touch(each);
-      CHECK_EQUAL(each.numel(), channels);
-    }
-  }
-  // Shapes without end over little memory are valid (strides of 0), but take for ever.
-  if (tensor.numel() > (1 << 12)) {
-    return;
-  }
-  if (tensor.is_quantized()) {
-    (void)tensor.dequantize();
-  } else if (tensor.layout() != at::kStrided) {
-    (void)tensor.to_dense();
-  } else {
-    (void)tensor.clone(at::MemoryFormat::Contiguous);
-  }
-}
 
 void decodeAndRead(const Arrival& arrival) {
   try {

@@ -1,0 +1,95 @@
+#include "agent/faults.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/distributed/rpc/rpc_agent.h>
+#include <torch/csrc/distributed/rpc/utils.h>
+
+namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+constexpr std::pair<const char*, rpc::MessageType> kTypes[] = {
+    {"SCRIPT_CALL", rpc::MessageType::SCRIPT_CALL},
+    {"PYTHON_CALL", rpc::MessageType::PYTHON_CALL},
+    {"SCRIPT_REMOTE_CALL", rpc::MessageType::SCRIPT_REMOTE_CALL},
+    {"PYTHON_REMOTE_CALL", rpc::MessageType::PYTHON_REMOTE_CALL},
+    {"SCRIPT_RREF_FETCH_CALL", rpc::MessageType::SCRIPT_RREF_FETCH_CALL},
+    {"PYTHON_RREF_FETCH_CALL", rpc::MessageType::PYTHON_RREF_FETCH_CALL},
+    {"RREF_USER_DELETE", rpc::MessageType::RREF_USER_DELETE},
+    {"RREF_FORK_REQUEST", rpc::MessageType::RREF_FORK_REQUEST},
+    {"RREF_CHILD_ACCEPT", rpc::MessageType::RREF_CHILD_ACCEPT},
+    {"FORWARD_AUTOGRAD_REQ", rpc::MessageType::FORWARD_AUTOGRAD_REQ},
+    {"BACKWARD_AUTOGRAD_REQ", rpc::MessageType::BACKWARD_AUTOGRAD_REQ},
+    {"CLEANUP_AUTOGRAD_CONTEXT_REQ", rpc::MessageType::CLEANUP_AUTOGRAD_CONTEXT_REQ},
+    {"RUN_WITH_PROFILING_REQ", rpc::MessageType::RUN_WITH_PROFILING_REQ},
+};
+
+rpc::MessageType typeOf(const std::string& name) {
+  const auto* const found =
+      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& type) { return name == type.first; });
+  TORCH_CHECK(
+      found != std::end(kTypes), "No request is called '", name, "'. The requests are ",
+      c10::Join(", ", messageTypeNames()));
+  return found->second;
+}
+
+const char* nameOf(rpc::MessageType type) {
+  const auto* const found =
+      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& known) { return type == known.second; });
+  return found->first;
+}
+
+} // namespace
+
+std::vector<std::string> messageTypeNames() {
+  std::vector<std::string> names;
+  for (const auto& type : kTypes) {
+    names.emplace_back(type.first);
+  }
+  return names;
+}
+
+Faults::Faults(const FaultOptions& options) : numFailSends_(options.numFailSends) {
+  TORCH_CHECK(numFailSends_ >= 0, "num_fail_sends must not be negative, but is ", numFailSends_);
+  for (const std::string& name : options.messagesToFail) {
+    toFail_.push_back(typeOf(name));
+  }
+  for (const auto& [name, seconds] : options.messagesToDelay) {
+    TORCH_CHECK(seconds >= 0, "The delay of ", name, " must not be negative, but is ", seconds, " s");
+    toDelay_[typeOf(name)] = std::chrono::milliseconds(std::llround(seconds * rpc::kSecToMsConversion));
+  }
+}
+
+std::optional<std::string> Faults::failureOf(const rpc::Message& request) {
+  const rpc::MessageType type = request.type();
+  if (std::find(toFail_.begin(), toFail_.end(), type) == toFail_.end()) {
+    return std::nullopt;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  int& failures = failures_[{type, request.payload()}];
+  if (failures >= numFailSends_) {
+    return std::nullopt;
+  }
+  ++failures;
+  return rpc::makeRPCError(
+      c10::str("This ", nameOf(type), " was not sent, as the test asks for: ", failures, " of ", numFailSends_),
+      rpc::RPCErrorType::INTENTIONAL_FAILURE);
+}
+
+bool Faults::torchRetries(rpc::MessageType type) {
+  return type == rpc::MessageType::RREF_USER_DELETE || type == rpc::MessageType::RREF_FORK_REQUEST ||
+      type == rpc::MessageType::RREF_CHILD_ACCEPT || type == rpc::MessageType::CLEANUP_AUTOGRAD_CONTEXT_REQ;
+}
+
+std::chrono::milliseconds Faults::delayOf(rpc::MessageType type) const {
+  const auto found = toDelay_.find(type);
+  return found == toDelay_.end() ? std::chrono::milliseconds(0) : found->second;
+}
+
+} // namespace torch_rpc_mpi

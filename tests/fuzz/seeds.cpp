@@ -1,0 +1,132 @@
+// Writes what the fuzzers start from: torch_rpc_mpi_fuzz_seeds tests/fuzz/corpus. To be run when formats have changed.
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include <ATen/Functions.h>
+
+#include "codec/message_codec.h"
+#include "python/pickle/plain_pickle_format.h"
+
+using namespace torch_rpc_mpi;
+namespace rpc = torch::distributed::rpc;
+
+namespace {
+
+std::filesystem::path directory;
+
+void write(const char* fuzzer, const std::string& name, const std::string& input) {
+  std::filesystem::create_directories(directory / fuzzer);
+  std::ofstream(directory / fuzzer / name, std::ios::binary) << input;
+}
+
+class Nobody final : public SendFailureListener {
+  void onSendFailed(FrameKind, int, uint64_t, const std::string&) noexcept override {}
+};
+
+// A message's body and how many parts it has beside it.
+struct Encoded {
+  std::string body;
+  uint32_t parts;
+};
+
+Encoded encode(const std::vector<at::Tensor>& tensors, size_t inlineLimit) {
+  Nobody nobody;
+  auto message = c10::make_intrusive<rpc::Message>(
+      std::vector<char>{'p', 'a', 'y'}, std::vector<at::Tensor>(tensors), rpc::MessageType::SCRIPT_CALL);
+  auto pool = std::make_shared<FramePool>(size_t{1} << 16);
+  OutboundRpc out(1, FrameKind::kRequest, 1, std::move(message), inlineLimit, nobody);
+  out.encode(*pool);
+  return {std::string(out.frame().body(), out.header().bodyBytes), out.header().bulkParts};
+}
+
+std::vector<std::pair<std::string, at::Tensor>> tensorsOfAllForms() {
+  const at::Tensor dense = at::arange(6, at::kFloat).reshape({2, 3});
+  return {
+      {"plain", dense.t()},
+      {"undefined", {}},
+      {"conjugated", at::zeros({2}, at::kComplexFloat).conj()},
+      {"gradient", at::ones({2}).set_requires_grad(true)},
+      {"sparse", at::eye(2).to_sparse()},
+      {"csr", at::eye(2).to_sparse_csr()},
+      {"quantized", at::quantize_per_tensor(dense, 0.1, 2, at::kQInt8)},
+      {"channels", at::quantize_per_channel(dense, at::ones({3}), at::zeros({3}, at::kLong), 1, at::kQInt8)},
+      {"float_channels", at::quantize_per_channel(dense, at::ones({3}), at::zeros({3}), 1, at::kQUInt8)},
+  };
+}
+
+void writeMessages() {
+  std::vector<at::Tensor> all;
+  for (const auto& [name, tensor] : tensorsOfAllForms()) {
+    all.push_back(tensor);
+    const Encoded inside = encode({tensor}, 1 << 10);
+    const Encoded beside = encode({tensor}, 4);
+    write("message", name, std::string{static_cast<char>(inside.parts), 0} + inside.body);
+    write("message", name + "_beside", std::string{static_cast<char>(beside.parts), 0} + beside.body);
+  }
+  write("message", "all", std::string(2, '\0') + encode(all, 1 << 10).body);
+}
+
+// Steps of frames.cpp.
+std::string frame(int peer, uint8_t choice, const std::string& body, uint8_t callId = 1) {
+  std::string step{static_cast<char>(peer | 1 << 2), static_cast<char>(choice), static_cast<char>(body.size())};
+  step += body;
+  return (choice & 8U) != 0 ? step : step + static_cast<char>(callId);
+}
+
+void writeFrames() {
+  constexpr uint8_t kRequest = 0, kResponse = 1, kCredit = 2, kGoodbye = 3, kDrain = 4;
+  constexpr uint8_t kOfLastCall = 8, kParts = 16, kInBulk = 32;
+  const std::string plain = encode({}, 1 << 10).body;
+  const Encoded beside = encode({at::ones({30})}, 4);
+  const std::string call{0 | 5 << 2, 1, 'x'}, turn{7 << 2}, chunk{0 | 4 << 2, 0};
+  const auto drain = [](char kind) { return std::string{kind} + std::string(23, '\0'); };
+  write("frames", "request", std::string(1, '\0') + frame(0, kRequest, plain) + turn);
+  write("frames", "answer", "\1" + call + frame(0, kResponse | kOfLastCall, plain) + turn);
+  write("frames", "body_in_bulk", std::string(1, '\0') + frame(1, kRequest | kInBulk, plain) + turn);
+  // How many parts there are follows the body.
+  std::string parts = frame(0, kRequest | kParts, beside.body);
+  parts += static_cast<char>(beside.parts);
+  write("frames", "parts", std::string(1, '\0') + parts + turn + chunk + chunk + chunk + turn);
+  write("frames", "goodbye", std::string(1, '\0') + call + frame(0, kGoodbye, "it ends") + turn + call);
+  write("frames", "credit", std::string(1, '\0') + frame(2, kCredit, "") + turn);
+  const std::string wave = frame(2, kDrain, drain(1)) + turn;
+  write("frames", "drain", "\2" + wave + frame(0, kDrain, drain(2)) + turn + wave + frame(0, kDrain, drain(3)) + turn);
+}
+
+void writePickles() {
+  using namespace plain_pickle;
+  const std::string start(kStart), none(1, kNone), stop(1, kStop), mark(1, kMark);
+  const auto text = [](const std::string& value) {
+    return std::string{kShortText, static_cast<char>(value.size())} + value;
+  };
+  const std::string numbers = std::string{kInt1, 1, kInt2, 1, 2, kInt4, 1, 2, 3, 4} + std::string(kInt8) +
+      std::string(8, '\7') + std::string{kFloat} + std::string(8, '?');
+  const std::string tensor = std::string(kReceiveTensor) + std::string(kFirstTensor);
+  const std::string global = text("builtins") + text("len") + std::string{kGlobal};
+  const auto result = [&](const char* name, int tensors, const std::string& pickle) {
+    write("plain_pickle", name, std::string{static_cast<char>(tensors << 1)} + start + pickle + stop);
+  };
+  result("none", 0, none);
+  result("list", 0, std::string{kEmptyList} + mark + numbers + std::string{kAppends});
+  result("dict", 0, std::string{kEmptyDict} + mark + text("key") + none + std::string{kSetItems});
+  result("tuple", 0, mark + text("a") + std::string{kShortBytes, 1, 'b', kTrue, kFalse, kTuple});
+  result("tensor", 1, tensor);
+  result("tensors", 2, tensor + std::string(kMemoOfTensors) + std::string{kInt1, 1, '\x85', kReduce, '\x86'});
+  const std::string call = std::string(kCallType) + global + std::string{kEmptyTuple, kEmptyDict, '\x87', kNewObject};
+  write("plain_pickle", "call", std::string(1, '\1') + start + call + stop + std::string(kResendable));
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    return 2;
+  }
+  directory = argv[1];
+  writeMessages();
+  writeFrames();
+  writePickles();
+  return 0;
+}
