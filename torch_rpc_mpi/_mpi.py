@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import _exit
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -235,9 +237,9 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         module = _import_mpi()
     finally:
         watchdog.cancel()
-    if multiprocessing.parent_process() is not None:
-        # Children of multiprocessing's fork and forkserver methods end without the exit function in which mpi4py
-        # finalises MPI, which leaves files in /dev/shm. After _session's, which has a higher priority.
+    if _exit.skips_atexit():
+        # Nor is there the exit function in which mpi4py finalises MPI, and files stay in /dev/shm. After _session's
+        # finalizer, which has a higher priority.
         multiprocessing.util.Finalize(None, _finalize_mpi, (module,), exitpriority=50)
     return module
 

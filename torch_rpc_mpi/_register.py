@@ -50,7 +50,7 @@ def register() -> None:
     rpc = _rpc_module()
     if rpc is None:
         return
-    from . import _torch_api
+    from . import _exit, _torch_api  # noqa: F401 (see Note [The order at exit] in _exit)
 
     registry = rpc.backend_registry
     if not registry.backend_registered(BACKEND_NAME):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -9,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
 
 from . import _waiting, _world
-from ._torch_api import HashStore, Store
+from ._torch_api import RENDEZVOUS_TCP_STORE, HashStore, Replacements, Store
 from .options import OPTIONS, MPIRpcBackendOptions
 
 DEFAULT_URL = "mpi://"
@@ -41,23 +43,41 @@ def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
 
 _store: Store | None = None
 _abandoned: list[list[Store]] = []
+_limit = 0.0  # seconds for a rendezvous, that of the init_rpc that has begun last; 0 = none
 
 
 def _meet_interruptibly(*where: Any) -> tuple[Store, int, int]:
     """Torch's rendezvous. One that a signal ends goes on, and what it finds is kept.
 
     Its store may have a server, to which other ranks have come meanwhile: without it they would be lost to the next
-    attempt, which shares the server.
+    attempt, which shares the server. Rank 0, which has the server, does not wait for the others here, where nobody
+    could tell who is missing.
     """
     found: list[Store] = []
+    begin = time.monotonic()
 
     def meet() -> tuple[Store, int, int]:
-        met: tuple[Store, int, int] = next(torchs_rendezvous(*where))
+        without_waiting = Replacements()
+        torchs = RENDEZVOUS_TCP_STORE.current
+        without_waiting.make({RENDEZVOUS_TCP_STORE: functools.partial(torchs, wait_for_workers=False)})
+        try:
+            met: tuple[Store, int, int] = next(torchs_rendezvous(*where))
+        finally:
+            without_waiting.undo()
         found.append(met[0])
         return met
 
+    def look() -> None:
+        waited = time.monotonic() - begin
+        if 0 < _limit <= waited:
+            raise TimeoutError(
+                f"rank 0 did not call init_rpc within {waited:.3g} s: it is to serve the store of {where[0]}, where "
+                "nobody answers. Check that address and port are the same for all ranks and those of rank 0's host, "
+                "see rank 0's output for an earlier error, or raise init_timeout."
+            )
+
     try:
-        return _waiting.interruptibly(meet)
+        return _waiting.interruptibly(meet, look)
     except BaseException:
         _abandoned.append(found)
         raise
@@ -84,7 +104,12 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
 
 
 def made_interruptible(options: MPIRpcBackendOptions) -> MPIRpcBackendOptions:
-    """The options, with an ``init_method`` that lets the handlers of signals run while a TCPStore waits for others."""
+    """The options, with an ``init_method`` that lets the handlers of signals run while a TCPStore waits for others.
+
+    The rendezvous that follows takes no longer than their ``init_timeout``.
+    """
+    global _limit
+    _limit = options.init_timeout
     if urlsplit(options.init_method).scheme not in ("tcp", "env"):
         return options
     values: Any = {option.name: getattr(options, option.name) for option in OPTIONS}

@@ -5,11 +5,9 @@ Imports the extension; import this module only once MPI is loaded.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
-import multiprocessing.util
 import os
 import sys
 import threading
@@ -21,7 +19,7 @@ from typing import Any
 
 from torch.distributed.rpc import internal
 
-from . import _C, _all_gather, _pickler, _remote_errors, _torch_api, calls, faults
+from . import _C, _all_gather, _exit, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
 from ._torch_api import Place, Replacements
 
@@ -51,23 +49,28 @@ class _Session:
     replaced: Replacements
     second_interrupt: _C.SecondInterrupt
     all_gathers: _all_gather.Watch
+    forget_finalize: Callable[[], None]
 
 
 _current: _Session | None = None
 
 
-def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str) -> None:
+def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str, mpi: _mpi.LoadedMPI) -> None:
     """Starts the session of ``agent``, which has not started yet.
 
     Args:
         agent: the agent.
         pickler: what pickles the calls of this process from now on; None for torch's.
         whereabouts: who and where this worker is, for the text of errors.
+        mpi: the MPI that it uses.
     """
     global _current
     # First: should the handler of a signal raise in what follows, agent.shutdown() puts back what was replaced by then.
-    second_interrupt = _C.SecondInterrupt(agent, whereabouts)
-    _current = _Session(agent, os.getpid(), Replacements(), second_interrupt, _all_gather.Watch(agent))
+    second_interrupt = _C.SecondInterrupt(
+        agent, whereabouts, mpi.runtime if _exit.is_of_a_job() else None, mpi.handle(mpi.MPI.COMM_WORLD)
+    )
+    forget_finalize = _exit.before_finalize(mpi.MPI, functools.partial(_leave_before_finalize, agent, whereabouts))
+    _current = _Session(agent, os.getpid(), Replacements(), second_interrupt, _all_gather.Watch(agent), forget_finalize)
     _current.replaced.make(_hooks_into_api(agent, pickler))
     _current.replaced.make(_hooks_into_futures())
     _current.replaced.make(_current.all_gathers.replacements())
@@ -95,6 +98,7 @@ def end(agent: Agent) -> None:
     session.second_interrupt.cancel()
     session.all_gathers.end()
     session.replaced.undo()
+    session.forget_finalize()
 
 
 def _hooks_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[Place, Any]:
@@ -216,11 +220,17 @@ def make_serialize(serialize: Callable[[Any], _pickler.Pickled], whereabouts: st
     return serialize_result
 
 
-# Note [Leaving without shutdown]
-# A process that ends without rpc.shutdown() must stop its engine before mpi4py finalises MPI, and tell its peers, whose
-# calls would otherwise run into their timeouts. mpi4py finalises in a C-level exit function, which runs after all of
-# atexit. Registered once, not per session: it finds the session that is current then, and keeps no agent alive.
-@atexit.register
+def _leave_before_finalize(agent: Agent, whereabouts: str) -> None:
+    logger.warning(
+        "torch_rpc_mpi: MPI.Finalize() ends the RPC session of %s, whose calls fail from now on. Call rpc.shutdown() "
+        "before it.",
+        whereabouts,
+    )
+    agent.leave("it has called MPI.Finalize() before rpc.shutdown()")
+
+
+# See Note [The order at exit]. Set once, not per session: it finds the session that is current then, and keeps no agent
+# alive.
 def _leave_at_exit() -> None:
     session = _current
     # A child made by os.fork() inherits this hook, but neither the engine's threads nor the right to MPI.
@@ -229,16 +239,15 @@ def _leave_at_exit() -> None:
     try:
         waited = int(session.agent.get_metrics().get("agent.client_active_calls", 0)) > 0
         before = _whereabouts_of_other_threads()
-        session.agent.leave()
+        session.agent.leave(_exit.farewell())
+        session.forget_finalize()
         if waited:
             _let_other_threads_wake(before)
     except Exception:
         logger.warning("torch_rpc_mpi: the agent could not leave its group at exit", exc_info=True)
 
 
-if multiprocessing.parent_process() is not None:
-    # Children of multiprocessing's fork and forkserver methods end without atexit.
-    multiprocessing.util.Finalize(None, _leave_at_exit, exitpriority=100)
+_exit.call_last(_leave_at_exit)
 
 
 def _whereabouts_of_other_threads() -> dict[int, tuple[FrameType, int]]:

@@ -5,6 +5,7 @@ What is relied on, and that it is so, tests/unit/test_torch_api.py says name by 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,6 +87,9 @@ ALL_GATHER_SEQUENCE_ID = Place(api, "_all_gather_sequence_id")
 ALL_GATHER_STATES = Place(api, "_all_gather_sequence_id_to_states")
 DELETE_RREFS = Place(api, "_delete_all_user_and_unforked_owner_rrefs")
 WAIT_ALL_WORKERS = Place(api, "_wait_all_workers")
+
+# Rendezvous. The module; a function of the same name hides it in torch.distributed.
+RENDEZVOUS_TCP_STORE = Place(sys.modules["torch.distributed.rendezvous"], "TCPStore")
 
 # The rest is used as it is.
 DEFAULT_INIT_METHOD = _distributed_rpc._DEFAULT_INIT_METHOD

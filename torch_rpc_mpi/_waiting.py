@@ -37,7 +37,10 @@ def interruptibly(work: Callable[[], T], look: Callable[[], None] | None = None)
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="rpc_mpi_wait", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="rpc_mpi_wait", daemon=True).start()
+    except RuntimeError:  # there is none for this process, or, from Python 3.12 on, none in handlers at exit
+        return work()
     # No wait without an end: a signal that comes just before it would be served only after it.
     while not concurrent.futures.wait([outcome], LOOK_INTERVAL).done:
         if look is not None:

@@ -10,30 +10,24 @@ A world lasts as long as its processes: MPI is never finalised in it, because th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import logging
 import multiprocessing
 import os
 import re
 import socket
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _mpi
+from . import _meeting, _mpi
+from ._meeting import Member, Membership
 from ._torch_api import FileStore, PrefixStore, Store
 
 if TYPE_CHECKING:
     from . import _C
 
-logger = logging.getLogger("torch_rpc_mpi")
-
 _WARN_AFTER = 10.0  # seconds
-_LONGEST_PAUSE = 0.05  # seconds
 _FOR_EVER = 10.0 * 365 * 24 * 3600  # seconds
 
 # What launchers tell MPI. In a process that one of them started only indirectly, through torchrun or multiprocessing,
@@ -41,41 +35,6 @@ _FOR_EVER = 10.0 * 365 * 24 * 3600  # seconds
 _ABOUT_A_PARENT = re.compile(
     r"(PMI|PMI2|PMIX|I_MPI_PMI|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD)(_|$)"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Membership:
-    """This process's place in the world that it has formed with others."""
-
-    world: str
-    rank: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """What a rank tells the others when it checks in."""
-
-    name: str
-    node: str
-    host: str
-    pid: int
-    mpi: str  # library and version
-    membership: Membership | None
-    problem: str | None  # why it cannot take part
-    fresh: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # unique; rank 0's names a new world
-
-    def __str__(self) -> str:
-        return f"{self.name} (pid {self.pid} on {self.host})"
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str | bytes) -> Member:
-        fields = json.loads(text)
-        if fields["membership"] is not None:
-            fields["membership"] = Membership(**fields["membership"])
-        return Member(**fields)
 
 
 _membership: Membership | None = None
@@ -144,7 +103,7 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     me = Member(worker, node, socket.gethostname(), os.getpid(), mpi.library() if mpi else "", _membership, problem)
-    session, members = _check_in(_shared_by_sessions(store), me, rank, size, deadline)
+    session, members = _meeting.meet(_shared_by_sessions(store), me, rank, size, deadline)
     _keep_file(store)
     _check_fit(members)
     assert mpi is not None  # _check_fit() has raised if it could not be opened
@@ -193,50 +152,6 @@ def _keep_file(store: Store) -> None:
     _kept_file = store if isinstance(store, FileStore) else None
 
 
-def _check_in(store: Store, me: Member, rank: int, size: int, deadline: float) -> tuple[Store, list[Member]]:
-    """Tells the others of this process and learns of them. Returns a store of this session's own, and all members."""
-    # Sessions of a size follow each other, and each takes every place once: so the first to take each place belong
-    # together, and then the second.
-    visit = store.add(f"{size}/{rank}", 1)
-    session = PrefixStore(f"{size}/{visit}", store)
-    session.set(f"member/{rank}", me.to_json())
-    try:
-        _await_all(session, "member", size, deadline, "call init_rpc")
-    except BaseException:  # the time is over, or a signal's handler has raised
-        # Another attempt shall meet those that come late.
-        session.delete_key(f"member/{rank}")
-        store.add(f"{size}/{rank}", -1)
-        raise
-    return session, [Member.from_json(session.get(f"member/{other}")) for other in range(size)]
-
-
-def _await_all(session: Store, stage: str, size: int, deadline: float, what: str) -> None:
-    """Waits for every rank's key of a stage, at which it has done ``what``."""
-    keys = [f"{stage}/{rank}" for rank in range(size)]
-    begin = time.monotonic()
-    between_warnings = _WARN_AFTER
-    warn_at = begin + between_warnings
-    # Not the store's own wait(): no handler of a signal runs meanwhile, and a TCPStore logs each one that runs out.
-    while not session.check(keys):
-        now = time.monotonic()
-        waited = now - begin
-        if now >= min(warn_at, deadline):
-            missing = [rank for rank, key in enumerate(keys) if not session.check([key])]
-            who = f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {size}"
-            if missing and now >= deadline:
-                raise TimeoutError(
-                    f"{who} did not {what} within {waited:.3g} s. Check that every process is given the same "
-                    "world_size, a rank of its own and the same init_method, see their output for an earlier error, or "
-                    "raise init_timeout."
-                )
-            if missing:
-                logger.warning("still waiting after %.3g s for %s to %s", waited, who, what)
-            between_warnings *= 2
-            warn_at += between_warnings
-        # So that looking prolongs no wait by more than an eighth, and late ranks do not flood the store.
-        time.sleep(min(max(waited / 8, 0.001), _LONGEST_PAUSE, _left(deadline)))
-
-
 def _check_fit(members: Sequence[Member]) -> None:
     """Raises RuntimeError, the same on all ranks, when the members cannot form a world."""
     lines = [f"rank {rank}, {member}: {member.problem}" for rank, member in enumerate(members) if member.problem]
@@ -276,7 +191,7 @@ def _form_world(
     try:
         _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)
         session.set(f"formed/{rank}", "")
-        _await_all(session, "formed", len(nodes), deadline, "return from MPI_Init")
+        _meeting.await_all(session, "formed", len(nodes), deadline, "return from MPI_Init")
     finally:
         # Nobody will finalise this MPI and so remove its files. Every rank has them mapped now: they need no names.
         for file in _shared_memory_files() - before:
@@ -296,8 +211,11 @@ def _initialize(
     try:
         with _watchdog(mpi, "MPI_Init", deadline):
             mpi.runtime.initialize()
-    finally:
+        server.serve_alone(f"rank {rank} of {size} (pid {os.getpid()} on host {socket.gethostname()})")
+    except BaseException:
         server.stop()
+        raise
+    finally:
         for variable in pmi:
             del os.environ[variable]
     formed = mpi.MPI.COMM_WORLD

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _mpi, _rendezvous, _torch_api, _world
+from . import __version__, _agreement, _exit, _mpi, _rendezvous, _torch_api, _world
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
 from .options import MPIRpcBackendOptions
 
@@ -79,14 +79,14 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
     options = MPIRpcBackendOptions() if options is None else _checked_options(options)
     rank = _integer("rank", -1 if rank is None else rank)
     world_size = _integer("world_size", -1 if world_size is None else world_size)
-    rank, world_size = _complete_place(options, rank, world_size)
+    rank, world_size = _complete_place(name, options, rank, world_size)
     if _without_launcher(options, rank, world_size):
         options = _rendezvous.made_interruptible(options)
     _mpi.load_extension().forget_autograd_worker_id(rank)
     return InitCall(name, rank, world_size, options)
 
 
-def _complete_place(options: MPIRpcBackendOptions, rank: int, world_size: int) -> tuple[int, int]:
+def _complete_place(name: str, options: MPIRpcBackendOptions, rank: int, world_size: int) -> tuple[int, int]:
     """Rank and world size, checked against what MPI or torchrun says."""
     if options.comm is None:
         rank, world_size = _world.complete(rank, world_size)
@@ -96,12 +96,21 @@ def _complete_place(options: MPIRpcBackendOptions, rank: int, world_size: int) -
                 f"init_rpc was given rank={rank}, world_size={world_size}. In a process that no MPI launcher started "
                 "it needs both, the rank from 0 to world_size - 1."
             )
+        _exit.watch_errors(_whereabouts(name, rank), job=None)
         return rank, world_size
     mpi = _mpi.load(options.init_timeout)
     comm = _communicator(mpi, options)
+    _exit.watch_errors(
+        _whereabouts(name, comm.Get_rank()),
+        job=mpi if mpi.MPI.COMM_WORLD.Get_size() > 1 and not _world.is_formed() else None,
+    )
     _check_launch(mpi, options, rank, world_size, comm.Get_size())
     _check_place(rank, world_size, comm.Get_rank(), comm.Get_size(), options)
     return comm.Get_rank(), comm.Get_size()
+
+
+def _whereabouts(name: str, rank: int) -> str:
+    return f"worker '{name}' (rank {rank} on host {socket.gethostname()})"
 
 
 def _without_launcher(options: MPIRpcBackendOptions, rank: int, world_size: int) -> bool:
@@ -179,7 +188,7 @@ def init_backend(
         neighbours.ring_each_other()
     agent = agents.pop()
     try:
-        _session.begin(agent, pickler, whereabouts)
+        _session.begin(agent, pickler, whereabouts, _mpi.open_library())
         _torch_api.init_rpc_states(agent)
     except BaseException:
         agent.shutdown()

@@ -13,6 +13,9 @@ namespace torch_rpc_mpi {
 
 namespace {
 
+// What is running has so long to answer before the peers hear that this worker leaves, and fail the calls that are
+// left.
+constexpr auto kAnswersLimit = std::chrono::milliseconds(200);
 // User code may run for ever. Leaving waits so long for what is running, then goes on without it.
 constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
 // Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
@@ -23,10 +26,10 @@ constexpr size_t kCauseLength = 400;
 
 } // namespace
 
-bool Leaving::leave(bool agreed) {
-  const bool stopped = stopEngine();
-  if (!agreed) {
-    sayGoodbye();
+bool Leaving::leave(bool agreed, const std::optional<std::string>& farewell) {
+  const bool stopped = stopEngine(agreed ? kRunningTasksLimit : kAnswersLimit);
+  if (!agreed && farewell) {
+    sayGoodbye(*farewell);
   }
   flush();
   const EngineWork work;
@@ -37,20 +40,23 @@ bool Leaving::leave(bool agreed) {
   });
   dropped.clear();
   caller_.close(caller_.shutDownText());
+  if (!stopped && (agreed || farewell)) { // else it is for the process to end at once
+    return stopEngine(kRunningTasksLimit);
+  }
   return stopped;
 }
 
-bool Leaving::stopEngine() {
-  const auto stop = [&](std::chrono::milliseconds limit) {
+bool Leaving::stopEngine(std::chrono::milliseconds limit) {
+  const auto stop = [&](std::chrono::milliseconds wait) {
     const EngineWork work; // the calls of tasks that are dropped fail here
-    return engine_.stop(limit);
+    return engine_.stop(wait);
   };
   if (!signals_.here()) {
-    return stop(kRunningTasksLimit);
+    return stop(limit);
   }
-  const auto limit = Clock::now() + kRunningTasksLimit;
+  const auto end = Clock::now() + limit;
   bool stopped = stop(kSignalInterval);
-  while (!stopped && interrupted_ == nullptr && Clock::now() < limit) {
+  while (!stopped && interrupted_ == nullptr && Clock::now() < end) {
     serveSignals();
     stopped = stop(kSignalInterval);
   }
@@ -87,8 +93,7 @@ void Leaving::serveSignals() {
   }
 }
 
-void Leaving::sayGoodbye() {
-  std::string text = "it shut RPC down or exited without waiting for the others";
+void Leaving::sayGoodbye(std::string text) {
   const auto lost = members_.lost();
   if (!lost.empty()) { // the cause, for those that hear of this before they hear of that
     const std::string& reason = lost.front().reason;

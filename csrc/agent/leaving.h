@@ -1,7 +1,10 @@
 // How the agent ends: after an agreement (Join), or on its own (shutdown without join, exit).
 #pragma once
 
+#include <chrono>
 #include <exception>
+#include <optional>
+#include <string>
 
 #include "agent/caller.h"
 #include "agent/dispatcher.h"
@@ -30,8 +33,9 @@ class Leaving {
         signals_(signals) {}
 
   // Stops the engine, says goodbye unless all have agreed to leave, closes the exchange, fails the calls that are left.
-  // Returns whether all threads of the engine have ended: the others still use the agent.
-  bool leave(bool agreed);
+  // farewell: why, for the peers; without it they are told nothing. Returns whether all threads of the engine have
+  // ended: the others still use the agent.
+  bool leave(bool agreed, const std::optional<std::string>& farewell);
 
   // What a signal's handler threw meanwhile, which cut short what was left to wait for.
   std::exception_ptr interrupted() const {
@@ -39,8 +43,8 @@ class Leaving {
   }
 
  private:
-  bool stopEngine();
-  void sayGoodbye();
+  bool stopEngine(std::chrono::milliseconds limit);
+  void sayGoodbye(std::string text);
   void flush();
   void serveSignals();
 

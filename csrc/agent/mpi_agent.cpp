@@ -211,7 +211,7 @@ void MpiAgent::shutdownImpl() {
   }
   Leaving leaving(*engine_, dispatcher_, exchange_, caller_, members_, options_.signals);
   flightLog_.write(); // of what went wrong last; its task may not run any more
-  const bool stopped = leaving.leave(agreed_);
+  const bool stopped = leaving.leave(agreed_, farewell_);
   ReceivePool::instance().trim(Clock::time_point::max());
   if (!stopped) {
     LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " was shut down while " << engine_->counts().busy
@@ -225,6 +225,12 @@ void MpiAgent::shutdownImpl() {
   if (leaving.interrupted() != nullptr) {
     std::rethrow_exception(leaving.interrupted());
   }
+}
+
+void MpiAgent::leave(std::optional<std::string> farewell) {
+  farewell_ = std::move(farewell);
+  silenceRRefs();
+  shutdown();
 }
 
 // ---- workers ----

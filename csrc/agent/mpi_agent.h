@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -27,7 +28,7 @@ namespace torch_rpc_mpi {
 
 // Thread-safe. Members:
 //   options_, transport_, completion_ are immutable after construction;
-//   metricsMutex_ guards the GIL wait; agreed_ and started_ are atomics;
+//   metricsMutex_ guards the GIL wait; agreed_ and started_ are atomics; farewell_ is for the thread that ends it;
 //   the parts guard themselves. They refer to each other, and are made in an order in which none is used too early.
 class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::enable_shared_from_this<MpiAgent> {
  public:
@@ -54,6 +55,9 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   // After join(shutdown=true): frees everything. Without: says goodbye to the peers and stops; local and bounded. What
   // a signal throws meanwhile is thrown when all is done.
   void shutdownImpl() override;
+  // shutdown() of one that has agreed on nothing, by the process's end and not by torch. farewell: why, for the peers;
+  // without it they are told nothing.
+  void leave(std::optional<std::string> farewell);
 
   // For code that waits for the calls that it makes.
   Caller& caller() {
@@ -101,6 +105,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
 
   std::atomic<bool> agreed_{false}; // join(shutdown=true) succeeded
   std::atomic<bool> started_{false};
+  std::optional<std::string> farewell_{"it shut RPC down or exited without waiting for the others"};
 
   std::mutex metricsMutex_;
   uint64_t gilWaits_ = 0;

@@ -45,7 +45,29 @@ template struct Adopt<
     &rpc::RRefContext::confirmedUsers_,
     &rpc::RRefContext::pendingChildren_>;
 
+using SilenceFunction = void (*)(rpc::RRefContext& context);
+SilenceFunction silenceFunction();
+
+template <auto kDestroyedMutex, auto kDestroyed>
+struct Silence {
+  static void silence(rpc::RRefContext& context) {
+    const std::lock_guard<std::mutex> lock(context.*kDestroyedMutex);
+    context.*kDestroyed = true;
+  }
+  friend SilenceFunction silenceFunction() {
+    return &silence;
+  }
+};
+
+template struct Silence<&rpc::RRefContext::destroyedMutex_, &rpc::RRefContext::destroyed_>;
+
 } // namespace
+
+void silenceRRefs() {
+  if (rpc::RpcAgent::isCurrentRpcAgentSet()) {
+    silenceFunction()(rpc::RRefContext::getInstance());
+  }
+}
 
 void adoptRRefContext(const std::shared_ptr<rpc::RpcAgent>& agent) {
   auto& context = rpc::RRefContext::getInstance(); // the first time, it takes torch's current agent

@@ -13,4 +13,8 @@ namespace torch_rpc_mpi {
 // current agent and revives it. Call when `agent` is torch's current one and has not started.
 void adoptRRefContext(const std::shared_ptr<torch::distributed::rpc::RpcAgent>& agent);
 
+// For a session that ends without torch's shutdown: RRefs that live longer tell nobody of their end. Each would
+// complain, with its stack, that RPC has ended.
+void silenceRRefs();
+
 } // namespace torch_rpc_mpi

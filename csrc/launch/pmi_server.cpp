@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -47,9 +48,10 @@ bool writeAll(int socket, const std::string& text) {
 } // namespace
 
 PmiServer::PmiServer(c10::intrusive_ptr<c10d::Store> store, PmiPlace place, std::chrono::milliseconds timeout)
-    : store_(std::move(store)),
-      place_(std::move(place)),
-      timeout_(timeout) {
+    : place_(std::move(place)),
+      timeout_(timeout),
+      store_(std::move(store)),
+      whereabouts_("rank " + std::to_string(place_.rank) + " of " + std::to_string(place_.size)) {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
     throw std::runtime_error(std::string("cannot make a socket for PMI: ") + std::strerror(errno));
@@ -98,7 +100,27 @@ void PmiServer::serve() {
   }
 }
 
+void PmiServer::serveAlone(std::string whereabouts) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  store_ = nullptr;
+  whereabouts_ = std::move(whereabouts);
+}
+
+void PmiServer::abort(const std::string& line) const {
+  int status = EXIT_FAILURE;
+  try {
+    status = std::stoi(field(line, "exitcode"));
+  } catch (const std::logic_error&) { // it names none that makes sense
+  }
+  std::fprintf(
+      stderr, "torch_rpc_mpi: %s ends with status %d: MPI_Abort was called, or MPI met an error and gave up.\n",
+      whereabouts_.c_str(), status);
+  std::fflush(stderr);
+  _exit(status);
+}
+
 std::string PmiServer::answer(const std::string& line) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   try {
     if (line.rfind("mcmd=", 0) == 0) {
       return ""; // a request of several lines, ended by endcmd: only spawn
@@ -135,6 +157,9 @@ std::string PmiServer::answer(const std::string& line) {
       barrier();
       return "cmd=barrier_out rc=0\n";
     }
+    if (command == "abort") {
+      abort(line);
+    }
     if (command == "finalize") {
       return "cmd=finalize_ack rc=0\n";
     }
@@ -150,7 +175,9 @@ std::string PmiServer::answer(const std::string& line) {
 }
 
 std::string PmiServer::put(const std::string& line) {
-  store_->set("kvs/" + field(line, "key"), field(line, "value", /*toTheEnd=*/true));
+  if (store_ != nullptr) {
+    store_->set("kvs/" + field(line, "key"), field(line, "value", /*toTheEnd=*/true));
+  }
   return "cmd=put_result rc=0 msg=success\n";
 }
 
@@ -160,13 +187,16 @@ std::string PmiServer::get(const std::string& line) {
     return "cmd=get_result rc=0 msg=success value=" + place_.mapping + "\n";
   }
   // What others have put is there since the last barrier. No waiting: MPI also asks for what may be missing.
-  if (!store_->check({"kvs/" + key})) {
+  if (store_ == nullptr || !store_->check({"kvs/" + key})) {
     return "cmd=get_result rc=-1 msg=key_not_found value=unknown\n";
   }
   return "cmd=get_result rc=0 msg=success value=" + store_->get_to_str("kvs/" + key) + "\n";
 }
 
 void PmiServer::barrier() {
+  if (store_ == nullptr) {
+    return;
+  }
   const std::string name = "barrier/" + std::to_string(barriers_++);
   if (store_->add(name, 1) == place_.size) {
     store_->set(name + "/passed", std::string("1"));

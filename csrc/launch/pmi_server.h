@@ -3,6 +3,7 @@
 #pragma once
 
 #include <chrono>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -26,7 +27,8 @@ struct PmiPlace {
 // MPI_Init blocks on the answers, possibly with the GIL held, so they come from a thread that never needs it (unless
 // the store itself is written in Python).
 //
-// Members belong to the thread once it runs, but for the sockets, which do not change while it does.
+// Members belong to the thread once it runs, but for the sockets, which do not change while it does, and those that
+// mutex_ guards.
 class PmiServer {
  public:
   // The store belongs to this world alone. timeout: how long ranks wait for each other at one of PMI's barriers.
@@ -39,23 +41,29 @@ class PmiServer {
   int clientSocket() const {
     return client_;
   }
-  // Ends the conversation. For when MPI_Init has returned: what MPI asks from then on gets no answer but an error.
+  // Ends the conversation: what MPI asks from then on gets no answer but an error.
   void stop();
+  // For when MPI_Init has returned. What MPI asks from then on is answered without the store, and waits for nobody:
+  // other ranks may have ended. MPI_Abort ends this process; whereabouts: who and where it is.
+  void serveAlone(std::string whereabouts);
 
  private:
   void serve();
   // The answer to one line.
   std::string answer(const std::string& line);
+  [[noreturn]] void abort(const std::string& line) const;
   std::string put(const std::string& line);
   std::string get(const std::string& line);
   void barrier();
 
-  const c10::intrusive_ptr<c10d::Store> store_;
   const PmiPlace place_;
   const std::chrono::milliseconds timeout_;
   int client_ = -1;
   int server_ = -1;
   int barriers_ = 0;
+  std::mutex mutex_;
+  c10::intrusive_ptr<c10d::Store> store_; // guarded by mutex_, as what follows; null once it serves alone
+  std::string whereabouts_;
   std::thread thread_;
 };
 

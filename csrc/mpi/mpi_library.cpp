@@ -1,6 +1,10 @@
 #include "mpi/mpi_library.h"
 
+#include <atomic>
+#include <cstdlib>
+
 #include <dlfcn.h>
+#include <unistd.h>
 
 namespace torch_rpc_mpi {
 
@@ -75,6 +79,18 @@ int MpiLibrary::threadLevel() const {
 void MpiLibrary::initialize() const {
   int provided = TRM_THREAD_SINGLE;
   check(table_->init_thread(TRM_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+}
+
+void MpiLibrary::abort(intptr_t communicator, int status) const {
+  // MPI leaves by exit(), but nothing may be destroyed while threads still use it.
+  static std::atomic<int> ended{0};
+  ended = status;
+  std::atexit([] { _exit(ended); });
+  trm_handle handle = table_->comm_null;
+  if (table_->comm_from_int(communicator, &handle) == 0) {
+    table_->comm_abort(handle, status);
+  }
+  _exit(status);
 }
 
 std::string MpiLibrary::libraryVersion() const {

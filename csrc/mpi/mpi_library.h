@@ -1,6 +1,7 @@
 // The MPI library that mpi4py has loaded, reached through the shim of its ABI.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,8 @@ class MpiLibrary {
   // Asks for MPI_THREAD_MULTIPLE. Blocks until every rank of the world has called it.
   void initialize() const;
   std::string libraryVersion() const;
+  // Ends all processes of the communicator, which is given as Communicator's parent is, or at least this one.
+  [[noreturn]] void abort(intptr_t communicator, int status) const;
 
  private:
   const trm_mpi_table* table_ = nullptr;

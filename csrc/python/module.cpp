@@ -19,6 +19,7 @@
 #include "python/futures_module.h"
 #include "python/interpreter.h"
 #include "python/interruptible_wait.h"
+#include "python/job_end.h"
 #include "python/python_error.h"
 #include "python/request_callback.h"
 #include "python/second_interrupt.h"
@@ -157,8 +158,14 @@ std::shared_ptr<MpiAgent> makeAgent(
 // For the length of a session. It waits for an answer, perhaps, who does nothing while some are missing.
 std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
     const std::shared_ptr<MpiAgent>& agent,
-    const std::string& whereabouts) {
+    const std::string& whereabouts,
+    const std::shared_ptr<MpiLibrary>& job,
+    intptr_t world) {
   constexpr double kIdle = 0.1;
+  SecondInterrupt::EndJob endJob;
+  if (job != nullptr) {
+    endJob = [job, world](int status) { job->abort(world, status); };
+  }
   return std::make_unique<SecondInterrupt>(
       whereabouts +
           " ended by a second Ctrl-C, because the first cannot interrupt its main thread, which waits in C++ code that "
@@ -166,13 +173,20 @@ std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
       [weak = std::weak_ptr<MpiAgent>(agent)](double busy) {
         const auto current = weak.lock();
         return busy < kIdle && current != nullptr && current->caller().unanswered() > 0;
-      });
+      },
+      endJob);
 }
 
 // In a forked child there is nothing to shut down, and no thread that could be joined.
 void shutdownAgent(MpiAgent& agent) {
   if (!inForkedChild()) {
     agent.shutdown();
+  }
+}
+
+void leave(MpiAgent& agent, std::optional<std::string> farewell) {
+  if (!inForkedChild()) {
+    agent.leave(std::move(farewell));
   }
 }
 
@@ -216,18 +230,22 @@ void bindMpi(py::module_& module) {
           py::arg("data"), py::arg("timeout"))
       .def("free", &Communicator::free, NoGil());
   py::module_::import("torch._C._distributed_c10d"); // holds the class of stores
-  py::class_<PmiServer>(module, "PMIServer")
+  // Never destroyed: a child made by fork() would hang up for its parent.
+  py::class_<PmiServer, std::unique_ptr<PmiServer, py::nodelete>>(module, "PMIServer")
       .def(
           py::init([](c10d::Store& store, int rank, int size, std::string world, std::string mapping, double timeout) {
             const auto limit = durationOf<std::chrono::milliseconds>(timeout);
             // By reference and not by its holder, which torch may choose differently in each release.
-            return std::make_unique<PmiServer>(
+            return std::unique_ptr<PmiServer, py::nodelete>(new PmiServer(
                 c10::intrusive_ptr<c10d::Store>::unsafe_reclaim_from_nonowning(&store),
-                PmiPlace{rank, size, std::move(world), std::move(mapping)}, limit);
+                PmiPlace{rank, size, std::move(world), std::move(mapping)}, limit));
           }),
           py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("world"), py::arg("mapping"), py::arg("timeout"))
       .def_property_readonly("client_socket", &PmiServer::clientSocket)
-      .def("stop", &PmiServer::stop, NoGil());
+      .def("stop", &PmiServer::stop, NoGil())
+      .def(
+          "serve_alone", [](PmiServer& self, const std::string& whereabouts) { self.serveAlone(whereabouts); },
+          py::arg("whereabouts"), NoGil());
   py::class_<InitWatchdog>(module, "InitWatchdog")
       .def(py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
       .def("cancel", &InitWatchdog::cancel, NoGil());
@@ -272,7 +290,7 @@ void bindAgent(py::module_& module) {
       .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
       .def("shutdown", &shutdownAgent, NoGil())
       .def("sync", &MpiAgent::sync, NoGil())
-      .def("leave", &shutdownAgent, NoGil())
+      .def("leave", &leave, py::arg("farewell"), NoGil())
       .def(
           "expect_answer", [](MpiAgent& self, bool expected) { self.caller().expectAnswer(expected); },
           py::arg("expected"))
@@ -304,8 +322,13 @@ void bindAgent(py::module_& module) {
       .def("write_flight_record", &MpiAgent::writeFlightRecord, py::arg("path"), NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+  module.def(
+      "end_job_at_exit", &endJobAtExit, py::arg("runtime"), py::arg("world"), py::arg("text"), py::arg("status"),
+      py::arg("limit"));
   py::class_<SecondInterrupt>(module, "SecondInterrupt")
-      .def(py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"))
+      .def(
+          py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"), py::arg("job"),
+          py::arg("world"))
       .def("cancel", &SecondInterrupt::cancel, NoGil());
   module.def("message_type_names", &messageTypeNames);
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());

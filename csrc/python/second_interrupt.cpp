@@ -77,9 +77,12 @@ double usedByMainThread() {
   return static_cast<double>(used.tv_sec) + static_cast<double>(used.tv_nsec) * 1e-9;
 }
 
-[[noreturn]] void endProcess(const std::string& text) {
+[[noreturn]] void endProcess(const std::string& text, const SecondInterrupt::EndJob& endJob) {
   std::fprintf(stderr, "torch_rpc_mpi: %s. Ending this process.\n", text.c_str());
   std::fflush(stderr);
+  if (endJob) { // launchers do not notice every process that a signal has ended
+    endJob(128 + SIGINT);
+  }
   std::signal(SIGINT, SIG_DFL);
   sigset_t interrupt;
   sigemptyset(&interrupt);
@@ -95,7 +98,7 @@ struct First {
   double used;
 };
 
-void watch(const std::string& text, const SecondInterrupt::Waits& waits) {
+void watch(const std::string& text, const SecondInterrupt::Waits& waits, const SecondInterrupt::EndJob& endJob) {
   std::optional<First> first;
   for (;;) {
     while (sem_wait(&interrupts) != 0) {
@@ -118,14 +121,14 @@ void watch(const std::string& text, const SecondInterrupt::Waits& waits) {
     std::this_thread::sleep_until(first->when + kPatience);
     const std::chrono::duration<double> since = Clock::now() - first->when;
     if (made != asked && !ending && waits((usedByMainThread() - first->used) / since.count())) {
-      endProcess(text);
+      endProcess(text, endJob);
     }
   }
 }
 
 } // namespace
 
-SecondInterrupt::SecondInterrupt(std::string text, Waits waits) {
+SecondInterrupt::SecondInterrupt(std::string text, Waits waits, EndJob endJob) {
   const auto signals = py::module_::import("signal");
   if (!signals.attr("getsignal")(SIGINT).is(signals.attr("default_int_handler")) || inUse.exchange(true)) {
     return;
@@ -140,8 +143,8 @@ SecondInterrupt::SecondInterrupt(std::string text, Waits waits) {
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
-    watcher = new std::thread(
-        startThread("what ends this process at a second Ctrl-C", [text, waits] { watch(text, waits); }));
+    watcher = new std::thread(startThread(
+        "what ends this process at a second Ctrl-C", [text, waits, endJob] { watch(text, waits, endJob); }));
   } catch (const std::exception& error) { // it does without
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     active_ = false;

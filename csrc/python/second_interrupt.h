@@ -24,8 +24,12 @@ class SecondInterrupt {
   // first SIGINT. Called by the thread that watches, without the GIL.
   using Waits = std::function<bool(double busy)>;
 
-  // With the GIL. text: who ends, and why the first one had no effect. Does nothing while there is another such object.
-  SecondInterrupt(std::string text, Waits waits);
+  // Ends a launcher's job with this process. Called by the thread that watches, without the GIL.
+  using EndJob = std::function<void(int status)>;
+
+  // With the GIL. text: who ends, and why the first one had no effect. endJob: null where there is none. Does nothing
+  // while there is another such object.
+  SecondInterrupt(std::string text, Waits waits, EndJob endJob = nullptr);
   ~SecondInterrupt();
   SecondInterrupt(const SecondInterrupt&) = delete;
   SecondInterrupt& operator=(const SecondInterrupt&) = delete;

@@ -410,14 +410,14 @@ def one_exits_without_shutdown(world: World) -> None:
     leave_early(world)
 
 
-@program(size=3, succeeds=False, expect=[*SURVIVED, "KeyboardInterrupt"], forbid=CRASHED)
+@program(size=3, launcherless=True, succeeds=False, expect=[*SURVIVED, "KeyboardInterrupt"], forbid=CRASHED)
 def keyboard_interrupt_in_one_rank(world: World) -> None:
     if leave_early(world):
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait()
 
 
-@program(size=3, succeeds=False, expect=[*SURVIVED, "ValueError: on purpose"], forbid=CRASHED)
+@program(size=3, launcherless=True, succeeds=False, expect=[*SURVIVED, "ValueError: on purpose"], forbid=CRASHED)
 def exception_in_one_rank(world: World) -> None:
     if leave_early(world):
         raise ValueError("on purpose")

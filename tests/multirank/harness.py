@@ -52,6 +52,7 @@ class Program:
     size: int
     launcher: bool
     any_world: bool
+    launcherless: bool
     succeeds: bool | None
     expect: Sequence[str]
     forbid: Sequence[str]
@@ -127,6 +128,7 @@ def program(
     size: int = 2,
     launcher: bool = True,
     any_world: bool = False,
+    launcherless: bool = False,
     succeeds: bool | None = True,
     expect: Sequence[str] = (),
     forbid: Sequence[str] = (),
@@ -141,6 +143,7 @@ def program(
         size: number of ranks.
         launcher: False to start it without mpirun.
         any_world: it is about nothing of MPI or its launcher, and only needs a process of its own.
+        launcherless: as any_world, but under MPI's launcher something else happens.
         succeeds: whether the launch must end with status 0, or with another; None if either will do.
         expect: regular expressions that its output must contain.
         forbid: regular expressions that its output must not contain.
@@ -157,7 +160,8 @@ def program(
             function,
             size,
             launcher,
-            any_world,
+            any_world or launcherless,
+            launcherless,
             succeeds,
             expect,
             forbid,

@@ -7,7 +7,9 @@ import launcher
 import pytest
 from multirank_plugin import parametrize_cases
 
-MODULES = sorted(path.stem for path in Path(__file__).parent.glob("cases_*.py") if path.stem != "cases_exit")
+MODULES = sorted(
+    path.stem for path in Path(__file__).parent.glob("cases_*.py") if path.stem not in ("cases_exit", "cases_failure")
+)
 
 # What is sent in a world is the same whoever started its ranks, and so is what becomes of it in Python. These are about
 # transport and sizes, about MPI's own world, and about other threads and processes beside MPI's.

@@ -10,11 +10,13 @@ from multirank_plugin import parametrize_programs
 pytestmark = pytest.mark.timeout(300)
 
 
-@parametrize_programs(["cases_exit", "cases_pickling", "cases_main", "cases_signals"])
+@parametrize_programs(["cases_exit", "cases_failure", "cases_pickling", "cases_main", "cases_signals"])
 def test_program(module: str, name: str, backend: str) -> None:
     program = harness.PROGRAMS[module][name]
     if backend == "tensorpipe" and program.tensorpipe:
         pytest.skip(program.tensorpipe)
+    if backend == "mpi" and program.launcherless:
+        pytest.skip("about ranks without MPI's launcher")
     if program.skip:
         pytest.skip(program.skip)
     status, output = launcher.run_program(module, name, backend)

@@ -97,6 +97,14 @@ def test_torchrun_starts_its_workers_again(run: Callable[..., None]) -> None:
 
 
 @mpich
+def test_torchrun_starts_workers_again_that_waited_in_init_rpc(run: Callable[..., None]) -> None:
+    """Unlike a standalone one, it keeps the store."""
+    address = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    again = ("--nproc-per-node", "2", "--max-restarts", "1", PROGRAM, "fails_before_init")
+    run([python("-m", "torch.distributed.run", *address, *again)], 2)
+
+
+@mpich
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("starter", ["torchrun", "multiprocessing"])
 def test_within_a_task_of_a_launcher(tmp_path: Path, starter: str, size: int) -> None:
@@ -140,6 +148,16 @@ def test_interrupted(run: Callable[..., None], tmp_path: Path, method: str) -> N
 @pytest.mark.parametrize("scenario", ["dies", "dies_in_transfer"])
 def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scenario: str) -> None:
     run(by_hand(scenario, 3, *by_file(tmp_path)), 3, killed=True)
+
+
+@mpich
+def test_handlers_at_exit_shut_down(run: Callable[..., None], tmp_path: Path) -> None:
+    run(by_hand("shuts_down_at_exit", 2, *by_file(tmp_path)), 2)
+
+
+@mpich
+def test_handlers_at_exit_of_spawned_children_shut_down(run: Callable[..., None], tmp_path: Path) -> None:
+    run([python(PROGRAM, "--spawn", "spawn", "--size", "2", *by_file(tmp_path), "shuts_down_at_exit")], 2)
 
 
 @mpich

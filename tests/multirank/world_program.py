@@ -9,6 +9,7 @@ Prints "rank R: ok" when the scenario went as it should.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.rpc as rpc
+from torch.distributed.rendezvous import rendezvous
 
 
 def double(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -108,6 +110,29 @@ def fails_first(process: Process) -> None:
         process.begin()
         sys.exit(3)
     process.session()
+
+
+def fails_before_init(process: Process) -> None:
+    """One of torchrun's first attempt fails when the other waits for it, and has left its traces in the store."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        store = next(rendezvous("env://"))[0]
+        while not store.check(["torch_rpc_mpi/2/member/0"]):
+            time.sleep(0.01)
+        raise ValueError("on purpose")
+    process.session()
+
+
+def shuts_down_at_exit(process: Process) -> None:
+    """As libraries have it done, by handlers that may be older than the session."""
+
+    def at_exit() -> None:
+        rpc.shutdown(timeout=60)
+        print(f"rank {process.rank}: shut down\n", end="", flush=True)
+
+    atexit.register(at_exit)
+    process.begin()
+    for worker in range(process.size):
+        rpc.rpc_sync(f"worker{worker}", double, args=(torch.ones(1),))
 
 
 def again(process: Process) -> None:

@@ -173,16 +173,51 @@ rpc.shutdown()
     )
 
 
-def test_exit_without_shutdown_leaves_first(run_session: RunPython) -> None:
-    # The other hook stands for whatever the user registered before.
+LEAVES = "the agent leaves: it shut RPC down or exited without waiting for the others"
+
+
+def test_exit_without_shutdown_leaves_after_the_handlers_of_the_user(run_session: RunPython) -> None:
     printed = run_session(
         """
 import atexit
-atexit.register(lambda: print("an older hook", flush=True))
+atexit.register(lambda: print(rpc.rpc_sync("alone", max, args=(1, 2)), flush=True))
 init()
 """
     )
-    assert printed.splitlines() == ["the agent leaves", "an older hook"]
+    assert printed.splitlines() == ["2", LEAVES]
+
+
+def test_a_handler_at_exit_shuts_down(run_session: RunPython) -> None:
+    assert run_session("import atexit\natexit.register(rpc.shutdown)\ninit()\n") == ""
+
+
+def test_finalising_mpi_ends_the_session(run_session: RunPython) -> None:
+    printed = run_session(
+        """
+from mpi4py import MPI
+init()
+for key in list(MPI.COMM_SELF.attributes):
+    MPI.COMM_SELF.Delete_attr(key)
+print("finalised", flush=True)
+rpc.shutdown()
+"""
+    )
+    assert printed.splitlines() == ["the agent leaves: it has called MPI.Finalize() before rpc.shutdown()", "finalised"]
+
+
+def test_a_session_that_was_shut_down_does_not_care_for_finalising(run_session: RunPython) -> None:
+    run_session("init()\nrpc.shutdown()\nfrom mpi4py import MPI\nassert not MPI.COMM_SELF.attributes\n")
+
+
+def test_the_peers_are_told_of_an_exception(run_session: RunPython) -> None:
+    printed = run_session(
+        """
+import os
+init()
+sys.excepthook(ValueError, ValueError("on purpose\\nand more"), None)
+"""
+    )
+    assert printed.splitlines() == ["the agent leaves: it ended with ValueError: on purpose"]
 
 
 def test_exit_after_shutdown_leaves_nothing(run_session: RunPython) -> None:

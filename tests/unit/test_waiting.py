@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from unit_fakes import RunPython
 
 from torch_rpc_mpi import _waiting
 
@@ -57,3 +58,9 @@ def test_looks_go_on_until_the_work_ends() -> None:
 
     assert _waiting.interruptibly(lambda: go.wait(60), look)
     assert len(looks) == 3
+
+
+def test_waits_at_exit(run_python: RunPython) -> None:
+    """Where Python starts no more threads from version 3.12 on; rpc.shutdown is a handler of many programs."""
+    handler = "atexit.register(lambda: print(_waiting.interruptibly(lambda: 7)))"
+    assert run_python(f"import atexit\nfrom torch_rpc_mpi import _waiting\n{handler}\n") == "7\n"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import pytest
 from torch.distributed import FileStore, HashStore, PrefixStore
 
 from torch_rpc_mpi import _mpi, _world
-from torch_rpc_mpi._world import Member, Membership
+from torch_rpc_mpi._meeting import Member, Membership
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -106,56 +102,6 @@ def test_torchrun_tells_the_place(given: tuple[int, int], environment: dict[str,
 )
 def test_map_of_nodes(nodes: str, expected: str) -> None:
     assert _world.node_map(nodes) == expected
-
-
-class TestCheckIn:
-    def together(self, *calls: Callable[[], Any]) -> list[Any]:
-        results: list[Any] = [None] * len(calls)
-
-        def run(index: int) -> None:
-            try:
-                results[index] = calls[index]()
-            except Exception as error:
-                results[index] = error
-
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-    def check_in(self, store: Any, rank: int, size: int, name: str = "worker", limit: float = 60.0) -> Any:
-        me = member(f"{name}{rank}", membership=Membership("world", rank))
-        return _world._check_in(store, me, rank, size, time.monotonic() + limit)[1]
-
-    def test_tells_everybody_of_everybody(self) -> None:
-        store = HashStore()
-        results = self.together(*(lambda rank=rank: self.check_in(store, rank, 3) for rank in range(3)))
-        expected = [member(f"worker{rank}", membership=Membership("world", rank)) for rank in range(3)]
-        assert results == [expected] * 3
-
-    def test_sessions_of_one_store_do_not_meet(self) -> None:
-        store = HashStore()
-        for session in ("first", "second"):
-            calls = [functools.partial(self.check_in, store, rank, 2, session) for rank in range(2)]
-            results = self.together(*calls)
-            assert [[each.name for each in result] for result in results] == [[f"{session}0", f"{session}1"]] * 2
-
-    def test_names_who_is_missing_and_lets_another_attempt_meet_them(self) -> None:
-        store = HashStore()
-        with pytest.raises(TimeoutError, match=r"^ranks 0, 1, 3 of 4 did not call init_rpc within "):
-            self.check_in(store, 2, 4, "early", 0.1)
-        results = self.together(*(lambda rank=rank: self.check_in(store, rank, 4, "late") for rank in range(4)))
-        assert [each.name for each in results[0]] == ["late0", "late1", "late2", "late3"]
-
-    def test_uses_the_store_beneath_torchs_count_of_sessions(self) -> None:
-        store = HashStore()
-        prefixed = [PrefixStore(f"rpc_prefix_{count}", store) for count in (0, 7)]
-        results = self.together(
-            *(lambda rank=rank: self.check_in(_world._shared_by_sessions(prefixed[rank]), rank, 2) for rank in range(2))
-        )
-        assert [each.name for each in results[1]] == ["worker0", "worker1"]
 
 
 class TestFit:

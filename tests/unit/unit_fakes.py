@@ -42,12 +42,21 @@ class Comm:
     def Is_inter(self): return self.inter
     def py2f(self): return 11
     handle = 22
+    attributes = {}
+    @staticmethod
+    def Create_keyval(delete_fn): return delete_fn
+    @staticmethod
+    def Free_keyval(key): pass
+    def Set_attr(self, key, value): self.attributes[key] = value
+    def Get_attr(self, key): return self.attributes.get(key)
+    def Delete_attr(self, key): key(self, key, self.attributes.pop(key))
 
 class Intracomm(Comm): pass
 class Intercomm(Comm): pass
 
 COMM_NULL = Comm("null")
 COMM_WORLD = Intracomm("world")
+COMM_SELF = Intracomm("self")
 finalized = False
 initialized = True
 
@@ -126,7 +135,7 @@ class Neighbours:
 
 
 class SecondInterrupt:
-    def __init__(self, agent: Any, whereabouts: str) -> None:
+    def __init__(self, agent: Any, whereabouts: str, job: Any, world: int) -> None:
         pass
 
     def cancel(self) -> None:
@@ -163,8 +172,8 @@ class Agent(rpc.TensorPipeAgent):
     def wait(self, future: Any) -> Any:
         return future.wait()
 
-    def leave(self) -> None:
-        print("the agent leaves", flush=True)
+    def leave(self, farewell: str | None) -> None:
+        print(f"the agent leaves: {farewell}", flush=True)
 
     def lost_workers(self) -> list[tuple[int, str]]:
         return []
