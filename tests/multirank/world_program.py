@@ -178,7 +178,7 @@ def interrupted(process: Process) -> None:
 
 def interrupt_when_it_waits() -> None:
     main = threading.main_thread().ident
-    while not {"_await_all", "interruptibly"} & {
+    while not {"_poll", "interruptibly"} & {
         frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[main])
     }:
         time.sleep(0.001)
