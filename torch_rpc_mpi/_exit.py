@@ -47,8 +47,13 @@ def skips_atexit() -> bool:
     if multiprocessing.parent_process() is None:
         return False
     # Of a class of its own for each method, if it does not follow the default one.
-    method = getattr(multiprocessing.current_process(), "_start_method", None) or multiprocessing.get_start_method()
-    return bool(method != "spawn")
+    process = multiprocessing.current_process()
+    methods = (
+        method
+        for method in multiprocessing.get_all_start_methods()
+        if isinstance(process, multiprocessing.get_context(method).Process)  # type: ignore[attr-defined]
+    )
+    return next(methods, multiprocessing.get_start_method()) != "spawn"
 
 
 def call_last(function: Callable[[], None]) -> None:

@@ -175,6 +175,19 @@ def backend_type(name: str) -> None:
     assert _torch_api.BACKEND_TYPE.current is rpc.BackendType
 
 
+@relied_on("RENDEZVOUS_TCP_STORE")
+def _(name: str) -> None:
+    """torch's rendezvous makes its store by this name, and a store can be told not to wait for the others."""
+    with recorded(name) as calls:
+        store, rank, size = next(torch.distributed.rendezvous("tcp://localhost:0?use_libuv=1", 0, 1))
+    assert (rank, size) == (0, 1)
+    assert len(calls) == 1
+    assert calls[0][0]["host_name"] == "localhost"
+    assert isinstance(store, _torch_api.Store)
+    alone = _torch_api.TCPStore("localhost", 0, 2, is_master=True, wait_for_workers=False)  # would wait for ever
+    assert alone.port > 0
+
+
 @relied_on("INIT_RPC")
 def init_rpc(name: str) -> None:
     assert parameters(rpc.init_rpc) == ["name", "backend", "rank", "world_size", "rpc_backend_options"]

@@ -161,9 +161,11 @@ class Agent(rpc.TensorPipeAgent):
         serialize: Any,
         pass_on: Any,
         plain_pickler: Any,
+        on_worker_lost: Any,
     ) -> None:
         self.names, self.hosts, self.options = names, hosts, options
         self.run_function, self.serialize, self.pass_on = run_function, serialize, pass_on
+        self.on_worker_lost = on_worker_lost
         super().__init__(HashStore(), names[0], 0, 1, rpc.TensorPipeRpcBackendOptions(), {}, [])
 
     def expect_answer(self, expected: bool) -> None:
@@ -174,6 +176,7 @@ class Agent(rpc.TensorPipeAgent):
 
     def leave(self, farewell: str | None) -> None:
         print(f"the agent leaves: {farewell}", flush=True)
+        rpc.TensorPipeAgent.shutdown(self)  # its threads may not be running when the process ends
 
     def lost_workers(self) -> list[tuple[int, str]]:
         return []
