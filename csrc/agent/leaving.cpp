@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,9 +16,8 @@ namespace {
 constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
 // Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
 constexpr auto kFlushLimit = std::chrono::milliseconds(500);
-// In a goodbye; of which so many bytes at most, because that is to fit its frame.
-constexpr std::string_view kCause = ", after it had lost another worker: ";
-constexpr size_t kCauseLength = 400;
+// Of a goodbye, which is to fit a frame.
+constexpr size_t kCauseBytes = 400;
 
 } // namespace
 
@@ -88,19 +86,14 @@ void Leaving::serveSignals() {
 }
 
 void Leaving::sayGoodbye() {
-  std::string text = "it shut RPC down or exited without waiting for the others";
   const auto lost = members_.lost();
-  if (!lost.empty()) { // the cause, for those that hear of this before they hear of that
-    const std::string& reason = lost.front().reason;
-    const size_t passedOn = reason.rfind(kCause); // that of a worker which had left for the same cause
-    const size_t begin = passedOn == std::string::npos ? 0 : passedOn + kCause.size();
-    text += std::string(kCause) + reason.substr(begin, kCauseLength);
-  }
+  // For those that hear of this before they hear of that.
+  const std::string cause = lost.empty() ? "" : lost.front().cause.substr(0, kCauseBytes);
   engine_.withToken([&](ProgressToken& token) {
     try {
       for (int peer = 0; peer < static_cast<int>(members_.workers().size()); ++peer) {
         if (peer != members_.rank()) {
-          exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kGoodbye, text));
+          exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kGoodbye, cause));
         }
       }
     } catch (const std::exception& error) {
