@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from ._system import Limits
 from ._torch_api import PrefixStore, Store
 
 logger = logging.getLogger("torch_rpc_mpi")
@@ -50,6 +51,7 @@ class Member:
     mpi: str  # library and version
     membership: Membership | None
     problem: str | None  # why it cannot take part
+    limits: Limits = dataclasses.field(default_factory=Limits)
     fresh: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # unique; rank 0's names a new world
 
     def __str__(self) -> str:
@@ -63,6 +65,7 @@ class Member:
         fields = json.loads(text)
         if fields["membership"] is not None:
             fields["membership"] = Membership(**fields["membership"])
+        fields["limits"] = Limits(**fields["limits"])
         return Member(**fields)
 
 

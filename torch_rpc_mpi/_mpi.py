@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _exit
+from . import _exit, _system
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -224,6 +224,8 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         return sys.modules["mpi4py.MPI"]
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "multiple"
+    if not _system.can_read_memory():
+        os.environ.setdefault(*_system.WITHOUT_READING_MEMORY)
     launcher = find_launcher()
     who = f"rank {launcher.rank} of {launcher.size or '?'} " if launcher else ""
     # The watchdog runs without the GIL, which mpi4py holds for as long as MPI_Init waits for late ranks.

@@ -349,7 +349,9 @@ def _complete(data: bytes, rrefs: list[Any], names_main: bool) -> bytes:
     """The message: `data`, around it what `_load` needs, if it needs anything. Forks the RRefs."""
     if not rrefs:
         return data + _C.RESENDABLE if names_main else data
-    return pickle.dumps(_Loader(data, [_torch_api.fork_rref(rref) for rref in rrefs], names_main))
+    forks = [_torch_api.fork_rref(rref) for rref in rrefs]
+    _C.forks_made([_torch_api.id_of_fork(fork) for fork in forks])
+    return pickle.dumps(_Loader(data, forks, names_main))
 
 
 class _Loader:

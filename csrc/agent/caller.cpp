@@ -220,6 +220,7 @@ JitFuturePtr Caller::call(
   try {
     const EngineWork work;
     if (toSelf) {
+      HeldByPeers::made({});
       engine_->post(server_.ownRequest(id, copyMessage(*message)));
     } else {
       sendToPeer(peer, id, std::move(message));
@@ -237,6 +238,7 @@ JitFuturePtr Caller::call(
 }
 
 void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message) {
+  server_.heldByPeers().sends(peer);
   auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this);
   out->header().secondAttempt = sendsAgain ? 1 : 0;
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.

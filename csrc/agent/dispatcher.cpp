@@ -4,6 +4,7 @@
 #include <new>
 #include <utility>
 
+#include "agent/farewell.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
 #include "peer/receive_pool.h"
@@ -16,6 +17,8 @@ namespace {
 constexpr auto kTrimAfter = std::chrono::seconds(5);
 // What a process had sent before it ended, a goodbye perhaps, has so long to arrive.
 constexpr auto kLastWords = std::chrono::milliseconds(100);
+// So long what a lost peer held is kept: see Note [What the lost held].
+constexpr auto kLastRequests = std::chrono::seconds(1);
 // Where this rank waits for the verdict on a graceful shutdown, a process that ends has probably had it, and it is the
 // verdict that is late: the rank that passes it on may be without a core. One that has crashed instead is told of by
 // those that still waited for its report.
@@ -150,6 +153,13 @@ bool Dispatcher::progress(ProgressToken& token) {
   if (!moved && now >= nextWatch_) {
     watchNeighbours(token, now);
   }
+  std::erase_if(lost_, [&](const Ended& lost) {
+    if (now - lost.found < kLastRequests) {
+      return false;
+    }
+    arrivals_.push_back(server_.lastMessagesOf(lost.peer));
+    return true;
+  });
   // While it serves, a peer may wait for credit that only a later turn reports.
   rests_ = transport_.allRing() && idle(token);
   DoneMessages done = exchange_.takeDone(token);
@@ -200,7 +210,12 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       }
       break;
     case FrameKind::kGoodbye: {
-      const std::string farewell = readableText({message.body().data, message.body().bytes});
+      const Farewell said = readFarewell(message.body());
+      std::string farewell = said.text;
+      if (!said.cause.empty()) {
+        farewell += ", after it had lost another worker: " + said.cause;
+        causes_.emplace(source, said.cause);
+      }
       exchange_.leaves(token, source, "it has left (" + farewell + ")", Clock::now());
       break;
     }
@@ -246,11 +261,14 @@ std::string Dispatcher::failureText(int peer, const std::string& cause) const {
 }
 
 void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason) {
-  members_.lose(peer, reason);
+  const auto found = causes_.find(peer);
+  const std::string& cause = found == causes_.end() ? reason : found->second;
+  members_.lose(peer, reason, cause);
   FlightRecorder::instance().record(CallEvent::kPeerLost, peer, 0);
   flightLog_.note("lost ", peer);
   caller_.onPeerEnded(peer, reason);
-  join_.fail(reason);
+  lost_.push_back({peer, Clock::now()});
+  join_.fail(cause);
   try {
     arrivals_.push_back(std::make_unique<LossTask>(onWorkerLost_, peer, reason));
   } catch (const std::bad_alloc&) { // the program is not told, but its calls have failed
@@ -263,7 +281,7 @@ void Dispatcher::onBroken(const std::string& reason, std::vector<TaskPtr>& tasks
     const std::string text = c10::str("RPC on ", members_.describe(self), " stopped: ", reason);
     LOG(ERROR) << text;
     flightLog_.note("the transport is broken on ", self);
-    members_.lose(self, text); // whatever is asked for later: the first reason is the one that helps
+    members_.lose(self, text, text); // whatever is asked for later: the first reason is the one that helps
     join_.fail(text);
     caller_.close(text, tasks);
   } catch (const std::bad_alloc&) { // which may well be the reason; what is left fails when this worker leaves

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "agent/agent_options.h"
@@ -21,8 +22,8 @@
 
 namespace torch_rpc_mpi {
 
-// arrivals_, nextTrim_, nextWatch_ and ended_ are guarded by the progress token; rests_ is an atomic; the rest is
-// immutable, or guards itself.
+// arrivals_, nextTrim_, nextWatch_, ended_, causes_ and lost_ are guarded by the progress token; rests_ is an atomic;
+// the rest is immutable, or guards itself.
 class Dispatcher final : public EngineDriver, public ExchangeListener {
  public:
   // Of parts of an agent that need not be there yet. watchInterval: how often to look whether neighbours are alive.
@@ -83,7 +84,9 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   std::vector<TaskPtr> arrivals_; // made during a turn
   Clock::time_point nextTrim_ = Clock::now();
   Clock::time_point nextWatch_ = Clock::now();
-  std::vector<Ended> ended_; // processes of neighbours, not failed yet
+  std::vector<Ended> ended_;                    // processes of neighbours, not failed yet
+  std::unordered_map<int, std::string> causes_; // of the peers that leave because of a loss: why that was
+  std::vector<Ended> lost_;                     // peers whose last messages are still to be run
   std::atomic<bool> rests_{false};
 };
 

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "agent/engine_work.h"
+#include "agent/farewell.h"
 #include "base/error_text.h"
 
 namespace torch_rpc_mpi {
@@ -20,9 +20,6 @@ constexpr auto kAnswersLimit = std::chrono::milliseconds(200);
 constexpr auto kRunningTasksLimit = std::chrono::seconds(5);
 // Goodbyes and the last drain frames are tiny; they are gone at once unless the peer is stuck.
 constexpr auto kFlushLimit = std::chrono::milliseconds(500);
-// In a goodbye; of which so many bytes at most, because that is to fit its frame.
-constexpr std::string_view kCause = ", after it had lost another worker: ";
-constexpr size_t kCauseLength = 400;
 
 } // namespace
 
@@ -93,19 +90,14 @@ void Leaving::serveSignals() {
   }
 }
 
-void Leaving::sayGoodbye(std::string text) {
+void Leaving::sayGoodbye(const std::string& text) {
   const auto lost = members_.lost();
-  if (!lost.empty()) { // the cause, for those that hear of this before they hear of that
-    const std::string& reason = lost.front().reason;
-    const size_t passedOn = reason.rfind(kCause); // that of a worker which had left for the same cause
-    const size_t begin = passedOn == std::string::npos ? 0 : passedOn + kCause.size();
-    text += std::string(kCause) + reason.substr(begin, kCauseLength);
-  }
+  const std::string body = writeFarewell({text, lost.empty() ? "" : lost.front().cause});
   engine_.withToken([&](ProgressToken& token) {
     try {
       for (int peer = 0; peer < static_cast<int>(members_.workers().size()); ++peer) {
         if (peer != members_.rank()) {
-          exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kGoodbye, text));
+          exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kGoodbye, body));
         }
       }
     } catch (const std::exception& error) {

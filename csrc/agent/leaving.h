@@ -44,7 +44,7 @@ class Leaving {
 
  private:
   bool stopEngine(std::chrono::milliseconds limit);
-  void sayGoodbye(std::string text);
+  void sayGoodbye(const std::string& text);
   void flush();
   void serveSignals();
 

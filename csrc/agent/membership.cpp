@@ -38,10 +38,10 @@ std::string Membership::describe(int rank) const {
   return c10::str("worker '", workers_[rank].name_, "' (rank ", rank, " on host ", hosts_[rank], ")");
 }
 
-void Membership::lose(int rank, const std::string& reason) {
+void Membership::lose(int rank, const std::string& reason, const std::string& cause) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (std::none_of(lost_.begin(), lost_.end(), [rank](const Loss& loss) { return loss.rank == rank; })) {
-    lost_.push_back({rank, reason});
+    lost_.push_back({rank, reason, cause});
     lostCount_ = lost_.size();
   }
 }

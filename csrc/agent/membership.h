@@ -26,6 +26,7 @@ class Membership {
   struct Loss {
     int rank;
     std::string reason;
+    std::string cause; // the reason, or that of the loss because of which this worker has left
   };
 
   Membership(int rank, const std::vector<GroupMember>& members);
@@ -49,7 +50,7 @@ class Membership {
   std::string describe(int rank) const;
 
   // It has left or failed: calls to it can no longer be answered. The first reason for each rank sticks.
-  void lose(int rank, const std::string& reason);
+  void lose(int rank, const std::string& reason, const std::string& cause);
   std::optional<std::string> whyLost(int rank) const;
   // In the order in which they were lost.
   std::vector<Loss> lost() const;

@@ -10,6 +10,7 @@
 #include "base/deadline.h"
 #include "host/fork_guard.h"
 #include "peer/receive_pool.h"
+#include "torch_compat/rref_timeout.h"
 
 namespace torch_rpc_mpi {
 
@@ -102,6 +103,7 @@ MpiAgent::~MpiAgent() {
 void MpiAgent::startImpl() {
   if (isCurrentRpcAgentSet() && getCurrentRpcAgent().get() == this) {
     adoptRRefContext(shared_from_this());
+    torch_compat::tameTimeoutHandler();
   }
   server_.start(weak_from_this(), caller_);
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });

@@ -100,6 +100,28 @@ class Server::OwnRequestTask final : public Task {
   RpcMessage message_;
 };
 
+class Server::LastMessagesTask final : public Task {
+ public:
+  LastMessagesTask(Server& server, int peer) : server_(server), peer_(peer) {}
+  Kind kind() const override {
+    return Kind::kRequest;
+  }
+  void run() noexcept override {
+    try {
+      for (const RpcMessage& message : server_.held_.lastMessagesOf(peer_)) {
+        (void)server_.process(*message);
+      }
+    } catch (const std::exception& error) {
+      LOG(WARNING) << "RPC could not let go of all that " << server_.members_.describe(peer_)
+                   << " held here: " << errorText(error);
+    }
+  }
+
+ private:
+  Server& server_;
+  const int peer_;
+};
+
 Server::Server(
     const Membership& members,
     Exchange& exchange,
@@ -130,12 +152,17 @@ TaskPtr Server::ownRequest(uint64_t id, RpcMessage request) {
   return std::make_unique<OwnRequestTask>(*this, id, std::move(request));
 }
 
+TaskPtr Server::lastMessagesOf(int peer) {
+  return std::make_unique<LastMessagesTask>(*this, peer);
+}
+
 void Server::serve(InboundMessage inbound) {
   const ReplyTo reply{inbound.source, inbound.header.callId};
   exchange_.released(inbound.source, inbound.header.chargedBytes);
   RpcMessage request;
   try {
     request = decodeMessage(std::move(inbound));
+    held_.arrived(reply.peer, *request);
   } catch (const BadMessage& error) {
     outbox_.refuse(reply.peer, error.what());
     serving_.fetch_sub(1);
@@ -206,6 +233,7 @@ void Server::run(RpcMessage request, ReplyTo reply) {
 void Server::respond(ReplyTo reply, MakeResponse response) noexcept {
   FlightRecorder::instance().record(CallEvent::kFinished, reply.peer, reply.id);
   if (reply.peer == members_.rank()) {
+    HeldByPeers::made({});
     selfCaller_->onOwnResponse(reply.id, response);
   } else {
     try {
@@ -223,6 +251,7 @@ void Server::send(ReplyTo reply, RpcMessage response) {
     outbox_.encode(*out);
     return out;
   };
+  held_.sends(reply.peer);
   std::unique_ptr<OutboundRpc> out;
   try {
     out = make(std::move(response));

@@ -13,6 +13,7 @@
 #include <torch/csrc/distributed/rpc/request_callback.h>
 
 #include "agent/call_table.h"
+#include "agent/held_by_peers.h"
 #include "agent/late_calls.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
@@ -55,6 +56,12 @@ class Server final : private SendFailureListener {
   TaskPtr arrived(InboundMessage request);
   TaskPtr ownRequest(uint64_t id, RpcMessage request);
 
+  // What runs the messages that a lost peer would have sent. See Note [What the lost held].
+  TaskPtr lastMessagesOf(int peer);
+  HeldByPeers& heldByPeers() {
+    return held_;
+  }
+
   int64_t serving() const { // requests between arrival and response
     return serving_.load();
   }
@@ -79,6 +86,7 @@ class Server final : private SendFailureListener {
   class Served;
   class RequestTask;
   class OwnRequestTask;
+  class LastMessagesTask;
   // Where the response to a request goes. Used once.
   struct ReplyTo {
     int peer;
@@ -106,6 +114,7 @@ class Server final : private SendFailureListener {
   const int numWorkerThreads_;
   const ThreadHook threadHook_;
   std::weak_ptr<const void> owner_;
+  HeldByPeers held_;
 
   std::atomic<int64_t> serving_{0};
   std::atomic<int64_t> servingAsync_{0};

@@ -9,10 +9,8 @@
 #include <utility>
 
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 namespace torch_rpc_mpi {
@@ -30,10 +28,6 @@ constexpr const char* kName = "torch_rpc_mpi_bell";
 void* mapPage(int file) {
   void* memory = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   return memory == MAP_FAILED ? nullptr : memory;
-}
-
-int openProcess(pid_t pid) {
-  return static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
 }
 
 // A file of another process that is such a page by its name, or -1. In another container the ids of the address may
@@ -77,9 +71,6 @@ Neighbours::~Neighbours() {
   for (Page* page : pages_) {
     munmap(page, kPageBytes);
   }
-  for (const int process : processes_) {
-    closeFile(process);
-  }
   closeFile(watch_);
   closeFile(file_);
   munmap(own_, kPageBytes);
@@ -100,7 +91,7 @@ BellWord& Neighbours::bell() {
 
 void Neighbours::meet(const std::vector<std::string>& addresses, int self) {
   bells_.assign(addresses.size(), nullptr);
-  processes_.assign(addresses.size(), -1);
+  processes_.resize(addresses.size());
   reachesAll_ = file_ >= 0;
   for (size_t rank = 0; rank < addresses.size(); ++rank) {
     if (static_cast<int>(rank) != self) {
@@ -118,7 +109,7 @@ bool Neighbours::reach(int rank, const std::string& address) {
     return false;
   }
   // The process first: when the mark is found after that, the process is the one that wrote it.
-  const int process = openProcess(pid);
+  OtherProcess process(pid);
   const int file = openPage(pid, number);
   void* memory = file >= 0 ? mapPage(file) : nullptr;
   closeFile(file);
@@ -127,18 +118,20 @@ bool Neighbours::reach(int rank, const std::string& address) {
     if (page != nullptr) {
       munmap(page, kPageBytes);
     }
-    closeFile(process);
     return false;
   }
   pages_.push_back(page);
   bells_[rank] = &page->bell;
-  processes_[rank] = process;
+  if (process.descriptor() < 0) {
+    looksAt_.push_back(rank);
+  }
   epoll_event event{};
   event.events = EPOLLIN | EPOLLONESHOT; // a process descriptor is readable when the process has ended
   event.data.u32 = static_cast<uint32_t>(rank);
-  if (process >= 0) {
-    epoll_ctl(watch_, EPOLL_CTL_ADD, process, &event);
+  if (process.descriptor() >= 0) {
+    epoll_ctl(watch_, EPOLL_CTL_ADD, process.descriptor(), &event);
   }
+  processes_[rank] = std::move(process);
   return true;
 }
 
@@ -151,18 +144,22 @@ std::vector<int> Neighbours::takeEnded() {
       ended.push_back(static_cast<int>(events[i].data.u32));
     }
     if (count < static_cast<int>(events.size())) {
-      return ended;
+      break;
     }
   }
+  std::erase_if(looksAt_, [&](int rank) {
+    const bool hasEnded = processes_[rank].hasEnded();
+    if (hasEnded) {
+      ended.push_back(rank);
+    }
+    return hasEnded;
+  });
+  return ended;
 }
 
 bool Neighbours::hasEnded(int rank, std::chrono::milliseconds limit) const {
   const auto index = static_cast<size_t>(rank);
-  if (index >= processes_.size() || processes_[index] < 0) {
-    return false;
-  }
-  pollfd process{processes_[index], POLLIN, 0};
-  return ::poll(&process, 1, static_cast<int>(limit.count())) > 0;
+  return index < processes_.size() && processes_[index].hasEnded(limit);
 }
 
 } // namespace torch_rpc_mpi

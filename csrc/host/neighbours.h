@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "host/doorbell.h"
+#include "host/other_process.h"
 
 namespace torch_rpc_mpi {
 
@@ -61,9 +62,10 @@ class Neighbours {
   int watch_ = -1; // epoll of the neighbours' process descriptors
   bool reachesAll_ = false;
   bool allRing_ = false;
-  std::vector<BellWord*> bells_; // by rank; null for this one and for those that cannot be reached
-  std::vector<Page*> pages_;     // mapped, to be unmapped
-  std::vector<int> processes_;   // descriptors, by rank; -1 for none
+  std::vector<BellWord*> bells_;        // by rank; null for this one and for those that cannot be reached
+  std::vector<Page*> pages_;            // mapped, to be unmapped
+  std::vector<OtherProcess> processes_; // by rank; none for those that cannot be reached
+  std::vector<int> looksAt_;            // the ranks alive that have no process descriptor; of takeEnded()
 };
 
 } // namespace torch_rpc_mpi

@@ -24,7 +24,7 @@ enum class FrameKind : uint8_t {
   kRequest = 1,
   kResponse = 2,
   kCredit = 3,  // nothing but the header's counters
-  kGoodbye = 4, // the sender leaves; it neither serves nor answers from now on. Body: why, as text
+  kGoodbye = 4, // the sender leaves; it neither serves nor answers from now on. Body: see agent/farewell.h
   kDrain = 5,   // see agent/drain.h
   kInquiry = 6, // both: see agent/late_calls.h
   kStatement = 7

@@ -1,5 +1,8 @@
 #include "python/interruptible_wait.h"
 
+#include <atomic>
+#include <memory>
+
 #include <torch/csrc/distributed/rpc/py_rref.h>
 #include <torch/csrc/distributed/rpc/rref_impl.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
@@ -28,16 +31,48 @@ c10::intrusive_ptr<rpc::RRef> inside(const rpc::PyRRef& rref) {
   return c10::static_intrusive_pointer_cast<rpc::RRef>(rref.toIValue().toRRef());
 }
 
-// An owner waits for the value to be made. Not if that is known to have run out of time: torch then says so at once.
-void waitForOwnValue(const c10::intrusive_ptr<rpc::RRef>& rref) {
-  if (!rref->getTimedOut()) {
-    waitServingSignals(*c10::static_intrusive_pointer_cast<rpc::OwnerRRef>(rref)->getFuture());
+// An owner waits for the value to be made, or for a remote() to itself to fail. If that has run out of time, torch then
+// says so at once.
+void waitForOwnValue(const c10::intrusive_ptr<rpc::OwnerRRef>& rref) {
+  const auto value = rref->getFuture();
+  const auto creation = rref->getOwnerCreationFuture();
+  if (rref->getTimedOut()) {
+    return;
+  }
+  if (creation == nullptr || creation->completed() || value->completed()) {
+    waitServingSignals(*value);
+    return;
+  }
+  const auto either = c10::make_intrusive<c10::ivalue::Future>(c10::NoneType::get());
+  const auto over = [either, first = std::make_shared<std::atomic<bool>>(true)](c10::ivalue::Future&) {
+    if (first->exchange(false)) {
+      either->markCompleted();
+    }
+  };
+  value->addCallback(over, /*uses_future=*/false);
+  creation->addCallback([value, over](c10::ivalue::Future& made) {
+    if (made.hasError()) {
+      over(made);
+    }
+  });
+  waitServingSignals(*either);
+}
+
+c10::intrusive_ptr<rpc::OwnerRRef> insideOwner(const rpc::PyRRef& rref) {
+  return c10::static_intrusive_pointer_cast<rpc::OwnerRRef>(inside(rref));
+}
+
+// What is not there cannot be fetched: its owner would wait for it.
+void throwIfNotCreated(const rpc::RRef& rref) {
+  const auto creation = rref.getOwnerCreationFuture();
+  if (creation != nullptr && creation->completed() && creation->hasError() && !rref.getTimedOut()) {
+    std::rethrow_exception(creation->exception_ptr());
   }
 }
 
 py::object localValue(const rpc::PyRRef& rref) {
   if (rref.isOwner()) {
-    waitForOwnValue(inside(rref));
+    waitForOwnValue(insideOwner(rref));
   }
   return rref.localValue();
 }
@@ -45,9 +80,10 @@ py::object localValue(const rpc::PyRRef& rref) {
 // A user fetches the value, for which torch sends one request and waits.
 py::object toHere(const rpc::PyRRef& rref, float timeout) {
   if (rref.isOwner()) {
-    waitForOwnValue(inside(rref));
+    waitForOwnValue(insideOwner(rref));
     return rref.toHere(timeout);
   }
+  throwIfNotCreated(*inside(rref));
   const auto agent = rpc::RpcAgent::isCurrentRpcAgentSet()
       ? std::dynamic_pointer_cast<MpiAgent>(rpc::RpcAgent::getCurrentRpcAgent())
       : nullptr;

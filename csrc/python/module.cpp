@@ -314,7 +314,7 @@ void bindAgent(py::module_& module) {
           [](const MpiAgent& self) {
             std::vector<std::pair<int, std::string>> lost;
             for (Membership::Loss& loss : self.lostWorkers()) {
-              lost.emplace_back(loss.rank, std::move(loss.reason));
+              lost.emplace_back(loss.rank, std::move(loss.cause));
             }
             return lost;
           },
@@ -331,6 +331,13 @@ void bindAgent(py::module_& module) {
           py::arg("world"))
       .def("cancel", &SecondInterrupt::cancel, NoGil());
   module.def("message_type_names", &messageTypeNames);
+  module.def("forks_made", [](const std::vector<std::pair<rpc::worker_id_t, rpc::local_id_t>>& ids) {
+    std::vector<HeldByPeers::ForkId> forks;
+    for (const auto& [worker, number] : ids) {
+      forks.emplace_back(worker, number);
+    }
+    HeldByPeers::made(std::move(forks));
+  });
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
   module.def("usable_cores", [] { return usableCores(); });
   module.def("usable_memory", [] { return usableMemory(); });

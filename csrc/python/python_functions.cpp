@@ -17,6 +17,7 @@
 #include "python/repeatable_call.h"
 #include "python/response.h"
 #include "torch_compat/autograd.h"
+#include "torch_compat/rref_timeout.h"
 #include "torch_compat/thread_state.h"
 
 namespace py = pybind11;
@@ -63,6 +64,43 @@ JitFuturePtr creation(JitFuture& response, Settle settle) {
       c10::NoneType::get());
 }
 
+// What torch's confirmPendingUser() and finishCreatingOwnerRRef() do. But of a creation that has failed torch's RRef is
+// kept for ever, unless it has run out of time, and then the wrong one says so: see torch_compat/rref_timeout.h.
+
+bool ranOutOfTime(const JitFuture& failed) { // what is made to fail by tests counts as this for torch
+  return rpc::getRPCErrorType(failed) != rpc::RPCErrorType::UNKNOWN_ERROR;
+}
+
+void settleUser(JitFuture& response, const rpc::ForkId& forkId) {
+  if (!response.hasError()) {
+    rpc::callback::confirmPendingUser(response, forkId);
+    return;
+  }
+  auto& context = rpc::RRefContext::getInstance();
+  if (ranOutOfTime(response)) {
+    torch_compat::markTimedOut(*context.getPendingUser(forkId));
+  }
+  context.delPendingUser(forkId);
+}
+
+void settleOwner(JitFuture& response, rpc::OwnerRRef& rref) {
+  c10::intrusive_ptr<rpc::RRef> unused;
+  if (!response.hasError()) {
+    unused = rpc::callback::finishCreatingOwnerRRef(response, rref.rrefId());
+  } else {
+    if (ranOutOfTime(response)) {
+      torch_compat::markTimedOut(rref);
+    } else {
+      rref.setError(response.exception_ptr());
+    }
+    unused = rpc::RRefContext::getInstance().delForkOfOwner(rref.rrefId(), rref.rrefId());
+  }
+  if (unused && unused->isPyObj()) {
+    const py::gil_scoped_acquire gil;
+    unused.reset();
+  }
+}
+
 // A value that stays at its worker. `sendCall` sends the call that makes it, with the ids given, and returns the future
 // of the response.
 template <typename SendCall>
@@ -72,22 +110,20 @@ PyRRef createRemotely(const WorkerInfo& dst, const c10::TypePtr& type, const Sen
     auto userRRef = context.createUserRRef(dst.id_, type);
     const JitFuturePtr response = sendCall(userRRef->rrefId(), userRRef->forkId());
     context.addPendingUser(userRRef->forkId(), userRRef);
-    userRRef->registerOwnerCreationFuture(creation(*response, [forkId = userRRef->forkId()](JitFuture& completed) {
-      rpc::callback::confirmPendingUser(completed, forkId);
-    }));
+    userRRef->registerOwnerCreationFuture(
+        creation(*response, [forkId = userRRef->forkId()](JitFuture& completed) { settleUser(completed, forkId); }));
     return PyRRef(std::move(userRRef));
   }
   auto ownerRRef = context.createOwnerRRef(type);
   // The call goes through the agent even to oneself: until it has, this keeps the value whatever other copies do.
   context.addSelfAsFork(ownerRRef);
   const JitFuturePtr response = sendCall(ownerRRef->rrefId(), ownerRRef->rrefId());
-  ownerRRef->registerOwnerCreationFuture(creation(*response, [rrefId = ownerRRef->rrefId()](JitFuture& completed) {
-    auto deleted = rpc::callback::finishCreatingOwnerRRef(completed, rrefId);
-    if (deleted && deleted->isPyObj()) {
-      const py::gil_scoped_acquire gil;
-      deleted.reset();
-    }
-  }));
+  ownerRRef->registerOwnerCreationFuture(
+      creation(*response, [rref = c10::weak_intrusive_ptr<rpc::OwnerRRef>(ownerRRef)](JitFuture& completed) {
+        if (const auto owner = rref.lock()) { // else the session is over, and torch's context has forgotten it
+          settleOwner(completed, *owner);
+        }
+      }));
   return PyRRef(std::move(ownerRRef));
 }
 

@@ -420,6 +420,8 @@ TEST(agent_goodbye_tells_of_the_worker_that_was_lost_before) {
   group.agents[0]->shutdown();
   const std::string error = errorOf(group.call(1, 0, "hold"));
   CHECK_THAT(error.find("worker0") != std::string::npos && error.find("worker2") != std::string::npos);
+  CHECK_THAT(group.agents[1]->lostWorkers().at(0).cause.find("RPC to worker 'worker2'") == 0);
+  CHECK_THROWS(group.agents[1]->join(true, 30), "not possible: RPC to worker 'worker2'");
 }
 
 TEST(agent_lost_workers_are_told_in_their_order) {

@@ -1,11 +1,18 @@
 // Real processes and real shared memory.
 #include "host/neighbours.h"
 
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <cstddef>
 #include <thread>
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include <csignal>
 
 #include "check.h"
 
@@ -50,6 +57,19 @@ struct Process {
   std::string address;
 };
 
+// In this thread, for good.
+void forbid(uint32_t systemCall) {
+  std::array<sock_filter, 4> code{{
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, systemCall, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  }};
+  const sock_fprog filter{code.size(), code.data()};
+  CHECK_THAT(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+  CHECK_THAT(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0);
+}
+
 } // namespace
 
 TEST(neighbours_ring_each_other) {
@@ -78,6 +98,25 @@ TEST(neighbours_learn_that_a_process_has_ended) {
   CHECK_THAT(own.takeEnded() == std::vector<int>{1});
   CHECK_THAT(own.takeEnded().empty()); // once
   own.ring(1);                         // harmless
+}
+
+TEST(neighbours_learn_that_a_process_has_ended_where_the_system_gives_no_descriptors) {
+  std::thread([] {
+    forbid(SYS_pidfd_open);
+    Process other;
+    Process another;
+    Neighbours own;
+    own.meet({own.address(), other.address, another.address}, 0);
+    CHECK_THAT(own.reachesAll());
+    CHECK_THAT(own.takeEnded().empty());
+    CHECK_THAT(!own.hasEnded(1, std::chrono::milliseconds(10)));
+    kill(other.pid, SIGKILL); // a zombie, for as long as nobody waits for it
+    CHECK_THAT(own.hasEnded(1, std::chrono::seconds(10)));
+    CHECK_THAT(own.takeEnded() == std::vector<int>{1});
+    CHECK_THAT(own.takeEnded().empty());
+    another.end();
+    CHECK_THAT(own.takeEnded() == std::vector<int>{2});
+  }).join();
 }
 
 TEST(neighbours_are_not_whom_an_address_does_not_lead_to) {

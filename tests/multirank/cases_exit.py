@@ -75,22 +75,16 @@ def shutdown_finds_no_leak_when_all_is_deleted(world: World) -> None:
     rpc.shutdown()
 
 
-@program(any_world=True)
+@program(any_world=True, tensorpipe="only the timeout ends to_here(), and shutdown waits 100 s for the RRef")
 def remote_calls_that_cannot_be_read(world: World) -> None:
-    """torch gives the owner's copy no value and the user no error, so only a timeout ends to_here()."""
     world.init()
-    rref = remote_that_cannot_be_read(world)
-    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
-    world.barrier()
-    rpc.shutdown(graceful=False)  # the graceful one waits 100 s in torch, which takes the RRef for unconfirmed
-    del rref
-
-
-def remote_that_cannot_be_read(world: World) -> Any:
     rref = rpc.remote(world.next, identity, args=([torch.ones(50_000), RefusesToArrive()],))
-    with pytest.raises(Exception, match=r"I do not arrive|RPC ran for more than set timeout|RRef creation"):
-        rref.to_here(timeout=2)
-    return rref
+    for wait_for in (rref._get_future().wait, rref.to_here):
+        with pytest.raises(Exception, match="I do not arrive"):
+            wait_for()
+    equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
+    del rref
+    rpc.shutdown()
 
 
 @program(any_world=True, tensorpipe="rpc.remote() itself raises there if the error is early")
@@ -123,7 +117,7 @@ def creation_of_rrefs_that_runs_out(world: World) -> None:
     world.init()
     go = world.event("go")
     dst = rpc.get_worker_info(world.next)
-    # One for each rank: with TensorPipe as well, torch forgets to tell every second RRef of a process.
+    # One for each rank: torch's own tells all later RRefs' failures to the first one.
     if world.rank == 1:
         rref = Call("udf", wait, (go,), timeout=0.1).create(Ours, dst)
     else:
@@ -136,7 +130,7 @@ def creation_of_rrefs_that_runs_out(world: World) -> None:
     go.signal()
     equal(rpc.rpc_sync(world.next, identity, args=(1,)), 1)
     world.barrier()
-    rpc.shutdown(graceful=False)  # as above
+    rpc.shutdown(graceful=False)  # torch's would wait for what may still be made
 
 
 @contextlib.contextmanager
@@ -194,11 +188,16 @@ def rrefs_in_a_later_session(world: World) -> None:
         rpc.shutdown()
 
 
+@rpc.functions.async_execution
+def never() -> torch.futures.Future:
+    return torch.futures.Future()
+
+
 @program(any_world=True, tensorpipe=FIRST_AGENT)
 def unconfirmed_rrefs_of_an_earlier_session(world: World) -> None:
     """A graceful shutdown, which gives unconfirmed RRefs 100 s, waits for those of its own session only."""
     world.init()
-    unconfirmed = remote_that_cannot_be_read(world)
+    unconfirmed = rpc.remote(world.next, never)
     world.barrier()
     rpc.shutdown(graceful=False)
     world.barrier()

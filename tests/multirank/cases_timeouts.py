@@ -170,7 +170,7 @@ def recover(future: torch.futures.Future) -> str:
     return "recovered"
 
 
-# RRefs. Creation that runs out is in cases_exit.py: what fails there stays in torch's RRef context.
+# RRefs
 
 
 @case()
@@ -181,6 +181,24 @@ def to_here(world: World) -> None:
         rref.to_here(timeout=0.1)
     go.signal("made")
     equal(rref.to_here(timeout=20), "made")
+
+
+@case(each=("next", "self"), tensorpipe="the first RRef of a process is marked for all, own values are waited for")
+def creation_of_rrefs(world: World, at: str) -> None:
+    """That they are told of another one's failure, freed perhaps, is not seen here but by a sanitizer."""
+    to, go = world.next if at == "next" else world.name(), world.event("go")
+    for number in range(3):
+        begun = world.event(f"begun {number}")
+        rref = rpc.remote(to, signal_and_wait, args=(begun, go), timeout=0.3)
+        begun.wait()
+        if at == "next":  # a fetch that waits for the value does so for as long as it is told to
+            with pytest.raises(RuntimeError, match=ran_out(300)):
+                rref._get_future().wait()
+        with pytest.raises(RuntimeError, match=r"RRef creation via rpc.remote\(\) timed out"):
+            rref.to_here()
+        equal(rpc.remote(to, identity, args=(number,)).to_here(), number)
+        del rref
+    go.signal()
 
 
 class Slow(Account):

@@ -1,6 +1,6 @@
-"""Worlds of three ranks that lose one while they shut down or gather. Run by test_losses.py.
+"""Worlds of three ranks that lose one while they shut down or gather. Run by test_losses.py, with those of deaths.py.
 
-    python losses.py DIRECTORY CASE...
+    python deaths.py DIRECTORY CASE...
 
 The ranks of each case are forked, because importing torch takes longer than a case. Prints a line of JSON for each
 case: its name, and what went wrong in it.
@@ -83,6 +83,16 @@ def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@way(-signal.SIGTERM)
+def is_terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@way(-signal.SIGSEGV)
+def crashes() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 class Rank:
     """This rank of the case."""
 
@@ -113,15 +123,23 @@ class Rank:
     def await_loss(self) -> None:
         until(lambda: self.lost_at() > 0)
 
+    def await_survivors(self) -> None:
+        """As await_all(), without the lost one."""
+        self._shared[CLOCK + self.rank] = 2
+        until(lambda: all(self._shared[CLOCK + other] == 2 for other in range(SIZE) if other != self.case.lost))
+
     def await_reports(self, workers: set[str]) -> None:
         """Returns when these are in the all-gather that ``worker0`` leads."""
         until(lambda: rpc.rpc_sync("worker0", reported) >= workers)
 
     def fails(self, wait: Callable[[], object], what: str) -> None:
-        """Expects an error at once, that says what is not possible and names the lost rank."""
+        """Expects an error at once, that says what is not possible and names the lost rank, and none that lives."""
         began = time.monotonic()
-        with pytest.raises(RuntimeError, match=f"{what}.* is not possible: .*'{self.lost_name}' "):
+        with pytest.raises(RuntimeError, match=f"{what}.* is not possible: ") as caught:
             wait()
+        reason = str(caught.value).partition("is not possible: ")[2]
+        assert reason.startswith(f"RPC to worker '{self.lost_name}' "), reason
+        assert not any(name in reason for name in self.survivors), reason
         took = time.monotonic() - max(self.lost_at(), began)
         assert self.lost_at() > 0
         assert took < AT_ONCE, f"after {took:.2f} s"
@@ -131,8 +149,10 @@ class Rank:
         assert not api._is_current_rpc_agent_set()
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
     while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -151,6 +171,28 @@ def before_the_others_shut_down(rank: Rank) -> None:
         rank.lose()
     rank.await_loss()
     rank.shutdown_fails()
+
+
+_requests = threading.Semaphore(0)  # for RRefs, at the rank that is to be lost
+
+
+def has_been_asked() -> None:
+    _requests.release()
+
+
+@moment()
+def that_was_asked_for_rrefs(rank: Rank) -> None:
+    """One of them never comes, the other one was never asked for."""
+    if rank.is_lost:
+        for _ in rank.survivors:
+            _requests.acquire()
+        rank.lose()
+    unanswered = rpc.remote(rank.lost_name, time.sleep, args=(LIMIT,))
+    rpc.rpc_sync(rank.lost_name, has_been_asked)
+    rank.await_loss()
+    late = rpc.remote(rank.lost_name, identity, args=(1,))
+    rank.shutdown_fails()
+    del unanswered, late
 
 
 @moment(ways=("raises", "exits", "exits_at_once", "is_killed"))
@@ -279,6 +321,7 @@ def after_another_thread_has_shut_rpc_down(rank: Rank) -> None:
 
 def run(rank: Rank) -> None:
     faulthandler.dump_traceback_later(LIMIT - 5, exit=True)
+    torch.set_num_threads(1)  # here too: else torch's threads find its pool gone, which did not survive the fork
     rank.begin(rank.rank, SIZE)
     # Nobody is lost before all know each other.
     for other in range(SIZE):
@@ -322,7 +365,3 @@ def main() -> None:
                 return  # and so ends as a program of its own does
             pids.append(pid)
         print(json.dumps([name, problems_of(case, pids, outputs)]), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,10 @@
-"""Workers that end while the others shut down or gather: those must not wait for ever."""
+"""Workers that end, in all states: the others must learn of it at once, and go on."""
 
 from __future__ import annotations
 
 import json
 
+import deaths  # registers its cases
 import launcher
 import losses
 import pytest
@@ -18,7 +19,7 @@ def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """By case, for those that are selected."""
     mine = [item for item in request.session.items if item.parent is request.node]
     names = [item.callspec.params["name"] for item in mine]
-    command = Command(["main", "losses", str(tmp_path_factory.mktemp("losses")), *names], {}, forked=True)
+    command = Command(["main", deaths.__name__, str(tmp_path_factory.mktemp("losses")), *names], {}, forked=True)
     _, output = launcher.run_commands([command], 60 + losses.LIMIT * len(names))
     return dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
 

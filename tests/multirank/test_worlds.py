@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import launcher
 import pytest
+import system_calls
 from launcher import Command
 
 PROGRAM = str(Path(__file__).with_name("world_program.py"))
@@ -158,6 +160,35 @@ def test_handlers_at_exit_shut_down(run: Callable[..., None], tmp_path: Path) ->
 @mpich
 def test_handlers_at_exit_of_spawned_children_shut_down(run: Callable[..., None], tmp_path: Path) -> None:
     run([python(PROGRAM, "--spawn", "spawn", "--size", "2", *by_file(tmp_path), "shuts_down_at_exit")], 2)
+
+
+@mpich
+@pytest.mark.skipif(not system_calls.NUMBERS, reason="the numbers of its system calls are not known")
+@pytest.mark.parametrize("call", ["pidfd_open", "process_vm_readv"])
+def test_where_a_system_call_is_forbidden(run: Callable[..., None], tmp_path: Path, call: str) -> None:
+    run(by_hand("dies", 3, "--forbid", call, *by_file(tmp_path)), 3, killed=True)
+
+
+def without_privilege(*command: str) -> bool:
+    return subprocess.run([*command, "true"], capture_output=True).returncode != 0
+
+
+@mpich
+@pytest.mark.skipif(without_privilege("unshare", "--mount"), reason="only root has a /dev/shm of its own")
+def test_where_shared_memory_is_small(run: Callable[..., None], tmp_path: Path) -> None:
+    program = [sys.executable, PROGRAM, "--spawn", "fork", "--size", "4", *by_file(tmp_path)]
+    small = 'mount -t tmpfs -o size=10m tmpfs /dev/shm && exec "$@"'
+    run([Command(["unshare", "--mount", "sh", "-c", small, "sh", *program, "has_too_little_shared_memory"], {})], 4)
+
+
+@mpich
+@pytest.mark.skipif(without_privilege("unshare", "--uts"), reason="only root may name a host")
+@pytest.mark.parametrize("length", [63, 64])
+def test_where_the_host_has_a_long_name(run: Callable[..., None], tmp_path: Path, length: int) -> None:
+    scenario = "once" if length < 64 else "has_too_long_a_host_name"
+    program = [sys.executable, PROGRAM, "--spawn", "fork", "--size", "2", *by_file(tmp_path), scenario]
+    named = 'hostname "$1" && shift && exec "$@"'
+    run([Command(["unshare", "--uts", "sh", "-c", named, "sh", "h" * length, *program], {})], 2)
 
 
 @mpich

@@ -1,6 +1,7 @@
 """One process of a world that no MPI launcher made, or several started by multiprocessing. Run by test_worlds.py.
 
-    python world_program.py [--rank R --size N] [--spawn METHOD] [--node NAME] [--init-method URL] SCENARIO
+    python world_program.py [--rank R --size N] [--spawn METHOD] [--node NAME] [--init-method URL] [--forbid CALL]
+                            SCENARIO
     python ranks.py main world_program ...
 
 Prints "rank R: ok" when the scenario went as it should.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import system_calls
 import torch
 import torch.distributed.rpc as rpc
 from torch.distributed.rendezvous import rendezvous
@@ -267,6 +269,17 @@ def dies_in_transfer(process: Process) -> None:
     rpc.shutdown(graceful=False)
 
 
+def has_too_little_shared_memory(process: Process) -> None:
+    needs = r"/dev/shm of host .* has [\d.]+ MiB free, and MPI's 4 ranks there need [\d.]+ MiB.*--shm-size=\d+m"
+    with pytest.raises(RuntimeError, match=needs):
+        process.begin()
+
+
+def has_too_long_a_host_name(process: Process) -> None:
+    with pytest.raises(RuntimeError, match=r"the name of this host has 64 characters.*--hostname"):
+        process.begin()
+
+
 def no_open_mpi(process: Process) -> None:
     with pytest.raises(RuntimeError, match=rf"only under its launcher.*`mpirun -n {process.size} python script.py`"):
         process.begin()
@@ -275,6 +288,8 @@ def no_open_mpi(process: Process) -> None:
 def run(rank: int | None, arguments: argparse.Namespace) -> None:
     if rank is not None:
         arguments.rank = rank
+    if arguments.forbid is not None:
+        system_calls.forbid(arguments.forbid)
     globals()[arguments.scenario](Process(arguments))
     rank = arguments.rank if arguments.rank is not None else int(os.environ["RANK"])
     print(f"rank {rank}: ok\n", end="", flush=True)  # in one piece, beside the others'
@@ -287,6 +302,7 @@ def main() -> None:
     parser.add_argument("--spawn", choices=("spawn", "forkserver", "fork"))
     parser.add_argument("--node")
     parser.add_argument("--init-method")
+    parser.add_argument("--forbid", choices=system_calls.NUMBERS)
     parser.add_argument("scenario")
     arguments = parser.parse_args()
     if arguments.spawn is None:

@@ -502,10 +502,15 @@ def typed_storages(name: str) -> None:
     assert _torch_api.untyped_storage_of(typed) is untyped
 
 
-@relied_on("fork_rref", "rref_of_fork", in_session=True)
+@relied_on("fork_rref", "id_of_fork", "rref_of_fork", in_session=True)
 def forks_of_rrefs(name: str) -> None:
-    fork = _torch_api.fork_rref(rpc.RRef(4))
+    rrefs = rpc.RRef(3), rpc.RRef(4)
+    first, fork = map(_torch_api.fork_rref, rrefs)
+    (maker, number), (_, before) = _torch_api.id_of_fork(fork), _torch_api.id_of_fork(first)
+    assert maker == rpc.get_worker_info().id
+    assert number == before + 1
     assert isinstance(fork, tuple)
+    assert _torch_api.rref_of_fork(first).to_here() == 3
     assert _torch_api.rref_of_fork(fork).to_here() == 4
 
 

@@ -1,0 +1,60 @@
+"""What MPI takes for granted of its host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from torch_rpc_mpi import _system
+from torch_rpc_mpi._system import Limits
+
+MPICH = "MPICH Version:      5.0.2\nMPICH Release date: today\nMPICH Device:       ch4:ucx,ofi\n"
+MIB = 1 << 20
+
+
+class Rank(NamedTuple):
+    node: str
+    host: str
+    limits: Limits
+
+
+class TestSharedMemory:
+    @pytest.mark.parametrize(
+        ("library", "ranks", "environ", "low", "high"),
+        [
+            (MPICH, 4, {}, 20.6 * MIB, 22 * MIB),  # taken by 4 ranks: 20.57 MiB
+            (MPICH, 1, {}, 0, 0),
+            (MPICH, 4, {"MPIR_CVAR_CH4_NETMOD": "ofi"}, 4.04 * MIB, 4.5 * MIB),
+            (MPICH, 2, {"MPIR_CVAR_CH4_SHM_POSIX_IQUEUE_NUM_CELLS": "1024"}, 40 * MIB, 42 * MIB),
+            ("MPICH Device: ch3:nemesis", 4, {}, 0, 0),
+            ("Open MPI v5.0.11, package: Open MPI", 4, {}, 0, 0),
+        ],
+    )
+    def test_needed(self, library: str, ranks: int, environ: dict[str, str], low: float, high: float) -> None:
+        assert low <= _system.needed_shared_memory(library, ranks, environ) <= high
+
+    def test_docker_holds_twelve(self) -> None:
+        assert _system.needed_shared_memory(MPICH, 12, {}) <= 64 * MIB < _system.needed_shared_memory(MPICH, 13, {})
+
+    def test_the_host_with_too_little_is_named(self) -> None:
+        ranks = [Rank("a", "north", Limits(64 * MIB)), *[Rank("b", "south", Limits(8 * MIB))] * 2]
+        with pytest.raises(RuntimeError, match=r"/dev/shm of host south has 8\.0 MiB free, .* at most 1 rank"):
+            _system.check_shared_memory(MPICH, ranks)
+        _system.check_shared_memory(MPICH, ranks[:2])
+
+    def test_what_is_not_known_is_no_reason(self) -> None:
+        _system.check_shared_memory(MPICH, [Rank("a", "north", Limits(None))] * 64)
+
+
+def test_names_of_hosts() -> None:
+    assert _system.host_name_problem(MPICH, "h" * 63) is None
+    assert _system.host_name_problem("Open MPI v5.0.11", "h" * 64) is None
+    problem = _system.host_name_problem(MPICH, "h" * 64)
+    assert problem is not None
+    assert "64 characters" in problem
+
+
+def test_this_system_lets_memory_be_read() -> None:
+    assert _system.can_read_memory()
+    assert Limits.here().shared_memory is not None

@@ -1,0 +1,118 @@
+"""What MPI takes for granted of this system, and what is done before MPI_Init where that does not hold.
+
+MPI itself would end the process there, with a signal or an error of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+SHARED_MEMORY = Path("/dev/shm")
+
+# Bytes for each rank of a host, as MPICH 5.0.2 takes them in its default configuration: cells for small messages, and
+# the receive buffers of UCX's posix transport, also where no message goes that way.
+_CELLS, _CELL_BYTES = 64, 16_640
+_UCX_BYTES = 4_340_000
+
+_LONGEST_HOST_NAME = 63  # characters that MPICH 5.0 takes
+
+
+# What keeps MPICH from process_vm_readv.
+WITHOUT_READING_MEMORY = ("MPIR_CVAR_CH4_CMA_ENABLE", "0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a rank finds on its host."""
+
+    shared_memory: int | None = None  # bytes free in /dev/shm, before MPI has taken its own; None: not known
+    reads_memory: bool = True  # of other processes
+
+    @classmethod
+    def here(cls) -> Limits:
+        try:
+            state = os.statvfs(SHARED_MEMORY)
+        except OSError:
+            return cls(None, can_read_memory())
+        return cls(state.f_bavail * state.f_frsize, can_read_memory())
+
+
+def can_read_memory() -> bool:
+    """Whether process_vm_readv is allowed, by which MPICH 5.0 reads large messages of a host; it does not look itself.
+
+    Filters of system calls, as containers have them, refuse it even for the process itself. Where the kernel's Yama
+    refuses it for other processes, MPICH finds out by itself.
+    """
+    source, target = ctypes.create_string_buffer(1), ctypes.create_string_buffer(1)
+
+    class Vector(ctypes.Structure):
+        _fields_ = [("base", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
+
+    def vector(buffer: ctypes.Array[ctypes.c_char]) -> Vector:
+        return Vector(ctypes.addressof(buffer), 1)
+
+    read = ctypes.CDLL(None).process_vm_readv
+    read.restype = ctypes.c_ssize_t
+    return bool(read(os.getpid(), ctypes.byref(vector(target)), 1, ctypes.byref(vector(source)), 1, 0) == 1)
+
+
+def host_name_problem(library: str, host: str) -> str | None:
+    """Why this MPI does not start on a host of this name.
+
+    Args:
+        library: the whole text of MPI_Get_library_version.
+    """
+    if not re.match(r"MPICH Version:\s*5\.", library) or len(os.fsencode(host)) <= _LONGEST_HOST_NAME:
+        return None
+    return (
+        f"the name of this host has {len(os.fsencode(host))} characters, and MPICH takes at most {_LONGEST_HOST_NAME}: "
+        f"MPI_Init would end the process. Give the host or container a shorter name (`hostname`, `docker run "
+        f"--hostname`) than {host!r}"
+    )
+
+
+def needed_shared_memory(library: str, ranks: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Bytes that ``ranks`` of one host need in /dev/shm; 0 for an MPI of which that is not known."""
+    device = re.search(r"MPICH Device:\s*ch4:(\S+)", library)
+    if device is None or ranks < 2:
+        return 0
+    cells = environ.get("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE_NUM_CELLS", "")
+    needed = (int(cells) if cells.isdigit() else _CELLS) * _CELL_BYTES
+    modules = device[1].split(",")
+    if environ.get("MPIR_CVAR_CH4_NETMOD", modules[0]) == "ucx":
+        needed += _UCX_BYTES
+    return ranks * needed
+
+
+class _Rank(Protocol):
+    """What is to be known of each rank."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def limits(self) -> Limits: ...
+
+
+def check_shared_memory(library: str, ranks: Sequence[_Rank]) -> None:
+    """Raises RuntimeError, the same on all ranks, when those of a node have too little shared memory."""
+    for node in dict.fromkeys(rank.node for rank in ranks):
+        here = [rank for rank in ranks if rank.node == node]
+        needed = needed_shared_memory(library, len(here))
+        known = [rank.limits.shared_memory for rank in here if rank.limits.shared_memory is not None]
+        if known and min(known) < needed:
+            size = 2 * needed >> 20
+            raise RuntimeError(
+                f"init_rpc failed on all ranks because {SHARED_MEMORY} of host {here[0].host} has "
+                f"{min(known) / 2**20:.1f} MiB free, and MPI's {len(here)} ranks there need {needed / 2**20:.1f} MiB: "
+                f"they would end with SIGBUS. Make it larger (`mount -o remount,size={size}M {SHARED_MEMORY}`, "
+                f"`docker run --shm-size={size}m`), remove files that nobody uses from it, or start at most "
+                f"{min(known) * len(here) // needed} ranks there."
+            )
