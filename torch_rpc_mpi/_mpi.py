@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from . import _C
 
+# What Open MPI's `mpirun --with-ft mpi` sets.
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+
 # The oldest whose communicators and ABI can be asked as below.
 MINIMUM_MPI4PY = (4, 0)
 
@@ -110,8 +113,11 @@ class LoadedMPI:
         """Whether receives from any source can be trusted among so many nodes.
 
         MPICH 5.0.2 over UCX loses messages from other nodes that such receives wait for; those that name their source
-        get them.
+        get them. With Open MPI's fault tolerance (``mpirun --with-ft mpi``) one dead rank fails all such receives, for
+        good and without its name.
         """
+        if self.abi == "openmpi" and os.environ.get(_FAULT_TOLERANCE, "0") not in ("0", "false"):
+            return False
         return nodes == 1 or not re.search(r"ch4:.*\bucx\b", self.runtime.library_version())
 
 

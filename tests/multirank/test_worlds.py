@@ -205,6 +205,14 @@ def test_a_child_alone_leaves_no_files(run: Callable[..., None], tmp_path: Path,
     assert files == []
 
 
+@pytest.mark.skipif(not launcher.is_open_mpi(), reason="MPICH's launcher ends the job")
+def test_a_process_that_is_killed_under_open_mpi_with_fault_tolerance(run: Callable[..., None]) -> None:
+    """One failure of one peer."""
+    one = [sys.executable, PROGRAM, "--rank", '"$OMPI_COMM_WORLD_RANK"', "--size", "3", "dies"]
+    start = [*launcher.mpirun(), "--with-ft", "mpi", "-n", "3"]
+    run([Command([*start, "sh", "-c", "exec " + " ".join(one)], {})], 3)
+
+
 @pytest.mark.skipif(not launcher.is_open_mpi(), reason="MPICH needs no launcher")
 def test_open_mpi_says_that_it_needs_its_launcher(run: Callable[..., None], tmp_path: Path) -> None:
     run(by_hand("no_open_mpi", 2, *by_file(tmp_path)), 2)

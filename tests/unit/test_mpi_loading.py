@@ -193,6 +193,14 @@ class TestAbi:
         runtime: Any = SimpleNamespace(library_version=lambda: version)
         assert _mpi.LoadedMPI(None, runtime, "mpich", 1).takes_any_source(nodes) is trusted
 
+    @pytest.mark.parametrize(("enabled", "trusted"), [("1", False), ("0", True)])
+    def test_decides_so_with_fault_tolerance(
+        self, monkeypatch: pytest.MonkeyPatch, enabled: str, trusted: bool
+    ) -> None:
+        monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", enabled)
+        runtime: Any = SimpleNamespace(library_version=lambda: "Open MPI v5.0.11")
+        assert _mpi.LoadedMPI(None, runtime, "openmpi", 1).takes_any_source(1) is trusted
+
     @pytest.mark.parametrize(("abi", "handle"), [("mpich", 11), ("openmpi", 11), ("standard", 22)])
     def test_decides_the_handle(self, abi: str, handle: int) -> None:
         comm: Any = SimpleNamespace(py2f=lambda: 11, handle=22)
