@@ -242,7 +242,8 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         init_timeout,
     )
     try:
-        module = _import_mpi()
+        with _system.default_environment(_system.WITHIN_ONE_HOST if _system.all_ranks_are_here() else {}):
+            module = _import_mpi()
     finally:
         watchdog.cancel()
     if _exit.skips_atexit():

@@ -5,11 +5,12 @@ MPI itself would end the process there, with a signal or an error of its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,27 @@ _LONGEST_HOST_NAME = 63  # characters that MPICH 5.0 takes
 
 # What keeps MPICH from process_vm_readv.
 WITHOUT_READING_MEMORY = ("MPIR_CVAR_CH4_CMA_ENABLE", "0")
+
+# What keeps UCX from listening at two ports of every network for ranks of other hosts, where there are none.
+WITHIN_ONE_HOST = {"UCX_TLS": "sm,self"}
+
+
+@contextlib.contextmanager
+def default_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets the variables that the user has not set, for MPI_Init alone: what this process starts does not get them."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def all_ranks_are_here(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher of the MPICH family has started all ranks on this host."""
+    ranks_here = environ.get("MPI_LOCALNRANKS")
+    return ranks_here is not None and ranks_here == environ.get("PMI_SIZE")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,8 @@ def _initialize(
     pmi = {"PMI_FD": server.client_socket, "PMI_RANK": rank, "PMI_SIZE": size}
     os.environ.update({variable: str(value) for variable, value in pmi.items()})
     try:
-        with _watchdog(mpi, "MPI_Init", deadline):
+        within = _system.WITHIN_ONE_HOST if len(set(nodes)) == 1 else {}
+        with _watchdog(mpi, "MPI_Init", deadline), _system.default_environment(within):
             mpi.runtime.initialize()
         server.serve_alone(f"rank {rank} of {size} (pid {os.getpid()} on host {socket.gethostname()})")
     except BaseException:

@@ -25,14 +25,10 @@ CAUSES = {"raises": "it has left"}
 CAUSE = "its process has ended without leaving"
 
 
-def state(*, ways: tuple[str, ...] = ALL_WAYS) -> Callable[[Callable[[Rank], None]], None]:
-    """A state of rank 1 that ends in each of these ways, and of rank 0 that is killed in it."""
-
-    def register(function: Callable[[Rank], None]) -> None:
-        moment(ways=ways, ranks=(1,))(function)
-        moment(ranks=(0,))(function)
-
-    return register
+def state(function: Callable[[Rank], None]) -> None:
+    """A state of rank 1 that ends in each of the ways, and of rank 0 that is killed in it."""
+    moment(ways=ALL_WAYS, ranks=(1,))(function)
+    moment(ranks=(0,))(function)
 
 
 def call_fails(rank: Rank, wait: Callable[[], Any]) -> None:
@@ -85,7 +81,7 @@ def bytes_move() -> bool:
     return int(api._get_current_rpc_agent().get_metrics()["mpi.bulk_in_flight"]) > 0
 
 
-@state()
+@state
 def when_idle(rank: Rank) -> None:
     if rank.is_lost:
         rank.lose()
@@ -100,7 +96,7 @@ def run_for_ever() -> None:
     time.sleep(LIMIT)
 
 
-@state(ways=tuple(way for way in ALL_WAYS if way != "raises"))
+@state
 def when_executing(rank: Rank) -> None:
     if rank.is_lost:
         until(lambda: len(_calls) == SIZE - 1)
@@ -113,7 +109,7 @@ def never() -> torch.futures.Future:
     return torch.futures.Future()
 
 
-@state()
+@state
 def when_sending(rank: Rank) -> None:
     if rank.is_lost:
         sent = [rpc.rpc_async(name, torch.numel, args=(torch.empty(GIBIBYTE // 4),)) for name in rank.survivors]
@@ -123,7 +119,7 @@ def when_sending(rank: Rank) -> None:
     goes_on(rank, rpc.rpc_async(rank.lost_name, never))
 
 
-@state()
+@state
 def when_receiving(rank: Rank) -> None:
     if rank.is_lost:
         until(bytes_move)
@@ -131,7 +127,7 @@ def when_receiving(rank: Rank) -> None:
     goes_on(rank, rpc.rpc_async(rank.lost_name, torch.numel, args=(torch.empty(GIBIBYTE // 4),)))
 
 
-@state()
+@state
 def when_owner_of_rrefs(rank: Rank) -> None:
     if rank.is_lost:
         until(lambda: len(_kept) == SIZE - 1)
@@ -156,7 +152,7 @@ def keep(rref: Any) -> None:
     _kept.append(rref)
 
 
-@state()
+@state
 def when_user_of_rrefs(rank: Rank) -> None:
     """Of those that it has made, that it was given by the owner, and that it was given by another user."""
     if rank.is_lost:
@@ -173,7 +169,7 @@ def when_user_of_rrefs(rank: Rank) -> None:
     goes_on(rank)
 
 
-@state()
+@state
 def when_in_a_context_of_autograd(rank: Rank) -> None:
     """Its own, and one that another worker has opened."""
     ones = torch.ones(2, requires_grad=True)

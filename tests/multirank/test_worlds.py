@@ -163,6 +163,11 @@ def test_handlers_at_exit_of_spawned_children_shut_down(run: Callable[..., None]
 
 
 @mpich
+def test_opens_no_port_on_one_host(run: Callable[..., None], tmp_path: Path) -> None:
+    run(by_hand("opens_no_port", 2, *by_file(tmp_path)), 2)
+
+
+@mpich
 @pytest.mark.skipif(not system_calls.NUMBERS, reason="the numbers of its system calls are not known")
 @pytest.mark.parametrize("call", ["pidfd_open", "process_vm_readv"])
 def test_where_a_system_call_is_forbidden(run: Callable[..., None], tmp_path: Path, call: str) -> None:

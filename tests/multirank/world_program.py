@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import system_calls
 import torch
@@ -91,6 +92,13 @@ def once(process: Process) -> None:
     assert not [name for name in os.environ if name.startswith("PMI")], "MPI's variables stay in the environment"
     shared = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]
     assert [line for line in shared if not line.endswith("(deleted)")] == []
+
+
+def opens_no_port(process: Process) -> None:
+    process.session()
+    opened = psutil.Process().net_connections("inet")
+    assert [connection.laddr for connection in opened if connection.status == psutil.CONN_LISTEN] == []
+    assert "UCX_TLS" not in os.environ, "what MPI is told stays in the environment"
 
 
 def alone(process: Process) -> None:

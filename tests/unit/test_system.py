@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -58,3 +59,28 @@ def test_names_of_hosts() -> None:
 def test_this_system_lets_memory_be_read() -> None:
     assert _system.can_read_memory()
     assert Limits.here().shared_memory is not None
+
+
+def test_a_default_of_the_environment_ends_and_is_none_where_the_user_has_set_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TEST_A", raising=False)
+    monkeypatch.setenv("TEST_B", "the user's")
+    with _system.default_environment({"TEST_A": "ours", "TEST_B": "ours"}):
+        assert os.environ["TEST_A"] == "ours"
+        assert os.environ["TEST_B"] == "the user's"
+    assert "TEST_A" not in os.environ
+    assert os.environ["TEST_B"] == "the user's"
+
+
+@pytest.mark.parametrize(
+    ("environ", "here"),
+    [
+        ({"MPI_LOCALNRANKS": "4", "PMI_SIZE": "4"}, True),
+        ({"MPI_LOCALNRANKS": "2", "PMI_SIZE": "4"}, False),
+        ({"PMI_SIZE": "4"}, False),
+        ({}, False),
+    ],
+)
+def test_all_ranks_are_here(environ: dict[str, str], here: bool) -> None:
+    assert _system.all_ranks_are_here(environ) == here
