@@ -36,8 +36,9 @@ uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
     slot.uses = 1; // with slot 0 the id would be the one that means "closed"
   }
   size_.fetch_add(1);
+  slot.call.id = (static_cast<uint64_t>(slot.uses) << 32) | index;
   start(index, slot.call.timeout, now);
-  return (static_cast<uint64_t>(slot.uses) << 32) | index;
+  return slot.call.id;
 }
 
 void CallTable::start(uint32_t index, std::chrono::milliseconds timeout, Clock::time_point now) {

@@ -25,6 +25,7 @@ inline constexpr std::chrono::milliseconds kFailureDelay{50};
 struct PendingCall {
   JitFuturePtr future;
   int peer = 0;
+  uint64_t id = 0; // the table's
   torch::distributed::rpc::MessageType type = torch::distributed::rpc::MessageType::UNKNOWN;
   std::chrono::milliseconds timeout{0}; // 0: none
   Clock::time_point made;

@@ -31,6 +31,9 @@ struct GuestAnnouncement {
   GuestAnnouncement& operator=(const GuestAnnouncement&) = delete;
 };
 
+// So that a turn in which very many run out does not keep what has arrived waiting.
+constexpr size_t kExpiredInTurn = 256;
+
 // For want of memory for more. Made when the library is loaded.
 const auto* const kLost = new std::shared_ptr<const std::string>(
     std::make_shared<const std::string>("The worker that was called can no longer answer"));
@@ -123,7 +126,7 @@ class Caller::ExpiryTask final : public CompletionTask {
 Caller::Caller(
     const Membership& members,
     const Completion& completion,
-    const Exchange& exchange,
+    Exchange& exchange,
     Outbox& outbox,
     Server& server,
     const std::shared_ptr<Engine>& engine,
@@ -171,7 +174,7 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
     if (toSelf) {
       engine_->post(server_.ownRequest(id, copyMessage(*message)));
     } else {
-      sendToPeer(peer, id, std::move(message));
+      sendToPeer(peer, id, std::move(message), timeout.count() > 0 ? made + timeout : Clock::time_point::max());
     }
   } catch (...) {
     calls_.take(id, peer);
@@ -185,9 +188,10 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
   return future;
 }
 
-void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message) {
+void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline) {
   auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this);
   out->header().secondAttempt = sendsAgain ? 1 : 0;
+  out->setDeadline(deadline);
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
   if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
     outbox_.encode(*out);
@@ -265,16 +269,32 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
   }
 }
 
-void Caller::expire(Clock::time_point now, std::vector<TaskPtr>& tasks) {
-  while (now >= calls_.nextDeadline()) {
+void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks) {
+  for (size_t expired = 0; expired < kExpiredInTurn && now >= calls_.nextDeadline(); ++expired) {
     makeRoom(tasks);
     auto task = std::make_unique<ExpiryTask>(*this);
     auto call = calls_.takeExpired(now);
     if (!call) {
       break;
     }
+    forget(token, *call);
     task->give(std::move(*call));
     tasks.push_back(std::move(task));
+  }
+}
+
+// Neither its caller's memory nor its callee's time is to be spent on it.
+void Caller::forget(ProgressToken& token, const PendingCall& call) noexcept {
+  if (call.failure != nullptr) { // its peer has ended, or it was not sent
+    return;
+  }
+  try {
+    if (call.peer == members_.rank()) {
+      server_.forget(call.peer, call.id, /*comes=*/false);
+    } else {
+      exchange_.forget(token, call.peer, call.id);
+    }
+  } catch (const std::bad_alloc&) { // then it is sent, and run, for nobody
   }
 }
 

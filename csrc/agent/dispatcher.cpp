@@ -104,7 +104,7 @@ bool Dispatcher::progress(ProgressToken& token) {
     nextTrim_ = now + kTrimAfter;
     ReceivePool::instance().trim(now - kTrimAfter);
   }
-  caller_.expire(now, arrivals_);
+  caller_.expire(token, now, arrivals_);
   join_.advance(
       token, [&] { return idle(token); },
       [this] { return DrainCounts{exchange_.counters().framesSent, exchange_.counters().framesReceived}; });
@@ -150,7 +150,9 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
   const int source = message.source;
   switch (message.header.kind) {
     case FrameKind::kRequest:
-      arrivals_.push_back(server_.arrived(std::move(message)));
+      if (TaskPtr task = server_.arrived(std::move(message))) {
+        arrivals_.push_back(std::move(task));
+      }
       break;
     case FrameKind::kResponse:
       if (!caller_.onResponse(std::move(message), arrivals_)) {
@@ -169,6 +171,9 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       }
       break;
     }
+    case FrameKind::kForget:
+      server_.forget(source, message.header.callId, exchange_.receives(token, source));
+      break;
     case FrameKind::kCredit:
       break;
   }

@@ -6,6 +6,8 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -28,8 +30,9 @@ class SelfCaller {
   virtual void onOwnResponse(uint64_t id, MakeResponse response) noexcept = 0;
 };
 
-// Thread-safe. owedMutex_ guards owed_, of which owes_ is a hint; the counts are atomics; owner_ and selfCaller_ are
-// set before the first request comes; the rest is immutable, or guards itself.
+// Thread-safe. unbegunMutex_ guards unbegun_ and the lists. owedMutex_ guards owed_, of which owes_ is a hint; the
+// counts are atomics; owner_ and selfCaller_ are set before the first request comes; the rest is immutable, or guards
+// itself.
 class Server final : private SendFailureListener {
  public:
   using ThreadHook = std::function<void(const std::function<void()>& body)>;
@@ -47,9 +50,13 @@ class Server final : private SendFailureListener {
     owner_ = std::move(owner);
     selfCaller_ = &selfCaller;
   }
-  // What serves a request that has arrived, or one of this worker to itself. Each counts from now on.
+  // What serves a request that has arrived, or one of this worker to itself. Each counts from now on. Null if its
+  // caller does not wait for it any more.
   TaskPtr arrived(InboundMessage request);
   TaskPtr ownRequest(uint64_t id, RpcMessage request);
+  // Of the token's holder: a caller does not wait for that call any more. The request is dropped if it has not begun.
+  // comes: something of that caller has arrived in part, this request perhaps.
+  void forget(int source, uint64_t id, bool comes);
 
   int64_t serving() const { // requests between arrival and response
     return serving_.load();
@@ -68,14 +75,22 @@ class Server final : private SendFailureListener {
  private:
   class Served;
   class RequestTask;
-  class OwnRequestTask;
+  struct Request {
+    InboundMessage inbound;
+    RpcMessage own; // instead, where this worker calls itself
+  };
+  struct Unbegun { // requests of one caller, in their order
+    RequestTask *first = nullptr, *last = nullptr;
+  };
   // Where the response to a request goes. Used once.
   struct ReplyTo {
     int peer;
     uint64_t id;
   };
 
-  void serve(InboundMessage inbound);
+  void serve(InboundMessage inbound) noexcept;
+  void serveOwn(uint64_t id, RpcMessage request) noexcept;
+  void decodeAndRun(InboundMessage inbound, ReplyTo reply);
   void run(RpcMessage request, ReplyTo reply);
   JitFuturePtr process(torch::distributed::rpc::Message& request) const;
   void respond(ReplyTo reply, MakeResponse response) noexcept;
@@ -95,6 +110,10 @@ class Server final : private SendFailureListener {
 
   std::atomic<int64_t> serving_{0};
   std::atomic<int64_t> servingAsync_{0};
+
+  std::mutex unbegunMutex_;
+  std::vector<Unbegun> unbegun_;                        // by caller
+  std::vector<std::unordered_set<uint64_t>> forgotten_; // by caller: calls that come, perhaps. Under the token
 
   std::mutex owedMutex_;
   std::vector<ReplyTo> owed_;

@@ -25,12 +25,14 @@ enum class FrameKind : uint8_t {
   kResponse = 2,
   kCredit = 3,  // nothing but the header's counters
   kGoodbye = 4, // the sender leaves; it neither serves nor answers from now on. Body: why, as text
-  kDrain = 5    // see agent/drain.h
+  kDrain = 5,   // see agent/drain.h
+  kForget = 6,  // nothing but the header: nobody waits any more for the answer to the call that it names
+  kBatch = 7    // small frames that had to wait, one after the other, each with its header
 };
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.
 struct FrameHeader {
-  static constexpr uint32_t kMagic = 0x52504d33; // "RPM3": raise the digit with every change of the protocol
+  static constexpr uint32_t kMagic = 0x52504d34; // "RPM4": raise the digit with every change of the protocol
 
   uint32_t magic = kMagic;
   FrameKind kind = FrameKind::kRequest;
@@ -97,5 +99,7 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
 
 // The header of a received frame, or nothing when it is not one of ours or its lengths do not fit what arrived.
 std::optional<FrameHeader> parseFrame(const char* data, size_t bytes);
+// The same of the next frame in the body of a batch, which more may follow.
+std::optional<FrameHeader> parseFrameOfBatch(ConstSpan rest);
 
 } // namespace torch_rpc_mpi

@@ -143,6 +143,14 @@ def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scen
 
 
 @mpich
+@pytest.mark.parametrize(
+    ("scenario", "size"), [("some_stop_for_a_while", 4), ("some_stop_for_a_while", 8), ("some_are_killed", 4)]
+)
+def test_processes_that_take_nothing(run: Callable[..., None], tmp_path: Path, scenario: str, size: int) -> None:
+    run(by_hand(scenario, size, *by_file(tmp_path)), size, killed=scenario == "some_are_killed")
+
+
+@mpich
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_child_that_leaves(run: Callable[..., None], tmp_path: Path, method: str) -> None:
     run([python(PROGRAM, "--spawn", method, "--size", "3", *by_file(tmp_path), "leaves")], 3)
