@@ -33,6 +33,9 @@ struct GuestAnnouncement {
   GuestAnnouncement& operator=(const GuestAnnouncement&) = delete;
 };
 
+// So that a turn in which very many run out does not keep what has arrived waiting.
+constexpr size_t kExpiredInTurn = 256;
+
 // For want of memory for more. Made when the library is loaded.
 const auto* const kLost = new std::shared_ptr<const std::string>(
     std::make_shared<const std::string>("The worker that was called can no longer answer"));
@@ -223,7 +226,7 @@ JitFuturePtr Caller::call(
       HeldByPeers::made({});
       engine_->post(server_.ownRequest(id, copyMessage(*message)));
     } else {
-      sendToPeer(peer, id, std::move(message));
+      sendToPeer(peer, id, std::move(message), timeout.count() > 0 ? made + timeout : Clock::time_point::max());
     }
   } catch (...) {
     calls_.take(id, peer);
@@ -237,10 +240,11 @@ JitFuturePtr Caller::call(
   return future;
 }
 
-void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message) {
+void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline) {
   server_.heldByPeers().sends(peer);
   auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this);
   out->header().secondAttempt = sendsAgain ? 1 : 0;
+  out->setDeadline(deadline);
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
   if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
     outbox_.encode(*out);
@@ -322,7 +326,7 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
 
 void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks) {
   std::unique_ptr<ExpiryTask> task;
-  while (now >= calls_.nextDeadline()) {
+  for (size_t looked = 0; looked < kExpiredInTurn && now >= calls_.nextDeadline(); ++looked) {
     makeRoom(tasks);
     if (task == nullptr) {
       task = std::make_unique<ExpiryTask>(*this);
@@ -332,6 +336,7 @@ void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<Tas
       break;
     }
     if (due->expired) {
+      forget(token, *due->expired);
       task->give(std::move(*due->expired));
       tasks.push_back(std::move(task));
     } else if (late_.size() < late_.capacity()) {
@@ -353,11 +358,15 @@ void Caller::askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& task
       const int peer = first->peer;
       std::vector<uint64_t> ids;
       for (; first != late_.end() && first->peer == peer; ++first) {
-        ids.push_back(first->id);
+        if (peer != members_.rank() && exchange_.holdsRequest(token, peer, first->id)) {
+          calls_.explain(first->id, peer, sharedText(notSent(members_.describe(peer))));
+        } else {
+          ids.push_back(first->id);
+        }
       }
       if (peer == members_.rank()) {
-        onStatement(peer, server_.stateOf(peer, ids, tasks));
-      } else {
+        onStatement(peer, server_.stateOf(token, peer, ids, tasks));
+      } else if (!ids.empty()) {
         exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kInquiry, writeInquiry(ids)));
       }
     }
@@ -370,6 +379,21 @@ void Caller::onStatement(int source, const Statement& statement) {
   const std::string callee = members_.describe(source);
   for (const LateCall& call : statement.calls) {
     calls_.explain(call.id, source, sharedText(whyLate(callee, statement.business, call)));
+  }
+}
+
+// Neither its caller's memory nor its callee's time is to be spent on it.
+void Caller::forget(ProgressToken& token, const PendingCall& call) noexcept {
+  if (call.failure != nullptr) { // its peer has ended, or it was not sent
+    return;
+  }
+  try {
+    if (call.peer == members_.rank()) {
+      server_.forget(call.peer, call.id, /*comes=*/false);
+    } else {
+      exchange_.forget(token, call.peer, call.id);
+    }
+  } catch (const std::bad_alloc&) { // then it is sent, and run, for nobody
   }
 }
 

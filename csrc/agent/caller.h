@@ -89,6 +89,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
   // Of the token's holder. What completes calls goes to `tasks`; what throws there has lost none.
   // False if the response is to a call that was made to another worker.
   bool onResponse(InboundMessage response, std::vector<TaskPtr>& tasks);
+  // Some of those whose time is over; nextDeadline() tells whether there are more.
   void expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks);
   void onStatement(int source, const Statement& statement);
   void onPeerEnded(int peer, const std::string& reason);
@@ -106,8 +107,9 @@ class Caller final : public SelfCaller, private SendFailureListener {
 
   void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
-  void sendToPeer(int peer, uint64_t id, RpcMessage message);
+  void sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
   void askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks);
+  void forget(ProgressToken& token, const PendingCall& call) noexcept;
 
   const Membership& members_;
   const Completion& completion_;

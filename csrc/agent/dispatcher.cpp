@@ -202,7 +202,9 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
   const int source = message.source;
   switch (message.header.kind) {
     case FrameKind::kRequest:
-      arrivals_.push_back(server_.arrived(std::move(message)));
+      if (TaskPtr task = server_.arrived(std::move(message))) {
+        arrivals_.push_back(std::move(task));
+      }
       break;
     case FrameKind::kResponse:
       if (!caller_.onResponse(std::move(message), arrivals_)) {
@@ -236,6 +238,9 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
         exchange_.fail(token, source, std::string("it sent a frame that makes no sense: ") + error.what());
       }
       break;
+    case FrameKind::kForget:
+      server_.forget(source, message.header.callId, exchange_.receives(token, source));
+      break;
     case FrameKind::kCredit:
       break;
   }
@@ -243,7 +248,7 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
 
 void Dispatcher::answerInquiry(ProgressToken& token, int source, ConstSpan body) {
   try {
-    const Statement statement = server_.stateOf(source, readInquiry(body), arrivals_);
+    const Statement statement = server_.stateOf(token, source, readInquiry(body), arrivals_);
     exchange_.post(token, std::make_unique<OutboundControl>(source, FrameKind::kStatement, writeStatement(statement)));
   } catch (const std::bad_alloc&) { // the caller does without
   } catch (const std::runtime_error& error) {

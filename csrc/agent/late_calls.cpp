@@ -87,6 +87,10 @@ Statement readStatement(ConstSpan body) {
   return statement;
 }
 
+std::string notSent(const std::string& callee) {
+  return "It was not sent: " + callee + " has yet to take or to begin so many earlier calls that this one waited here";
+}
+
 std::string whyLate(const std::string& callee, const Business& business, const LateCall& call) {
   switch (call.state) {
     case LateCall::State::kArriving:

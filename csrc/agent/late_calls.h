@@ -60,6 +60,7 @@ std::string writeStatement(const Statement& statement);
 Statement readStatement(ConstSpan body);
 
 // For the end of the error of a timeout. callee: in the words of errors.
+std::string notSent(const std::string& callee);
 std::string whyLate(const std::string& callee, const Business& business, const LateCall& call);
 
 } // namespace torch_rpc_mpi

@@ -67,7 +67,7 @@ void Leaving::flush() {
     const auto pause = std::min<Clock::time_point>(limit, Clock::now() + kSignalInterval);
     engine_.withToken([&](ProgressToken& token) {
       try {
-        while ((unfinished = exchange_.counters().unfinishedSends > 0) && Clock::now() < pause) {
+        while ((unfinished = !exchange_.counters().allSent()) && Clock::now() < pause) {
           exchange_.poll(token);
         }
       } catch (const std::exception& error) {

@@ -270,7 +270,7 @@ std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
       {"mpi.frames_received", std::to_string(exchange.framesReceived.load())},
       {"mpi.bytes_sent", std::to_string(exchange.bytesSent.load())},
       {"mpi.bytes_received", std::to_string(exchange.bytesReceived.load())},
-      {"mpi.send_queue", std::to_string(exchange.waitingForCredit.load())},
+      {"mpi.send_queue", std::to_string(exchange.waitingForCredit.load() + exchange.waitingUntaken.load())},
       {"mpi.request_queue", std::to_string(engine.queuedRequests)},
       {"mpi.frames_dropped", std::to_string(exchange.framesDropped.load())},
       {"mpi.bulk_in_flight", std::to_string(exchange.partsOut.load() + exchange.partsIn.load())},

@@ -36,8 +36,13 @@ bool Outbox::post(ProgressToken& token) {
     queued.swap(queue_);
     filled_ = false;
   }
+  const auto now = Clock::now();
   for (OutboundPtr& message : queued) {
-    exchange_.post(token, std::move(message));
+    if (message->late(now)) {
+      exchange_.drop(token, std::move(message)); // the call may have been given up already
+    } else {
+      exchange_.post(token, std::move(message));
+    }
   }
   return !queued.empty();
 }

@@ -35,9 +35,8 @@ class Server::Served {
   Served(const Served&) = delete;
   Served& operator=(const Served&) = delete;
 
-  Server& begin() { // respond() ends it
+  void begin() { // respond() ends it
     begun_ = true;
-    return server_;
   }
 
  private:
@@ -45,59 +44,76 @@ class Server::Served {
   bool begun_ = false;
 };
 
+// A request that has arrived and not begun: its caller may call it off.
 class Server::RequestTask final : public Task {
  public:
-  RequestTask(Server& server, InboundMessage inbound) : served_(server), inbound_(std::move(inbound)) {}
+  RequestTask(Server& server, int source, uint64_t id, Request request)
+      : server_(server),
+        served_(server),
+        source_(source),
+        id_(id),
+        kind_(request.inbound.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest),
+        request_(std::move(request)) {
+    const std::lock_guard<std::mutex> lock(server_.unbegunMutex_);
+    Unbegun& list = server_.unbegun_[source_];
+    previous_ = list.last;
+    (previous_ == nullptr ? list.first : previous_->next_) = this;
+    list.last = this;
+  }
+  ~RequestTask() override {
+    (void)take();
+  }
   Kind kind() const override {
-    return inbound_.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest;
+    return kind_;
   }
   void run() noexcept override {
-    const ReplyTo reply{inbound_.source, inbound_.header.callId};
-    Server& server = served_.begin();
-    try {
-      server.serve(std::move(inbound_));
-    } catch (const std::exception& error) { // there is not even memory to say so
-      server.owe(reply, error);
-      server.serving_.fetch_sub(1);
+    std::optional<Request> request = take();
+    if (!request) {
+      return;
     }
+    served_.begin();
+    if (request->own != nullptr) {
+      server_.serveOwn(id_, std::move(request->own));
+    } else {
+      server_.serve(std::move(request->inbound));
+    }
+  }
+  // With the mutex: that of this call in a list, or null.
+  static RequestTask* find(RequestTask* first, uint64_t id) {
+    while (first != nullptr && first->id_ != id) {
+      first = first->next_;
+    }
+    return first;
+  }
+  // With the mutex. Nothing if it was taken before.
+  std::optional<Request> takeLocked() {
+    if (std::exchange(taken_, true)) {
+      return std::nullopt;
+    }
+    Unbegun& list = server_.unbegun_[source_];
+    (previous_ == nullptr ? list.first : previous_->next_) = next_;
+    (next_ == nullptr ? list.last : next_->previous_) = previous_;
+    return std::move(request_);
   }
 
   bool isOf(int peer, uint64_t id) const {
-    return inbound_.source == peer && inbound_.header.callId == id;
+    return source_ == peer && id_ == id;
   }
 
  private:
+  std::optional<Request> take() {
+    const std::lock_guard<std::mutex> lock(server_.unbegunMutex_);
+    return takeLocked();
+  }
+
+  Server& server_;
   Served served_;
-  InboundMessage inbound_;
-};
-
-class Server::OwnRequestTask final : public Task {
- public:
-  OwnRequestTask(Server& server, uint64_t id, RpcMessage message)
-      : served_(server),
-        id_(id),
-        message_(std::move(message)) {}
-  Kind kind() const override {
-    return Kind::kRequest;
-  }
-  void run() noexcept override {
-    Server& server = served_.begin();
-    const ReplyTo reply{server.members_.rank(), id_};
-    try {
-      server.run(std::move(message_), reply);
-    } catch (const std::exception&) {
-      server.respond(reply, []() -> RpcMessage { throw; });
-    }
-  }
-
-  bool isOf(uint64_t id) const {
-    return id_ == id;
-  }
-
- private:
-  Served served_;
+  const int source_;
   const uint64_t id_;
-  RpcMessage message_;
+  const Kind kind_;
+  Request request_;
+  bool taken_ = false;
+  RequestTask *previous_ = nullptr, *next_ = nullptr; // in the list of the caller
 };
 
 class Server::LastMessagesTask final : public Task {
@@ -137,27 +153,70 @@ Server::Server(
       callback_(callback),
       numWorkerThreads_(numWorkerThreads),
       threadHook_(std::move(threadHook)),
+      unbegun_(members.workers().size()),
+      forgotten_(members.workers().size()),
       running_(std::make_shared<RunningRequests>()) {
   owed_.reserve(kOwed);
   paying_.reserve(kOwed);
 }
 
 TaskPtr Server::arrived(InboundMessage request) {
+  const int source = request.source;
+  const uint64_t id = request.header.callId;
   FlightRecorder::instance().record(
-      CallEvent::kArrived, request.source, request.header.callId, request.header.messageType, request.header.bodyBytes);
-  return std::make_unique<RequestTask>(*this, std::move(request));
+      CallEvent::kArrived, source, id, request.header.messageType, request.header.bodyBytes);
+  if (auto& forgotten = forgotten_[source]; !forgotten.empty() && forgotten.erase(id) > 0) {
+    exchange_.released(source, request.header.chargedBytes);
+    return nullptr;
+  }
+  return std::make_unique<RequestTask>(*this, source, id, Request{std::move(request), nullptr});
 }
 
 TaskPtr Server::ownRequest(uint64_t id, RpcMessage request) {
-  return std::make_unique<OwnRequestTask>(*this, id, std::move(request));
+  return std::make_unique<RequestTask>(*this, members_.rank(), id, Request{{}, std::move(request)});
 }
 
 TaskPtr Server::lastMessagesOf(int peer) {
   return std::make_unique<LastMessagesTask>(*this, peer);
 }
 
-void Server::serve(InboundMessage inbound) {
+void Server::forget(int source, uint64_t id, bool comes) {
+  std::optional<Request> dropped; // without the lock
+  {
+    const std::lock_guard<std::mutex> lock(unbegunMutex_);
+    if (RequestTask* task = RequestTask::find(unbegun_[source].first, id)) {
+      dropped = task->takeLocked();
+    }
+  }
+  if (dropped && source != members_.rank()) {
+    exchange_.released(source, dropped->inbound.header.chargedBytes);
+  } else if (!dropped && comes) {
+    forgotten_[source].insert(id);
+  } else {
+    forgotten_[source].clear();
+  }
+}
+
+void Server::serve(InboundMessage inbound) noexcept {
   const ReplyTo reply{inbound.source, inbound.header.callId};
+  try {
+    decodeAndRun(std::move(inbound), reply);
+  } catch (const std::exception& error) { // there is not even memory to say so
+    owe(reply, error);
+    serving_.fetch_sub(1);
+  }
+}
+
+void Server::serveOwn(uint64_t id, RpcMessage request) noexcept {
+  const ReplyTo reply{members_.rank(), id};
+  try {
+    run(std::move(request), reply);
+  } catch (const std::exception&) {
+    respond(reply, []() -> RpcMessage { throw; });
+  }
+}
+
+void Server::decodeAndRun(InboundMessage inbound, ReplyTo reply) {
   exchange_.released(inbound.source, inbound.header.chargedBytes);
   RpcMessage request;
   try {
@@ -303,11 +362,15 @@ void Server::payAgain() {
   owes_ = !owed_.empty();
 }
 
-Statement Server::stateOf(int source, const std::vector<uint64_t>& ids, const std::vector<TaskPtr>& arrivals) const {
+Statement Server::stateOf(
+    ProgressToken& token,
+    int source,
+    const std::vector<uint64_t>& ids,
+    const std::vector<TaskPtr>& arrivals) const {
   Statement statement;
   statement.business = business();
   for (const uint64_t id : ids) {
-    statement.calls.push_back(stateOf(source, id, arrivals));
+    statement.calls.push_back(stateOf(token, source, id, arrivals));
   }
   return statement;
 }
@@ -330,14 +393,10 @@ Business Server::business() const {
   return business;
 }
 
-LateCall Server::stateOf(int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const {
+LateCall Server::stateOf(ProgressToken& token, int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const {
   LateCall call;
   call.id = id;
   const auto isIt = [&](const Task& task) {
-    if (source == members_.rank()) {
-      const auto* own = dynamic_cast<const OwnRequestTask*>(&task);
-      return own != nullptr && own->isOf(id);
-    }
     const auto* request = dynamic_cast<const RequestTask*>(&task);
     return request != nullptr && request->isOf(source, id);
   };
@@ -360,7 +419,7 @@ LateCall Server::stateOf(int source, uint64_t id, const std::vector<TaskPtr>& ar
     return true;
   });
   if (call.state == LateCall::State::kAnswered && source != members_.rank() &&
-      exchange_.receives(source, FrameKind::kRequest, id)) {
+      exchange_.lacksPartOf(token, source, FrameKind::kRequest, id)) {
     call.state = LateCall::State::kArriving;
   }
   return call;

@@ -6,6 +6,8 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -31,8 +33,9 @@ class SelfCaller {
   virtual void onOwnResponse(uint64_t id, MakeResponse response) noexcept = 0;
 };
 
-// Thread-safe. owedMutex_ guards owed_, of which owes_ is a hint; the counts are atomics; owner_ and selfCaller_ are
-// set before the first request comes; the rest is immutable, or guards itself.
+// Thread-safe. unbegunMutex_ guards unbegun_ and the lists. owedMutex_ guards owed_, of which owes_ is a hint; the
+// counts are atomics; owner_ and selfCaller_ are set before the first request comes; the rest is immutable, or guards
+// itself.
 class Server final : private SendFailureListener {
  public:
   using ThreadHook = std::function<void(const std::function<void()>& body)>;
@@ -52,9 +55,13 @@ class Server final : private SendFailureListener {
     owner_ = std::move(owner);
     selfCaller_ = &selfCaller;
   }
-  // What serves a request that has arrived, or one of this worker to itself. Each counts from now on.
+  // What serves a request that has arrived, or one of this worker to itself. Each counts from now on. Null if its
+  // caller does not wait for it any more.
   TaskPtr arrived(InboundMessage request);
   TaskPtr ownRequest(uint64_t id, RpcMessage request);
+  // Of the token's holder: a caller does not wait for that call any more. The request is dropped if it has not begun.
+  // comes: something of that caller has arrived in part, this request perhaps.
+  void forget(int source, uint64_t id, bool comes);
 
   // What runs the messages that a lost peer would have sent. See Note [What the lost held].
   TaskPtr lastMessagesOf(int peer);
@@ -72,8 +79,12 @@ class Server final : private SendFailureListener {
   const RunningRequests& running() const {
     return *running_;
   }
-  // Of the token's holder, see Note [Late calls]: of calls of `source`. arrivals: tasks that no engine has yet.
-  Statement stateOf(int source, const std::vector<uint64_t>& ids, const std::vector<TaskPtr>& arrivals) const;
+  // See Note [Late calls]: of calls of `source`. arrivals: tasks that no engine has yet.
+  Statement stateOf(
+      ProgressToken& token,
+      int source,
+      const std::vector<uint64_t>& ids,
+      const std::vector<TaskPtr>& arrivals) const;
 
   // Of the token's holder: callers that are to be told that there was no memory for their response.
   bool owes() const {
@@ -85,8 +96,14 @@ class Server final : private SendFailureListener {
  private:
   class Served;
   class RequestTask;
-  class OwnRequestTask;
   class LastMessagesTask;
+  struct Request {
+    InboundMessage inbound;
+    RpcMessage own; // instead, where this worker calls itself
+  };
+  struct Unbegun { // requests of one caller, in their order
+    RequestTask *first = nullptr, *last = nullptr;
+  };
   // Where the response to a request goes. Used once.
   struct ReplyTo {
     int peer;
@@ -94,8 +111,10 @@ class Server final : private SendFailureListener {
   };
 
   Business business() const;
-  LateCall stateOf(int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const;
-  void serve(InboundMessage inbound);
+  LateCall stateOf(ProgressToken& token, int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const;
+  void serve(InboundMessage inbound) noexcept;
+  void serveOwn(uint64_t id, RpcMessage request) noexcept;
+  void decodeAndRun(InboundMessage inbound, ReplyTo reply);
   void run(RpcMessage request, ReplyTo reply);
   JitFuturePtr process(torch::distributed::rpc::Message& request) const;
   void respond(ReplyTo reply, MakeResponse response) noexcept;
@@ -118,6 +137,10 @@ class Server final : private SendFailureListener {
 
   std::atomic<int64_t> serving_{0};
   std::atomic<int64_t> servingAsync_{0};
+
+  std::mutex unbegunMutex_;
+  std::vector<Unbegun> unbegun_;                        // by caller
+  std::vector<std::unordered_set<uint64_t>> forgotten_; // by caller: calls that come, perhaps. Under the token
 
   const std::shared_ptr<RunningRequests> running_; // a future that a function returned may outlive this
 

@@ -15,14 +15,23 @@
 
 namespace torch_rpc_mpi {
 
+// Of the messages of one rank. Counted by the process whose page this is; `awaited` is set by that rank.
+struct alignas(32) Neighbours::Taken {
+  std::array<std::atomic<uint64_t>, kKinds> messages;
+  std::atomic<uint32_t> awaited;
+};
+
+// Memory is taken for what is used of it alone: the ranks of this host have a few pages of 4 KiB.
 struct Neighbours::Page {
+  static constexpr size_t kRanks = 32768;
   std::array<uint64_t, 2> mark;
   alignas(64) BellWord bell;
+  alignas(64) std::array<Taken, kRanks> taken;
 };
 
 namespace {
 
-constexpr size_t kPageBytes = 4096;
+constexpr size_t kPageBytes = size_t{2} << 20;
 constexpr const char* kName = "torch_rpc_mpi_bell";
 
 void* mapPage(int file) {
@@ -58,18 +67,21 @@ Neighbours::Neighbours() {
   void* memory = file_ >= 0 && ftruncate(file_, kPageBytes) == 0 ? mapPage(file_) : nullptr;
   if (memory == nullptr) { // then nobody else can ring
     closeFile(std::exchange(file_, -1));
-    memory = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
       throw std::system_error(errno, std::generic_category(), "cannot map a page for the doorbell");
     }
   }
-  own_ = new (memory) Page{mark, {}};
+  own_ = static_cast<Page*>(memory); // of zeros, and not touched where it is not used
+  own_->mark = mark;
   watch_ = epoll_create1(EPOLL_CLOEXEC);
 }
 
 Neighbours::~Neighbours() {
   for (Page* page : pages_) {
-    munmap(page, kPageBytes);
+    if (page != nullptr) {
+      munmap(page, kPageBytes);
+    }
   }
   closeFile(watch_);
   closeFile(file_);
@@ -90,7 +102,9 @@ BellWord& Neighbours::bell() {
 }
 
 void Neighbours::meet(const std::vector<std::string>& addresses, int self) {
+  self_ = self;
   bells_.assign(addresses.size(), nullptr);
+  pages_.assign(addresses.size(), nullptr);
   processes_.resize(addresses.size());
   reachesAll_ = file_ >= 0;
   for (size_t rank = 0; rank < addresses.size(); ++rank) {
@@ -120,7 +134,7 @@ bool Neighbours::reach(int rank, const std::string& address) {
     }
     return false;
   }
-  pages_.push_back(page);
+  pages_[rank] = page;
   bells_[rank] = &page->bell;
   if (process.descriptor() < 0) {
     looksAt_.push_back(rank);
@@ -133,6 +147,35 @@ bool Neighbours::reach(int rank, const std::string& address) {
   }
   processes_[rank] = std::move(process);
   return true;
+}
+
+// What is counted comes before the look at `awaited`, and in the other process `awaited` before the look at the count,
+// all in one order of all threads: so either the one sees that it is to ring, or the other what was counted.
+void Neighbours::took(int rank, size_t kind) {
+  if (static_cast<size_t>(rank) >= Page::kRanks) {
+    return;
+  }
+  Taken& taken = own_->taken[rank];
+  taken.messages[kind].fetch_add(1);
+  if (taken.awaited.load() != 0) {
+    taken.awaited = 0;
+    ring(rank);
+  }
+}
+
+std::optional<uint64_t> Neighbours::taken(int rank, size_t kind) const {
+  const Page* page = pages_[rank];
+  if (page == nullptr || static_cast<size_t>(self_) >= Page::kRanks) {
+    return std::nullopt;
+  }
+  return page->taken[self_].messages[kind].load();
+}
+
+void Neighbours::awaitTaking(int rank) {
+  Page* page = pages_[rank];
+  if (page != nullptr && static_cast<size_t>(self_) < Page::kRanks && page->taken[self_].awaited.load() == 0) {
+    page->taken[self_].awaited = 1;
+  }
 }
 
 std::vector<int> Neighbours::takeEnded() {

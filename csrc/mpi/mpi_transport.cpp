@@ -49,9 +49,9 @@ OperationStatus MpiTransport::translate(const trm_status& status, int peer) cons
   return result;
 }
 
-void MpiTransport::track(trm_handle request, int peer, Operation* op) {
+void MpiTransport::track(trm_handle request, const Posted& posted) {
   requests_.push_back(request);
-  operations_.push_back({op, peer});
+  operations_.push_back(posted);
 }
 
 void MpiTransport::send(
@@ -86,7 +86,7 @@ void MpiTransport::send(
     op->complete(token, translate(status, peer));
     return;
   }
-  track(request, peer, op);
+  track(request, {op, peer, /*receive=*/false});
 }
 
 std::vector<int> MpiTransport::frameSources() const {
@@ -121,7 +121,7 @@ void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_
     op->complete(token, status);
     return;
   }
-  track(request, peer, op);
+  track(request, {op, peer, /*receive=*/true});
 }
 
 size_t MpiTransport::poll(ProgressToken& token) {
@@ -146,6 +146,7 @@ size_t MpiTransport::pollFrames(ProgressToken& token) {
     if (code != 0) {
       status.error = code;
     }
+    took(status.source, Channel::kFrame);
     op->complete(token, translate(status, kAnySource));
     ++completed;
   }
@@ -164,6 +165,7 @@ size_t MpiTransport::pollFramesOfEach(ProgressToken& token) {
     std::deque<FrameReceive>& frames = frames_[indices_[i]];
     finished.emplace_back(frames.front().op, translate(statuses_[i], indices_[i]));
     frames.pop_front();
+    took(indices_[i], Channel::kFrame);
   }
   for (auto& [op, status] : finished) {
     op->complete(token, status);
@@ -196,6 +198,9 @@ size_t MpiTransport::pollOthers(ProgressToken& token) {
   for (int i = 0; i < completed; ++i) {
     const Posted& posted = operations_[indices_[i]];
     finished.emplace_back(posted.op, translate(statuses_[i], posted.peer));
+    if (posted.receive) {
+      took(posted.peer, Channel::kBulk);
+    }
     operations_[indices_[i]].op = nullptr;
   }
   dropFinished();

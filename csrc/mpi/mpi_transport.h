@@ -30,6 +30,12 @@ class MpiTransport final : public Transport {
     return neighbours_->allRing();
   }
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
+  std::optional<uint64_t> taken(ProgressToken&, int peer, Channel channel) override {
+    return neighbours_->taken(peer, kindOf(channel));
+  }
+  void awaitTaking(ProgressToken&, int peer) override {
+    neighbours_->awaitTaking(peer);
+  }
   std::vector<int> frameSources() const override;
   void receiveFrame(ProgressToken& token, int source, void* data, size_t capacity, Operation* op) override;
   void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) override;
@@ -48,14 +54,24 @@ class MpiTransport final : public Transport {
   struct Posted {
     Operation* op;
     int peer;
+    bool receive;
   };
 
+  static size_t kindOf(Channel channel) {
+    return channel == Channel::kFrame ? 0 : 1;
+  }
+  // Tells the sender of what was received.
+  void took(int source, Channel channel) {
+    if (source >= 0 && source < size()) {
+      neighbours_->took(source, kindOf(channel));
+    }
+  }
   size_t pollFrames(ProgressToken& token);
   size_t pollFramesOfEach(ProgressToken& token);
   size_t pollOthers(ProgressToken& token);
   // How many have completed, none or fewer than none if none was active; which and how is in indices_ and statuses_.
   int testSome(std::vector<trm_handle>& requests);
-  void track(trm_handle request, int peer, Operation* op);
+  void track(trm_handle request, const Posted& posted);
   void dropFinished(); // those without an operation
   OperationStatus translate(const trm_status& status, int peer) const;
   std::string failureText(int peer, const std::string& what) const;

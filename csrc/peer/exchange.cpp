@@ -52,7 +52,10 @@ Exchange::Exchange(Transport& transport, ExchangeListener& listener, const Excha
       listener_(listener),
       options_(options),
       frames_(std::make_shared<FramePool>(options.frameBytes())),
-      context_{transport, listener, options_, *frames_, counters_, done_} {
+      windows_(options.untakenBudget, transport.size()),
+      context_{transport, listener, options_, *frames_, counters_, done_, windows_, blocked_} {
+  blocked_.reserve(transport.size());
+  wereBlocked_.reserve(transport.size());
   for (int rank = 0; rank < transport.size(); ++rank) {
     peers_.push_back(std::make_unique<Peer>(rank, context_, static_cast<PeerFailureListener&>(*this)));
   }
@@ -84,6 +87,21 @@ void Exchange::post(ProgressToken& token, OutboundPtr message) {
     return;
   }
   peer.outgoing.post(token, std::move(message));
+}
+
+void Exchange::forget(ProgressToken& token, int rank, uint64_t callId) {
+  Peer& peer = *peers_[rank];
+  if (!closed_ && peer.state() == Peer::State::kOpen) {
+    peer.outgoing.forget(token, callId);
+  }
+}
+
+void Exchange::drop(ProgressToken&, OutboundPtr message) {
+  done_.sent.push_back(std::move(message));
+}
+
+bool Exchange::receives(ProgressToken&, int rank) const {
+  return peers_[rank]->incoming.unfinished() > 0;
 }
 
 bool Exchange::wouldSendAtOnce(int rank, uint64_t chargedBytes) const {
@@ -128,6 +146,16 @@ std::vector<int> Exchange::takeDue() {
   return due;
 }
 
+bool Exchange::sendBlocked(ProgressToken& token) {
+  bool any = false;
+  blocked_.swap(wereBlocked_);
+  for (const int rank : wereBlocked_) {
+    any = peers_[rank]->outgoing.tryAgain(token) || any;
+  }
+  wereBlocked_.clear();
+  return any;
+}
+
 // In frames of their own, where nothing else has told them meanwhile.
 void Exchange::reportCredit(ProgressToken& token, const std::vector<int>& ranks) {
   for (const int rank : ranks) {
@@ -149,7 +177,8 @@ bool Exchange::poll(ProgressToken& token) {
     return false; // but nothing stays due, for which a sender would turn for ever
   }
   reportCredit(token, due);
-  const bool moved = transport_.poll(token) > 0 || !due.empty();
+  const bool received = transport_.poll(token) > 0;
+  const bool moved = sendBlocked(token) || received || !due.empty();
   if (!fatal_.empty()) {
     throw std::runtime_error(fatal_);
   }
@@ -194,9 +223,6 @@ void Exchange::onFrameOf(ProgressToken& token, int source, FrameBuffer frame, si
         "it sent a frame of " + std::to_string(bytes) +
         " bytes that is not of this protocol or version. Every rank has to use the same build of torch_rpc_mpi");
   }
-  if (header->kind != FrameKind::kDrain) {
-    counters_.framesReceived.fetch_add(1, std::memory_order_relaxed);
-  }
   const std::string impossible = peer.credit.acknowledged(*header);
   if (!impossible.empty()) {
     throw std::runtime_error("it sent a frame that makes no sense: " + impossible);
@@ -208,15 +234,41 @@ void Exchange::onFrameOf(ProgressToken& token, int source, FrameBuffer frame, si
       return;
     }
   }
-  if (header->kind == FrameKind::kCredit) {
+  if (header->kind == FrameKind::kBatch) {
+    takeApart(token, source, frame, *header);
+  } else {
+    deliver(token, source, std::move(frame), *header);
+  }
+}
+
+void Exchange::takeApart(ProgressToken& token, int source, const FrameBuffer& batch, const FrameHeader& header) {
+  ConstSpan rest{batch.body(), header.bodyBytes};
+  while (rest.bytes > 0 && !peers_[source]->ended()) {
+    const auto next = parseFrameOfBatch(rest);
+    if (!next) {
+      throw std::runtime_error("it sent a batch of frames that makes no sense");
+    }
+    const size_t bytes = sizeof(FrameHeader) + next->bodyBytes;
+    FrameBuffer frame = frames_->get();
+    std::memcpy(frame.data(), rest.data, bytes);
+    rest = {rest.data + bytes, rest.bytes - bytes};
+    deliver(token, source, std::move(frame), *next);
+  }
+}
+
+void Exchange::deliver(ProgressToken& token, int source, FrameBuffer frame, const FrameHeader& header) {
+  if (header.kind != FrameKind::kDrain) {
+    counters_.framesReceived.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (header.kind == FrameKind::kCredit) {
     return;
   }
   InboundMessage message;
   message.source = source;
-  message.header = *header;
+  message.header = header;
   message.frame = std::move(frame);
-  if (header->bodyInBulk != 0 || header->bulkParts != 0) {
-    peer.incoming.receive(token, std::move(message));
+  if (header.bodyInBulk != 0 || header.bulkParts != 0) {
+    peers_[source]->incoming.receive(token, std::move(message));
   } else {
     listener_.onMessage(token, std::move(message));
   }
@@ -270,7 +322,7 @@ DoneMessages Exchange::takeDone(ProgressToken&) {
 }
 
 bool Exchange::quiet(ProgressToken&) const {
-  return counters_.unfinishedSends == 0 && counters_.partsIn == 0 && counters_.waitingForCredit == 0;
+  return counters_.allSent() && counters_.partsIn == 0 && counters_.waitingForCredit == 0;
 }
 
 void Exchange::close(ProgressToken& token, bool agreed) noexcept {
@@ -278,6 +330,10 @@ void Exchange::close(ProgressToken& token, bool agreed) noexcept {
     return;
   }
   for (auto& peer : peers_) {
+    try {
+      peer->outgoing.sendGoodbye(token);
+    } catch (const std::exception&) { // no memory: the peer finds out otherwise
+    }
     peer->incoming.abandon();
   }
   if (transport_.close(token, agreed) > 0) {

@@ -7,9 +7,10 @@
 // that chunks need no names. The receiver posts a few chunks at a time: a large transfer then yields to small frames
 // after each chunk, although MPI may copy a whole chunk inside one call. Parts are sent from the tensors' own storage
 // and received into the storage that the callee's tensor will own.
+// Small frames that had to wait travel together, as one of kind kBatch, and are as if they had come one by one.
 // A frame or a chunk that is not what was announced leaves no way to tell what the next chunk belongs to: it fails the
 // peer, see Note [States of a peer] in peer.h.
-// How much may be under way: Note [Credit] in credit.h.
+// How much may be under way: Note [Credit] in credit.h, and to a peer of this host Note [Untaken messages] in window.h.
 #pragma once
 
 #include <atomic>
@@ -44,6 +45,12 @@ class Exchange : private PeerFailureListener {
   void start(ProgressToken& token);
   // Sends, queues or refuses; refused ones are among the done messages.
   void post(ProgressToken& token, OutboundPtr message);
+  // Nobody waits any more for the answer to this call. Whether it still has to be sent, or has been, is the same.
+  void forget(ProgressToken& token, int rank, uint64_t callId);
+  // A message that is late, see OutboundMessage.
+  void drop(ProgressToken& token, OutboundPtr message);
+  // Whether something of that rank has arrived in part.
+  bool receives(ProgressToken& token, int rank) const;
   // One bounded turn; returns whether anything moved. Throws when the transport is broken.
   bool poll(ProgressToken& token);
   // What depends on time: tells peers of credit that no frame has told them of for a while, and lets peers go.
@@ -69,9 +76,12 @@ class Exchange : private PeerFailureListener {
   bool hasDue() const { // any thread: somebody is to be told of credit, or to fail
     return hasDue_.load(std::memory_order_relaxed);
   }
-  // Whether not all of a message of this kind and id is here.
-  bool receives(int rank, FrameKind kind, uint64_t callId) const {
-    return peers_[rank]->incoming.receives(kind, callId);
+  // Whether a request waits here to be sent; whether not all of one that has been is there.
+  bool holdsRequest(ProgressToken& /*token*/, int rank, uint64_t callId) const {
+    return peers_[rank]->outgoing.holdsRequest(callId);
+  }
+  bool lacksPartOf(ProgressToken& /*token*/, int source, FrameKind kind, uint64_t callId) const {
+    return peers_[source]->incoming.lacksPartOf(kind, callId);
   }
   // Nothing under way in either direction, as far as this side knows.
   bool quiet(ProgressToken& token) const;
@@ -83,8 +93,11 @@ class Exchange : private PeerFailureListener {
   void reportCredit(ProgressToken& token, const std::vector<int>& ranks);
   std::vector<int> takeDue();
   void failRefused(ProgressToken& token);
+  bool sendBlocked(ProgressToken& token); // whether there was something that could be sent
   void onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status);
   void onFrameOf(ProgressToken& token, int source, FrameBuffer frame, size_t bytes);
+  void takeApart(ProgressToken& token, int source, const FrameBuffer& batch, const FrameHeader& header);
+  void deliver(ProgressToken& token, int source, FrameBuffer frame, const FrameHeader& header);
   void postFrameReceive(ProgressToken& token, FrameReceive* slot);
 
   Transport& transport_;
@@ -93,6 +106,8 @@ class Exchange : private PeerFailureListener {
   const std::shared_ptr<FramePool> frames_;
   ExchangeCounters counters_;
   DoneMessages done_;
+  WindowBudget windows_;
+  std::vector<int> blocked_, wereBlocked_; // peers, see PeerContext
   PeerContext context_;
   std::vector<std::unique_ptr<Peer>> peers_; // this rank's own is never used
   std::vector<std::unique_ptr<FrameReceive>> receives_;

@@ -79,12 +79,27 @@ std::optional<FrameHeader> parseFrame(const char* data, size_t bytes) {
   const bool bulkFits = header.bodyInBulk == 0 || bytes == sizeof(header);
   const bool partsFit = header.bulkParts <= header.bodyBytes / sizeof(uint64_t);
   const bool carries = header.kind == FrameKind::kRequest || header.kind == FrameKind::kResponse;
-  const bool kindFits = carries ||
-      (header.bodyInBulk == 0 && header.bulkParts == 0 && (header.kind != FrameKind::kCredit || header.bodyBytes == 0));
+  const bool bare = header.kind == FrameKind::kCredit || header.kind == FrameKind::kForget;
+  const bool kindFits =
+      carries || (header.bodyInBulk == 0 && header.bulkParts == 0 && (!bare || header.bodyBytes == 0));
   if (header.magic != FrameHeader::kMagic || !known || !inlineFits || !bulkFits || !partsFit || !kindFits) {
     return std::nullopt;
   }
   return header;
+}
+
+std::optional<FrameHeader> parseFrameOfBatch(ConstSpan rest) {
+  FrameHeader header;
+  if (rest.bytes < sizeof(header)) {
+    return std::nullopt;
+  }
+  std::memcpy(&header, rest.data, sizeof(header));
+  if (header.bodyBytes > rest.bytes - sizeof(header)) {
+    return std::nullopt;
+  }
+  const auto parsed = parseFrame(rest.data, sizeof(header) + header.bodyBytes);
+  const bool fits = parsed && parsed->kind != FrameKind::kBatch && parsed->bodyInBulk == 0 && parsed->bulkParts == 0;
+  return fits ? parsed : std::nullopt;
 }
 
 } // namespace torch_rpc_mpi

@@ -26,8 +26,10 @@ enum class FrameKind : uint8_t {
   kCredit = 3,  // nothing but the header's counters
   kGoodbye = 4, // the sender leaves; it neither serves nor answers from now on. Body: see agent/farewell.h
   kDrain = 5,   // see agent/drain.h
-  kInquiry = 6, // both: see agent/late_calls.h
-  kStatement = 7
+  kForget = 6,  // nothing but the header: nobody waits any more for the answer to the call that it names
+  kBatch = 7,   // small frames that had to wait, one after the other, each with its header
+  kInquiry = 8, // both: see agent/late_calls.h
+  kStatement = 9
 };
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.
@@ -99,5 +101,7 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
 
 // The header of a received frame, or nothing when it is not one of ours or its lengths do not fit what arrived.
 std::optional<FrameHeader> parseFrame(const char* data, size_t bytes);
+// The same of the next frame in the body of a batch, which more may follow.
+std::optional<FrameHeader> parseFrameOfBatch(ConstSpan rest);
 
 } // namespace torch_rpc_mpi

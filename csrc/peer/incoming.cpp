@@ -81,7 +81,7 @@ void Incoming::receive(ProgressToken& token, InboundMessage inbound) {
   pump(token);
 }
 
-bool Incoming::receives(FrameKind kind, uint64_t callId) const {
+bool Incoming::lacksPartOf(FrameKind kind, uint64_t callId) const {
   return std::ranges::any_of(messages_, [&](const std::unique_ptr<Message>& message) {
     return message->inbound.header.kind == kind && message->inbound.header.callId == callId;
   });

@@ -22,7 +22,7 @@ class Incoming {
   // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever.
   void abandon() noexcept;
   // Whether not all of a message of this kind and id is here.
-  bool receives(FrameKind kind, uint64_t callId) const;
+  bool lacksPartOf(FrameKind kind, uint64_t callId) const;
   // Messages whose frame has arrived, but not all of the rest.
   size_t unfinished() const {
     return unfinished_;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/clock.h"
 #include "peer/frame.h"
 #include "transport/transport.h"
 
@@ -41,6 +42,13 @@ class OutboundMessage : public Operation {
   bool needsCredit() const {
     return header_.kind == FrameKind::kRequest;
   }
+  // Later than that nobody waits for its answer, and so it is not sent.
+  void setDeadline(Clock::time_point deadline) {
+    deadline_ = deadline;
+  }
+  bool late(Clock::time_point now) const {
+    return now >= deadline_;
+  }
   // Whether destroying it frees nothing but its own buffers.
   virtual bool light() const = 0;
   // It will not be sent. Called outside the token.
@@ -56,8 +64,12 @@ class OutboundMessage : public Operation {
 
  private:
   friend class Outgoing;
+  size_t frameBytes() const { // once encoded
+    return sizeof(header_) + (header_.bodyInBulk != 0 ? 0 : header_.bodyBytes);
+  }
   const int peer_;
   FrameHeader header_;
+  Clock::time_point deadline_ = Clock::time_point::max();
   FrameBuffer frame_;
   std::unique_ptr<char[]> separateBody_; // when it does not fit the frame
   std::vector<ConstSpan> parts_;         // on the bulk channel, a separate body first
@@ -69,7 +81,7 @@ using OutboundPtr = std::unique_ptr<OutboundMessage>;
 
 // Messages that need nothing more, for whoever destroys them.
 struct DoneMessages {
-  std::vector<OutboundPtr> sent;
+  std::vector<OutboundPtr> sent;                           // or not needed any more
   std::vector<std::pair<OutboundPtr, std::string>> failed; // with the reason
 };
 

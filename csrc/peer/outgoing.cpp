@@ -1,6 +1,7 @@
 #include "peer/outgoing.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -12,10 +13,13 @@ namespace torch_rpc_mpi {
 namespace {
 
 constexpr size_t kChunksOut = 4; // enough to keep a link busy while the next is posted
+// Of a batch: it fits a cell of shared memory, of which MPICH's have 16 KiB, and is copied in a microsecond.
+constexpr size_t kBatchBytes = 8192;
 
-class CreditMessage final : public OutboundMessage {
+// Nothing but its header.
+class BareMessage final : public OutboundMessage {
  public:
-  explicit CreditMessage(int peer) : OutboundMessage(peer, FrameKind::kCredit, 0) {}
+  using OutboundMessage::OutboundMessage;
   bool light() const override {
     return true;
   }
@@ -46,62 +50,160 @@ Outgoing::Outgoing(int rank, Credit& credit, PeerContext& context, PeerFailureLi
     : rank_(rank),
       credit_(credit),
       context_(context),
-      owner_(owner) {}
+      owner_(owner),
+      window_(rank, context.transport, context.windows),
+      waiting_(credit, context.counters) {}
 
 size_t Outgoing::chunksOf(size_t bytes) const {
   return (bytes + context_.options.bulkChunk - 1) / context_.options.bulkChunk;
 }
 
 void Outgoing::post(ProgressToken& token, OutboundPtr message) {
-  const uint64_t charged = message->header().chargedBytes;
-  Lane& lane = laneOf(charged);
-  if (message->needsCredit() && (!lane.waiting.empty() || !credit_.allows(charged))) {
-    lane.waiting.push_back(std::move(message));
-    lane.count.fetch_add(1, std::memory_order_relaxed);
-    context_.counters.waitingForCredit.fetch_add(1, std::memory_order_relaxed);
-    return;
+  const bool waits = framesBlocked_ || waiting_.wouldWait(message->needsCredit(), message->header().chargedBytes);
+  if (waits || !windowAllows(token, Channel::kFrame)) {
+    waiting_.add(std::move(message));
+  } else {
+    send(token, std::move(message));
   }
-  transmit(token, std::move(message));
+}
+
+void Outgoing::send(ProgressToken& token, OutboundPtr message) {
+  const std::string error = encode(*message);
+  if (error.empty()) {
+    charge(*message);
+    transmit(token, gather(std::move(message)));
+  } else {
+    context_.done.failed.emplace_back(std::move(message), error);
+  }
+}
+
+void Outgoing::forget(ProgressToken& token, uint64_t callId) {
+  if (OutboundPtr message = waiting_.takeRequest(callId)) {
+    letGo(std::move(message));
+  } else {
+    post(token, std::make_unique<BareMessage>(rank_, FrameKind::kForget, callId));
+  }
+}
+
+// If not, the exchange calls tryAgain().
+bool Outgoing::windowAllows(ProgressToken& token, Channel channel) {
+  if (window_.allows(token, channel)) {
+    return true;
+  }
+  framesBlocked_ = framesBlocked_ || channel == Channel::kFrame;
+  if (!std::exchange(blocked_, true)) {
+    context_.blocked.push_back(rank_);
+  }
+  window_.await(token);
+  return false;
 }
 
 bool Outgoing::wouldSendAtOnce(uint64_t chargedBytes) const {
-  const Lane& lane = chargedBytes == 0 ? small_ : large_;
-  return lane.count.load(std::memory_order_relaxed) == 0 && credit_.allows(chargedBytes);
+  return !waiting_.wouldWait(/*request=*/true, chargedBytes);
 }
 
 void Outgoing::reportCredit(ProgressToken& token) {
-  transmit(token, std::make_unique<CreditMessage>(rank_));
-}
-
-void Outgoing::sendWaiting(ProgressToken& token) {
-  for (Lane* lane : {&large_, &small_}) { // the large first, which small ones would keep waiting
-    while (!lane->waiting.empty() && credit_.allows(lane->waiting.front()->header().chargedBytes)) {
-      OutboundPtr message = std::move(lane->waiting.front());
-      lane->waiting.pop_front();
-      lane->count.fetch_sub(1, std::memory_order_relaxed);
-      context_.counters.waitingForCredit.fetch_sub(1, std::memory_order_relaxed);
-      transmit(token, std::move(message));
-    }
+  if (!framesBlocked_ && windowAllows(token, Channel::kFrame)) {
+    send(token, std::make_unique<BareMessage>(rank_, FrameKind::kCredit, /*callId=*/0));
   }
 }
 
+bool Outgoing::sendWaiting(ProgressToken& token) {
+  bool any = false;
+  while (!framesBlocked_ && waiting_.next() != nullptr && windowAllows(token, Channel::kFrame)) {
+    send(token, waiting_.takeNext());
+    any = true;
+  }
+  return any;
+}
+
+bool Outgoing::tryAgain(ProgressToken& token) {
+  blocked_ = false;
+  framesBlocked_ = false;
+  const bool frames = sendWaiting(token);
+  return pump(token) || frames;
+}
+
+void Outgoing::sendGoodbye(ProgressToken& token) {
+  OutboundPtr goodbye = waiting_.takeGoodbye();
+  if (goodbye != nullptr && encode(*goodbye).empty()) {
+    transmit(token, std::move(goodbye));
+  }
+}
+
+// What waits behind a message and fits a frame with it, all as one; or the message alone.
+OutboundPtr Outgoing::gather(OutboundPtr first) {
+  if (waiting_.next() == nullptr || !first->parts_.empty()) {
+    return first;
+  }
+  OutboundPtr batch;
+  try {
+    batch = std::make_unique<BareMessage>(rank_, FrameKind::kBatch, /*callId=*/0);
+    batch->frame_ = context_.frames.get();
+  } catch (const std::bad_alloc&) { // then they go one by one
+    return first;
+  }
+  const size_t limit = std::min(kBatchBytes, context_.frames.bodyCapacity());
+  while (OutboundMessage* next = waiting_.next()) {
+    if (const std::string error = encode(*next); !error.empty()) {
+      context_.done.failed.emplace_back(waiting_.takeNext(), error);
+      continue;
+    }
+    const size_t before = first != nullptr ? first->frameBytes() : batch->header_.bodyBytes;
+    if (!next->parts_.empty() || before + next->frameBytes() > limit) {
+      break;
+    }
+    if (first != nullptr) {
+      addTo(*batch, std::move(first));
+    }
+    OutboundPtr taken = waiting_.takeNext();
+    charge(*taken);
+    addTo(*batch, std::move(taken));
+  }
+  return first != nullptr ? std::move(first) : std::move(batch);
+}
+
+void Outgoing::addTo(OutboundMessage& batch, OutboundPtr message) {
+  const size_t bytes = message->frameBytes();
+  char* const place = batch.frame_.body() + batch.header_.bodyBytes;
+  std::memcpy(place, message->frame_.data(), bytes);
+  std::memcpy(place, &message->header_, sizeof(FrameHeader));
+  batch.header_.bodyBytes += bytes;
+  count(message->header_);
+  letGo(std::move(message));
+}
+
+std::string Outgoing::encode(OutboundMessage& message) {
+  try {
+    if (!message.encoded()) {
+      message.encode(context_.frames);
+    }
+    return {};
+  } catch (const std::exception& error) {
+    return errorText(error);
+  }
+}
+
+void Outgoing::charge(const OutboundMessage& message) {
+  if (message.needsCredit()) {
+    credit_.sent(message.header_.chargedBytes);
+  }
+}
+
+void Outgoing::count(const FrameHeader& header) {
+  if (header.kind != FrameKind::kDrain && header.kind != FrameKind::kBatch) { // of which each frame counts
+    context_.counters.framesSent.fetch_add(1, std::memory_order_relaxed);
+    FlightRecorder::instance().record(CallEvent::kSent, rank_, header.callId, header.messageType, header.bodyBytes);
+  }
+}
+
+// Encoded and charged.
 void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
-  if (!owned->encoded()) {
-    try {
-      owned->encode(context_.frames);
-    } catch (const std::exception& error) {
-      context_.done.failed.emplace_back(std::move(owned), errorText(error));
-      return;
-    }
-  }
   OutboundMessage& message = *owned.release(); // its operations own it until operationDone()
   FrameHeader& header = message.header_;
-  if (message.needsCredit()) {
-    credit_.sent(header.chargedBytes);
-  }
   credit_.report(header);
   std::memcpy(message.frame_.data(), &header, sizeof(header));
-  const size_t bytes = sizeof(header) + (header.bodyInBulk != 0 ? 0 : header.bodyBytes);
+  const size_t bytes = message.frameBytes();
 
   size_t chunks = 0;
   uint64_t bulkBytes = 0;
@@ -112,9 +214,7 @@ void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
   message.outgoing_ = this;
   message.unfinished_ = 1 + chunks;
   ExchangeCounters& counters = context_.counters;
-  if (header.kind != FrameKind::kDrain) {
-    counters.framesSent.fetch_add(1, std::memory_order_relaxed);
-  }
+  count(header);
   counters.bytesSent.fetch_add(bytes + bulkBytes, std::memory_order_relaxed);
   counters.unfinishedSends.fetch_add(1, std::memory_order_relaxed);
   ++unfinished_;
@@ -123,24 +223,27 @@ void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
     ++partsOut_;
     streams_.push_back({&message, 0, 0});
   }
-  FlightRecorder::instance().record(CallEvent::kSent, rank_, header.callId, header.messageType, bytes + bulkBytes);
+  window_.posted(Channel::kFrame);
   context_.transport.send(token, rank_, Channel::kFrame, message.frame_.data(), bytes, &message);
   // Without chunks the message may be gone by now, and after an error what has streams is abandoned.
   pump(token);
 }
 
-void Outgoing::pump(ProgressToken& token) {
+bool Outgoing::pump(ProgressToken& token) {
   if (std::exchange(pumping_, true)) {
-    return;
+    return false;
   }
+  bool any = false;
   try {
-    while (chunksOut_ < kChunksOut && !streams_.empty()) {
+    while (chunksOut_ < kChunksOut && !streams_.empty() && windowAllows(token, Channel::kBulk)) {
       sendChunk(token);
+      any = true;
     }
   } catch (const std::exception& error) { // no memory for an operation
     owner_.onPeerFailed(token, rank_, errorText(error));
   }
   pumping_ = false;
+  return any;
 }
 
 void Outgoing::sendChunk(ProgressToken& token) {
@@ -158,6 +261,7 @@ void Outgoing::sendChunk(ProgressToken& token) {
     }
   }
   ++chunksOut_;
+  window_.posted(Channel::kBulk);
   context_.transport.send(token, rank_, Channel::kBulk, data, bytes, operation.release());
 }
 
@@ -181,12 +285,15 @@ void Outgoing::operationDone(
       --partsOut_;
     }
   }
-  OutboundPtr owned(&message);
-  if (!owned->light()) {
+  letGo(OutboundPtr(&message));
+}
+
+void Outgoing::letGo(OutboundPtr message) {
+  if (!message->light()) {
     try {
-      context_.done.sent.push_back(std::move(owned));
+      context_.done.sent.push_back(std::move(message));
     } catch (const std::bad_alloc&) {
-      (void)owned.release(); // rather lost than destroyed here, where that may need the GIL
+      (void)message.release(); // rather lost than destroyed here, where that may need the GIL
     }
   }
 }
@@ -195,15 +302,10 @@ void Outgoing::abandon(ProgressToken& token, const std::string& reason) {
   if (std::exchange(abandoned_, true)) {
     return;
   }
-  ExchangeCounters& counters = context_.counters;
-  for (Lane* lane : {&large_, &small_}) {
-    counters.waitingForCredit.fetch_sub(lane->waiting.size(), std::memory_order_relaxed);
-    for (OutboundPtr& message : lane->waiting) {
-      context_.done.failed.emplace_back(std::move(message), reason);
-    }
-    lane->waiting.clear();
-    lane->count = 0;
+  while (OutboundPtr message = waiting_.takeAny()) {
+    context_.done.failed.emplace_back(std::move(message), reason);
   }
+  ExchangeCounters& counters = context_.counters;
   // Nobody waits for these any more, whether they complete or not.
   counters.unfinishedSends.fetch_sub(std::exchange(unfinished_, 0), std::memory_order_relaxed);
   counters.partsOut.fetch_sub(std::exchange(partsOut_, 0), std::memory_order_relaxed);

@@ -1,60 +1,76 @@
-// What goes out to one peer: requests that wait for credit, frames, and the bulk streams behind them.
+// What goes out to one peer: messages that wait for credit or until it has taken others, frames, and the bulk streams
+// behind them.
 #pragma once
 
-#include <atomic>
+#include <cstdint>
 #include <deque>
 #include <string>
 
 #include "peer/credit.h"
 #include "peer/peer_context.h"
+#include "peer/waiting.h"
 
 namespace torch_rpc_mpi {
 
-// Everything is guarded by the progress token but Lane::count, an atomic.
+// Everything is guarded by the progress token but what Waiting says of itself.
 class Outgoing {
  public:
   Outgoing(int rank, Credit& credit, PeerContext& context, PeerFailureListener& owner);
 
-  // Sends, or queues for want of credit.
+  // Sends, or queues: for want of credit, or because the peer has not taken enough of what it was sent.
   void post(ProgressToken& token, OutboundPtr message);
-  // A frame that is nothing but its header.
+  // A frame that is nothing but its header. Not while others wait, which report as well, or else the next look does.
   void reportCredit(ProgressToken& token);
-  // Sends what the peer's credit now allows.
-  void sendWaiting(ProgressToken& token);
+  // Sends what the peer's credit and its window now allow; returns whether there was something.
+  bool sendWaiting(ProgressToken& token);
+  // The same, of one that was named in PeerContext::blocked and is not any more.
+  bool tryAgain(ProgressToken& token);
+  // A goodbye that waits passes all that it waits behind.
+  void sendGoodbye(ProgressToken& token);
+  // Whether a request waits here to be sent.
+  bool holdsRequest(uint64_t callId) const {
+    return waiting_.holdsRequest(callId);
+  }
   // Any thread, a hint: a request of so many bytes would leave at once.
   bool wouldSendAtOnce(uint64_t chargedBytes) const;
+  // Nobody waits any more for the answer to this call: it is not sent, or the peer is told.
+  void forget(ProgressToken& token, uint64_t callId);
   // The peer takes no more. What waits fails with the reason; what was posted is left to the transport, which parks it.
   void abandon(ProgressToken& token, const std::string& reason);
 
  private:
   friend class OutboundMessage;
   struct ChunkSend;
-  struct Lane {
-    std::deque<OutboundPtr> waiting; // for credit
-    std::atomic<size_t> count{0};
-  };
   struct Stream {
     OutboundMessage* message;
     size_t part;
     size_t offset;
   };
 
-  Lane& laneOf(uint64_t chargedBytes) {
-    return chargedBytes == 0 ? small_ : large_;
-  }
+  bool windowAllows(ProgressToken& token, Channel channel);
   size_t chunksOf(size_t bytes) const;
+  void send(ProgressToken& token, OutboundPtr message);
+  std::string encode(OutboundMessage& message); // why it cannot be, or nothing
+  void charge(const OutboundMessage& message);
+  void count(const FrameHeader& header);
+  OutboundPtr gather(OutboundPtr first);
+  void addTo(OutboundMessage& batch, OutboundPtr message);
   void transmit(ProgressToken& token, OutboundPtr message);
-  void pump(ProgressToken& token);
+  bool pump(ProgressToken& token); // whether a chunk was sent
   void sendChunk(ProgressToken& token);
   // So many of a message's operations are complete, or will never be posted; `error`: the transport's, if they failed.
   void operationDone(ProgressToken& token, OutboundMessage& message, size_t operations, const std::string& error);
+  void letGo(OutboundPtr message); // nothing more is to be done for it
   void cutStreams(ProgressToken& token);
 
   const int rank_;
   Credit& credit_;
   PeerContext& context_;
   PeerFailureListener& owner_;
-  Lane large_, small_;
+  Window window_;
+  Waiting waiting_;
+  bool framesBlocked_ = false; // by the window: the next ones get in line
+  bool blocked_ = false;       // named in PeerContext::blocked
   std::deque<Stream> streams_;
   size_t chunksOut_ = 0;
   size_t unfinished_ = 0; // messages

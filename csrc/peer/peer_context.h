@@ -5,8 +5,10 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "peer/message.h"
+#include "peer/window.h"
 #include "transport/transport.h"
 
 namespace torch_rpc_mpi {
@@ -16,6 +18,9 @@ struct ExchangeOptions {
   size_t bulkChunk = size_t{1} << 20;    // bytes
   size_t windowRequests = 256;           // requests with one peer that it has not begun to run
   size_t windowBytes = size_t{16} << 20; // their bytes
+  // Messages that neighbours have not taken: see Note [Untaken messages]. Of the 64 cells that MPICH has, the others
+  // are for what MPI itself sends, and for goodbyes.
+  size_t untakenBudget = 48;
 
   size_t frameBytes() const; // what a frame takes in memory, however small its message
 };
@@ -43,7 +48,11 @@ struct ExchangeCounters {
   std::atomic<uint64_t> bytesSent{0}, bytesReceived{0};                     // frames and bulk
   std::atomic<uint64_t> waitingForCredit{0};
   std::atomic<uint64_t> partsOut{0}, partsIn{0}; // messages whose bulk parts are being sent or received
+  std::atomic<uint64_t> waitingUntaken{0};       // answers and control frames, see Note [Untaken messages]
   std::atomic<uint64_t> unfinishedSends{0};
+  bool allSent() const { // but for requests that wait
+    return waitingUntaken == 0 && unfinishedSends == 0;
+  }
 };
 
 // One for an exchange, used under the progress token but for the counters.
@@ -54,6 +63,8 @@ struct PeerContext {
   FramePool& frames;
   ExchangeCounters& counters;
   DoneMessages& done;
+  WindowBudget& windows;
+  std::vector<int>& blocked; // peers for which something waits until they take more; room for all
 };
 
 // Whom the parts of a peer tell that it has failed.

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,6 +51,11 @@ class Transport {
   virtual bool allRing() const = 0;
 
   virtual void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) = 0;
+  // How many messages on that channel the peer has received of this rank, where it can tell without a message: it
+  // shares memory with this one.
+  virtual std::optional<uint64_t> taken(ProgressToken& token, int peer, Channel channel) = 0;
+  // The peer rings this rank's bell when it receives the next one.
+  virtual void awaitTaking(ProgressToken& token, int peer) = 0;
   // The sources that receives on kFrame are posted for: kAnySource alone, or each peer.
   virtual std::vector<int> frameSources() const = 0;
   // Those of one source complete in the order in which they were posted.

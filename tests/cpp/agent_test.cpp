@@ -2,6 +2,7 @@
 #include "agent/mpi_agent.h"
 
 #include <future>
+#include <map>
 #include <thread>
 
 #include <ATen/Functions.h>
@@ -22,10 +23,22 @@ class EchoCallback final : public rpc::RequestCallback {
  public:
   mutable std::vector<JitFuturePtr> held;
   mutable std::mutex mutex;
+  std::map<std::string, std::function<void()>> runs; // by text, before it answers
+  int count(const std::string& text) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return counts_[text];
+  }
 
  protected:
   JitFuturePtr processMessage(rpc::Message& request, std::vector<c10::Stream>) const override {
     const std::string text(request.payload().begin(), request.payload().end());
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      ++counts_[text];
+    }
+    if (const auto run = runs.find(text); run != runs.end()) {
+      run->second();
+    }
     if (text == "throw") {
       throw std::runtime_error("the function failed");
     }
@@ -45,6 +58,9 @@ class EchoCallback final : public rpc::RequestCallback {
     }
     return future;
   }
+
+ private:
+  mutable std::map<std::string, int> counts_;
 };
 
 // Signals of the thread that makes one, as Python's: each time they are asked for, the next of the given handlers runs.
@@ -146,6 +162,12 @@ std::string errorOf(const JitFuturePtr& future) {
   return future->hasError() ? future->tryRetrieveErrorMessage() : "no error";
 }
 
+void eventually(const std::function<bool()>& condition) {
+  while (!condition()) { // or the test runs into its time limit
+    std::this_thread::yield();
+  }
+}
+
 } // namespace
 
 TEST(agent_answers_calls_to_others_and_itself) {
@@ -205,6 +227,36 @@ TEST(agent_times_out_with_torchs_text_and_drops_the_late_response) {
           c10::make_intrusive<rpc::Message>(
               std::vector<char>(), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_RET)));
   CHECK_EQUAL(textOf(answer(group.call(0, 1, "after"))), "after");
+}
+
+TEST(agent_a_request_whose_time_is_over_before_it_has_begun_is_dropped) {
+  AgentOptions options;
+  options.numWorkerThreads = 1;
+  options.exchange.windowBytes = 1000;
+  for (const int to : {0, 1}) {
+    Group group(2, options);
+    std::promise<void> go;
+    group.callbacks[to]->runs["block"] = [done = go.get_future().share()] { done.wait(); };
+    const auto blocker = group.call(0, to, "block");
+    eventually([&] { return group.agents[to]->getMetrics()["agent.server_active_calls"] == "1"; });
+    // One is sent, and the others wait for its credit.
+    std::vector<at::Tensor> tensors;
+    std::vector<JitFuturePtr> late;
+    for (int i = 0; i < 3; ++i) {
+      tensors.push_back(at::ones({100000}));
+      late.push_back(group.call(0, to, "late", {tensors.back()}, 0.05F));
+    }
+    for (const auto& future : late) {
+      CHECK_THAT(errorOf(future).find("RPC ran for more than set timeout (50 ms)") != std::string::npos);
+    }
+    for (const at::Tensor& tensor : tensors) {
+      eventually([&] { return tensor.use_count() == 1; });
+    }
+    go.set_value();
+    CHECK_EQUAL(textOf(answer(blocker)), "block");
+    CHECK_EQUAL(textOf(answer(group.call(0, to, "after", {at::ones({100000})}))), "after");
+    CHECK_EQUAL(group.callbacks[to]->count("late"), 0);
+  }
 }
 
 TEST(agent_refuses_misuse) {

@@ -11,8 +11,11 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -28,6 +31,8 @@ class FakeNetwork {
   }
   // Whether a send rings the receiver's bell.
   bool rings = false;
+  // Whether ranks share memory, in which they count what they take.
+  bool counts = true;
   // Sends up to so many bytes are copied at once, as eager MPI messages are; the others when they are received.
   size_t eagerBytes = 4096;
   // Asked after a poll of a rank in which something has finished: whether it fails all the same.
@@ -57,6 +62,8 @@ class FakeNetwork {
   std::map<int, std::vector<int>> ended_;                   // by who has not taken it yet
   std::map<std::pair<int, int>, std::deque<Message>> bulk_; // (source, destination)
   std::map<int, std::deque<Message>> frames_;               // destination
+  std::map<std::tuple<int, int, Channel>, uint64_t> taken_; // (source, destination, channel)
+  std::set<std::pair<int, int>> awaited_;                   // (source, destination)
 };
 
 class FakeTransport final : public Transport {
@@ -109,6 +116,14 @@ class FakeTransport final : public Transport {
       sends_.push_back({peer, taken, op});
     }
   }
+  std::optional<uint64_t> taken(ProgressToken&, int peer, Channel channel) override {
+    const std::lock_guard<std::mutex> lock(network_->mutex_);
+    return network_->counts ? std::optional(network_->taken_[{rank_, peer, channel}]) : std::nullopt;
+  }
+  void awaitTaking(ProgressToken&, int peer) override {
+    const std::lock_guard<std::mutex> lock(network_->mutex_);
+    network_->awaited_.emplace(rank_, peer);
+  }
   std::vector<int> frameSources() const override {
     return sources;
   }
@@ -133,6 +148,7 @@ class FakeTransport final : public Transport {
           break;
         }
         done.emplace_back(receive->op, deliver(*receive, arrived));
+        took(done.back().second.source, Channel::kFrame);
         frames_.erase(receive);
       }
       for (auto receive = bulk_.begin(); receive != bulk_.end();) {
@@ -142,6 +158,7 @@ class FakeTransport final : public Transport {
           continue;
         }
         done.emplace_back(receive->op, deliver(*receive, queue));
+        took(receive->peer, Channel::kBulk);
         receive = bulk_.erase(receive);
       }
       for (auto sent = sends_.begin(); sent != sends_.end();) {
@@ -211,6 +228,12 @@ class FakeTransport final : public Transport {
     size_t bytes;
     Operation* op;
   };
+  void took(int source, Channel channel) { // with the mutex
+    ++network_->taken_[{source, rank_, channel}];
+    if (network_->awaited_.erase({source, rank_}) > 0) {
+      Doorbell::ring(network_->bells_[source]);
+    }
+  }
   static OperationStatus deliver(const Receive& receive, std::deque<FakeNetwork::Message>& queue) {
     FakeNetwork::Message message = std::move(queue.front());
     queue.pop_front();

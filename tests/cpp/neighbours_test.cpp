@@ -87,6 +87,32 @@ TEST(neighbours_ring_each_other) {
   first.ring(0); // nothing
 }
 
+TEST(neighbours_know_what_each_has_taken_of_the_other) {
+  Neighbours first;
+  Neighbours second;
+  const std::vector<std::string> addresses{first.address(), second.address(), "of another host"};
+  first.meet(addresses, 0);
+  second.meet(addresses, 1);
+  CHECK_EQUAL(first.taken(1, 0).value(), 0U);
+  second.took(0, 0);
+  second.took(0, 0);
+  second.took(0, 1);
+  second.took(2, 1);
+  CHECK_EQUAL(first.taken(1, 0).value(), 2U);
+  CHECK_EQUAL(first.taken(1, 1).value(), 1U);
+  CHECK_EQUAL(second.taken(0, 0).value(), 0U);
+  CHECK_THAT(!first.taken(2, 0));
+  first.awaitTaking(2); // nothing
+  Doorbell sleeper(first.bell());
+  const uint32_t ticket = sleeper.prepare();
+  second.took(0, 0);
+  CHECK_THAT(!sleeper.wait(ticket, std::chrono::milliseconds(1)));
+  const uint32_t next = sleeper.prepare();
+  first.awaitTaking(1);
+  second.took(0, 0);
+  CHECK_THAT(sleeper.wait(next, std::chrono::hours(1)));
+}
+
 TEST(neighbours_learn_that_a_process_has_ended) {
   Process other;
   Process another;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.rpc as rpc
 from cases_calls import APIS, identity
 from cases_rref import Account
-from harness import SESSION_OPTIONS, World, case, equal, in_threads, signal_and_wait, wait
+from harness import SESSION_OPTIONS, World, case, equal, eventually, in_threads, signal_and_wait, wait
 
 
 def ran_out(milliseconds: int | str = r"\d+") -> str:
@@ -228,6 +229,48 @@ def type_of_rrefs(world: World) -> None:
         rref._get_type(timeout=0.1)
     go.signal("done")
     assert rpc.remote(world.next, wait, args=(go,))._get_type(timeout=20) is str
+
+
+class Buffer(bytearray):
+    """Memory of a tensor, of which it can be seen whether it is free."""
+
+
+noted: dict[str, list[object]] = {}
+
+
+def note(caller: str, what: object) -> None:
+    noted.setdefault(caller, []).append(what)
+
+
+def noted_of(caller: str) -> list[object]:
+    return noted.get(caller, [])
+
+
+@case(options={"num_worker_threads": 2}, sizes=(2,), tensorpipe="it runs them all the same")
+def before_they_have_begun(world: World) -> None:
+    """Calls for which the callee had no thread, or no credit, are not run, and keep no memory."""
+    for to in (world.next, world.name()):
+        arrived = [world.event(f"{world.name()} at {to} {thread}") for thread in range(2)]
+        go = world.event(f"{world.name()} at {to} goes on")
+        busy = [rpc.rpc_async(to, signal_and_wait, args=(event, go)) for event in arrived]
+        for event in arrived:
+            event.wait()
+        buffers = [Buffer(20 << 20) for _ in range(4)]
+        alive = [weakref.ref(buffer) for buffer in buffers]
+        calls = [
+            rpc.rpc_async(to, note, args=(world.name(), argument), timeout=0.5)
+            for argument in (1, *(torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers), 2)
+        ]
+        del buffers
+        for call in calls:
+            with pytest.raises(RuntimeError, match=ran_out(500)):
+                call.wait()
+        del call, calls
+        eventually(lambda: not any(buffer() for buffer in alive), "the tensors of these calls are free")  # noqa: B023
+        go.signal()
+        torch.futures.wait_all(busy)
+        equal(rpc.rpc_sync(to, noted_of, args=(world.name(),)), [])
+        world.barrier()
 
 
 # Why a call is late.

@@ -153,6 +153,14 @@ def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scen
 
 
 @mpich
+@pytest.mark.parametrize(
+    ("scenario", "size"), [("some_stop_for_a_while", 4), ("some_stop_for_a_while", 8), ("some_are_killed", 4)]
+)
+def test_processes_that_take_nothing(run: Callable[..., None], tmp_path: Path, scenario: str, size: int) -> None:
+    run(by_hand(scenario, size, *by_file(tmp_path)), size, killed=scenario == "some_are_killed")
+
+
+@mpich
 def test_handlers_at_exit_shut_down(run: Callable[..., None], tmp_path: Path) -> None:
     run(by_hand("shuts_down_at_exit", 2, *by_file(tmp_path)), 2)
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,13 @@ def touch(event: str) -> None:
     Path(os.environ["RPC_TEST_SCRATCH"], event).touch()
 
 
-def wait_for(event: str) -> None:
-    while not Path(os.environ["RPC_TEST_SCRATCH"], event).exists():
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
         time.sleep(0.001)
+
+
+def wait_for(event: str) -> None:
+    until(Path(os.environ["RPC_TEST_SCRATCH"], event).exists)
 
 
 class Process:
@@ -286,6 +291,74 @@ def has_too_little_shared_memory(process: Process) -> None:
 def has_too_long_a_host_name(process: Process) -> None:
     with pytest.raises(RuntimeError, match=r"the name of this host has 64 characters.*--hostname"):
         process.begin()
+
+
+answer: torch.futures.Future[int] = torch.futures.Future()
+asked: list[None] = []
+
+
+@rpc.functions.async_execution
+def answer_later() -> torch.futures.Future[int]:
+    asked.append(None)
+    return answer
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def flood(process: Process, end: signal.Signals) -> None:
+    """Half of the ranks stop, with calls from rank 0 and answers of it under way to each that would fill the shared
+    memory of MPI many times. Rank 0 reaches the others all the same, before and after the stopped ones get a signal.
+    """
+    process.begin()
+    stopped = [f"worker{rank}" for rank in range(1, process.size // 2 + 1)]
+    others = [f"worker{rank}" for rank in range(process.size // 2 + 1, process.size)]
+    if process.rank > 0:
+        calls = [
+            rpc.rpc_async("worker0", answer_later) for _ in range(100 if f"worker{process.rank}" in stopped else 0)
+        ]
+        wait_for("it is over")  # or rank 0 kills this one
+        assert torch.futures.wait_all(calls) == [1] * len(calls)
+        rpc.shutdown(graceful=end == signal.SIGCONT)
+        return
+
+    def reach_others() -> None:
+        for _ in range(3):
+            calls = [rpc.rpc_async(to, double, args=(torch.ones(1),), timeout=20) for to in others for _ in range(100)]
+            for call in calls:
+                call.wait()
+        for to in others:
+            assert rpc.rpc_sync(to, double, args=(torch.ones(1_000_000),), timeout=20)[0].sum() == 2_000_000
+
+    pids = [rpc.rpc_sync(to, os.getpid) for to in stopped]
+    until(lambda: len(asked) == 100 * len(stopped))
+    for pid in pids:
+        stop(pid)
+    calls = [rpc.rpc_async(to, double, args=(torch.ones(1),)) for to in stopped for _ in range(300)]
+    answer.set_result(1)
+    reach_others()
+    for pid in pids:
+        os.kill(pid, end)
+    if end == signal.SIGKILL:
+        for to, call in zip(stopped, calls[::300], strict=True):
+            with pytest.raises(RuntimeError, match=rf"'{to}' .* has ended without leaving"):
+                call.wait()
+            print(f"rank {to.removeprefix('worker')}: ok\n", end="", flush=True)
+        reach_others()
+    else:
+        assert [call.wait()[0].item() for call in calls] == [2] * len(calls)
+    touch("it is over")
+    rpc.shutdown(graceful=end == signal.SIGCONT)
+
+
+def some_stop_for_a_while(process: Process) -> None:
+    flood(process, signal.SIGCONT)
+
+
+def some_are_killed(process: Process) -> None:
+    flood(process, signal.SIGKILL)
 
 
 def no_open_mpi(process: Process) -> None:

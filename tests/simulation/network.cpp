@@ -16,6 +16,9 @@ Network::Network(int size, Random& random, std::atomic<Clock::rep>& time)
       ranks_(size),
       underWay_(static_cast<size_t>(size) * size * 2),
       bulk_(underWay_.size()),
+      sent_(underWay_.size(), 0),
+      taken_(underWay_.size(), 0),
+      counts_(random.chance(70)),
       armed_(static_cast<size_t>(size) * size, WireFault::kNone),
       cut_(armed_.size(), false) {
   const bool perSource = random.chance(50);
@@ -128,8 +131,21 @@ void Network::send(const PacketPtr& packet) {
       requests_.push_back({header.callId, packet->source, packet->destination});
     }
   }
+  ++sent_[channelIndex(packet->source, packet->destination, packet->channel)];
+  checkCells(packet->source);
   spoil(*packet, takeFault(*packet));
   underWay_[channelIndex(packet->source, packet->destination, packet->channel)].push_back(packet);
+}
+
+// Those of stopped and dead ranks count, and each may have a goodbye beyond what is allowed.
+void Network::checkCells(int rank) const {
+  uint64_t used = 0;
+  for (size_t i = channelIndex(rank, 0, Channel::kFrame); i <= channelIndex(rank, size_ - 1, Channel::kBulk); ++i) {
+    used += sent_[i] - taken_[i];
+  }
+  if (counts_ && used > cells + size_) {
+    trace().fail("rank " + std::to_string(rank) + " has sent " + std::to_string(used) + " messages that nobody takes");
+  }
 }
 
 void Network::forge(int source, int destination, std::string frame) {
@@ -139,6 +155,7 @@ void Network::forge(int source, int destination, std::string frame) {
   packet->bytes = frame.size();
   packet->copy = std::move(frame);
   packet->taken = true;
+  packet->forged = true;
   underWay_[channelIndex(source, destination, Channel::kFrame)].push_back(packet);
 }
 
@@ -180,8 +197,19 @@ bool Network::quietFor(int rank) const {
       return true;
     }
     std::memcpy(&header, packet->data != nullptr ? packet->data : packet->copy.data(), sizeof(header));
-    return packet->channel == Channel::kBulk ||
-        (header.kind != FrameKind::kDrain && header.kind != FrameKind::kGoodbye);
+    ConstSpan frames{packet->data != nullptr ? packet->data : packet->copy.data(), packet->bytes};
+    if (header.kind == FrameKind::kBatch) {
+      frames = {frames.data + sizeof(header), frames.bytes - sizeof(header)};
+    }
+    while (packet->channel == Channel::kFrame && frames.bytes > 0) {
+      std::memcpy(&header, frames.data, sizeof(header));
+      if (header.kind != FrameKind::kDrain && header.kind != FrameKind::kGoodbye) {
+        return true;
+      }
+      const size_t bytes = std::min(frames.bytes, sizeof(header) + header.bodyBytes);
+      frames = {frames.data + bytes, frames.bytes - bytes};
+    }
+    return packet->channel == Channel::kBulk;
   };
   const auto concerns = [rank](const PacketPtr& packet) {
     return packet->source == rank || packet->destination == rank;

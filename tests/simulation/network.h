@@ -38,6 +38,7 @@ struct Packet {
   std::string copy;
   bool taken = false; // the sender's memory is not needed any more
   bool receiveFails = false;
+  bool forged = false;
 };
 using PacketPtr = std::shared_ptr<Packet>;
 
@@ -77,6 +78,7 @@ class Network {
   void stepped() {
     pollsInStep_ = 0;
   }
+  size_t cells = 0;         // of each rank, for messages that a neighbour has not received
   bool lateCallers = false; // somebody calls between two attempts to join: others may agree, and close, meanwhile
   // Called when a fault has struck between two ranks.
   std::function<void(int, int)> onStruck = [](int, int) {};
@@ -101,6 +103,7 @@ class Network {
   WireFault takeFault(const Packet& packet);
   void spoil(Packet& packet, WireFault fault);
   void send(const PacketPtr& packet);
+  void checkCells(int rank) const;
 
   const int size_;
   Random& random_;
@@ -108,6 +111,8 @@ class Network {
   std::vector<OfRank> ranks_;
   std::vector<std::deque<PacketPtr>> underWay_; // by channelIndex()
   std::vector<std::deque<PacketPtr>> bulk_;     // arrived, by channelIndex()
+  std::vector<uint64_t> sent_, taken_;          // likewise: how many, and of how many the receive is complete
+  const bool counts_;                           // whether the ranks share memory, and so know that of one another
   std::vector<WireFault> armed_;                // by source * size + destination
   std::vector<bool> cut_;                       // likewise: a send has failed
   std::vector<Request> requests_;

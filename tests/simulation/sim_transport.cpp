@@ -72,6 +72,10 @@ void SimTransport::send(
   }
 }
 
+std::optional<uint64_t> SimTransport::taken(ProgressToken&, int peer, Channel channel) {
+  return network_.counts_ ? std::optional(network_.taken_[network_.channelIndex(rank_, peer, channel)]) : std::nullopt;
+}
+
 std::vector<int> SimTransport::frameSources() const {
   std::vector<int> sources;
   for (int rank = 0; own().perSource && rank < size(); ++rank) {
@@ -108,6 +112,9 @@ OperationStatus SimTransport::finish(const Receive& receive, Packet& packet, siz
     status.error = "the receive failed";
   }
   packet.taken = true;
+  if (!packet.forged) {
+    ++network_.taken_[network_.channelIndex(packet.source, packet.destination, packet.channel)];
+  }
   return status;
 }
 

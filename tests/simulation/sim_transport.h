@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,8 @@ class SimTransport final : public Transport {
     return false;
   }
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
+  std::optional<uint64_t> taken(ProgressToken& token, int peer, Channel channel) override;
+  void awaitTaking(ProgressToken&, int) override {} // all poll for ever
   std::vector<int> frameSources() const override;
   void receiveFrame(ProgressToken& token, int source, void* data, size_t capacity, Operation* op) override;
   void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) override;
