@@ -27,7 +27,6 @@ struct PendingCall {
   JitFuturePtr future;
   uint64_t id = 0; // given by the table
   int peer = 0;
-  uint64_t id = 0; // the table's
   torch::distributed::rpc::MessageType type = torch::distributed::rpc::MessageType::UNKNOWN;
   std::chrono::milliseconds timeout{0}; // 0: none
   Clock::time_point made;

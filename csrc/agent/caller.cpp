@@ -138,7 +138,13 @@ class Caller::ResponseTask final : public CompletionTask {
 class Caller::ExpiryTask final : public CompletionTask {
  public:
   using CompletionTask::CompletionTask;
+  // Its request, which will not be sent any more.
+  void give(PendingCall call, OutboundPtr unsent) noexcept {
+    CompletionTask::give(std::move(call));
+    unsent_ = std::move(unsent);
+  }
   void run() noexcept override {
+    unsent_.reset(); // before anybody learns that the call is over: until then it holds the caller's tensors
     const PendingCall call = take();
     const bool timedOut = call.failure == nullptr;
     FlightRecorder::instance().record(
@@ -148,6 +154,9 @@ class Caller::ExpiryTask final : public CompletionTask {
     }
     completion().expire(call);
   }
+
+ private:
+  OutboundPtr unsent_;
 };
 
 Caller::Caller(
@@ -217,6 +226,9 @@ JitFuturePtr Caller::call(
   }
   message->setId(static_cast<int64_t>(id));
   FlightRecorder::instance().record(CallEvent::kMade, peer, id, message->type());
+  // A message that a test delays arrives, however late.
+  const bool ends = timeout.count() > 0 && delay.count() == 0;
+  const auto deadline = ends ? made + timeout : Clock::time_point::max();
   if (delay.count() > 0) {
     std::this_thread::sleep_for(delay);
   }
@@ -224,9 +236,9 @@ JitFuturePtr Caller::call(
     const EngineWork work;
     if (toSelf) {
       HeldByPeers::made({});
-      engine_->post(server_.ownRequest(id, copyMessage(*message)));
+      engine_->post(server_.ownRequest(id, copyMessage(*message), deadline));
     } else {
-      sendToPeer(peer, id, std::move(message), timeout.count() > 0 ? made + timeout : Clock::time_point::max());
+      sendToPeer(peer, id, std::move(message), deadline);
     }
   } catch (...) {
     calls_.take(id, peer);
@@ -336,8 +348,8 @@ void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<Tas
       break;
     }
     if (due->expired) {
-      forget(token, *due->expired);
-      task->give(std::move(*due->expired));
+      OutboundPtr unsent = forget(token, *due->expired);
+      task->give(std::move(*due->expired), std::move(unsent));
       tasks.push_back(std::move(task));
     } else if (late_.size() < late_.capacity()) {
       late_.push_back({due->peer, due->id});
@@ -383,18 +395,19 @@ void Caller::onStatement(int source, const Statement& statement) {
 }
 
 // Neither its caller's memory nor its callee's time is to be spent on it.
-void Caller::forget(ProgressToken& token, const PendingCall& call) noexcept {
+OutboundPtr Caller::forget(ProgressToken& token, const PendingCall& call) noexcept {
   if (call.failure != nullptr) { // its peer has ended, or it was not sent
-    return;
+    return nullptr;
   }
   try {
     if (call.peer == members_.rank()) {
       server_.forget(call.peer, call.id, /*comes=*/false);
     } else {
-      exchange_.forget(token, call.peer, call.id);
+      return exchange_.forget(token, call.peer, call.id);
     }
   } catch (const std::bad_alloc&) { // then it is sent, and run, for nobody
   }
+  return nullptr;
 }
 
 void Caller::onPeerEnded(int peer, const std::string& reason) {

@@ -109,7 +109,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
   void sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
   void askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks);
-  void forget(ProgressToken& token, const PendingCall& call) noexcept;
+  OutboundPtr forget(ProgressToken& token, const PendingCall& call) noexcept;
 
   const Membership& members_;
   const Completion& completion_;

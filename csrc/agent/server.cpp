@@ -68,7 +68,8 @@ class Server::RequestTask final : public Task {
   }
   void run() noexcept override {
     std::optional<Request> request = take();
-    if (!request) {
+    // Its time may have been over before there was anything to call off: its arguments were still being copied.
+    if (!request || (request->own != nullptr && Clock::now() >= request->deadline)) {
       return;
     }
     served_.begin();
@@ -169,11 +170,12 @@ TaskPtr Server::arrived(InboundMessage request) {
     exchange_.released(source, request.header.chargedBytes);
     return nullptr;
   }
-  return std::make_unique<RequestTask>(*this, source, id, Request{std::move(request), nullptr});
+  return std::make_unique<RequestTask>(
+      *this, source, id, Request{std::move(request), nullptr, Clock::time_point::max()});
 }
 
-TaskPtr Server::ownRequest(uint64_t id, RpcMessage request) {
-  return std::make_unique<RequestTask>(*this, members_.rank(), id, Request{{}, std::move(request)});
+TaskPtr Server::ownRequest(uint64_t id, RpcMessage request, Clock::time_point deadline) {
+  return std::make_unique<RequestTask>(*this, members_.rank(), id, Request{{}, std::move(request), deadline});
 }
 
 TaskPtr Server::lastMessagesOf(int peer) {

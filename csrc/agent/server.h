@@ -58,7 +58,7 @@ class Server final : private SendFailureListener {
   // What serves a request that has arrived, or one of this worker to itself. Each counts from now on. Null if its
   // caller does not wait for it any more.
   TaskPtr arrived(InboundMessage request);
-  TaskPtr ownRequest(uint64_t id, RpcMessage request);
+  TaskPtr ownRequest(uint64_t id, RpcMessage request, Clock::time_point deadline);
   // Of the token's holder: a caller does not wait for that call any more. The request is dropped if it has not begun.
   // comes: something of that caller has arrived in part, this request perhaps.
   void forget(int source, uint64_t id, bool comes);
@@ -99,7 +99,8 @@ class Server final : private SendFailureListener {
   class LastMessagesTask;
   struct Request {
     InboundMessage inbound;
-    RpcMessage own; // instead, where this worker calls itself
+    RpcMessage own;                                        // instead, where this worker calls itself …
+    Clock::time_point deadline = Clock::time_point::max(); // … and until when that call waits
   };
   struct Unbegun { // requests of one caller, in their order
     RequestTask *first = nullptr, *last = nullptr;

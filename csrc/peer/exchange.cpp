@@ -89,11 +89,9 @@ void Exchange::post(ProgressToken& token, OutboundPtr message) {
   peer.outgoing.post(token, std::move(message));
 }
 
-void Exchange::forget(ProgressToken& token, int rank, uint64_t callId) {
+OutboundPtr Exchange::forget(ProgressToken& token, int rank, uint64_t callId) {
   Peer& peer = *peers_[rank];
-  if (!closed_ && peer.state() == Peer::State::kOpen) {
-    peer.outgoing.forget(token, callId);
-  }
+  return !closed_ && peer.state() == Peer::State::kOpen ? peer.outgoing.forget(token, callId) : nullptr;
 }
 
 void Exchange::drop(ProgressToken&, OutboundPtr message) {

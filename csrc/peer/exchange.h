@@ -45,8 +45,8 @@ class Exchange : private PeerFailureListener {
   void start(ProgressToken& token);
   // Sends, queues or refuses; refused ones are among the done messages.
   void post(ProgressToken& token, OutboundPtr message);
-  // Nobody waits any more for the answer to this call. Whether it still has to be sent, or has been, is the same.
-  void forget(ProgressToken& token, int rank, uint64_t callId);
+  // Nobody waits any more for the answer to this call. Its request, if it still has to be sent; else the peer is told.
+  OutboundPtr forget(ProgressToken& token, int rank, uint64_t callId);
   // A message that is late, see OutboundMessage.
   void drop(ProgressToken& token, OutboundPtr message);
   // Whether something of that rank has arrived in part.

@@ -77,12 +77,12 @@ void Outgoing::send(ProgressToken& token, OutboundPtr message) {
   }
 }
 
-void Outgoing::forget(ProgressToken& token, uint64_t callId) {
-  if (OutboundPtr message = waiting_.takeRequest(callId)) {
-    letGo(std::move(message));
-  } else {
+OutboundPtr Outgoing::forget(ProgressToken& token, uint64_t callId) {
+  OutboundPtr message = waiting_.takeRequest(callId);
+  if (message == nullptr) {
     post(token, std::make_unique<BareMessage>(rank_, FrameKind::kForget, callId));
   }
+  return message;
 }
 
 // If not, the exchange calls tryAgain().
@@ -193,6 +193,8 @@ void Outgoing::charge(const OutboundMessage& message) {
 void Outgoing::count(const FrameHeader& header) {
   if (header.kind != FrameKind::kDrain && header.kind != FrameKind::kBatch) { // of which each frame counts
     context_.counters.framesSent.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (header.kind == FrameKind::kRequest || header.kind == FrameKind::kResponse) {
     FlightRecorder::instance().record(CallEvent::kSent, rank_, header.callId, header.messageType, header.bodyBytes);
   }
 }

@@ -33,8 +33,8 @@ class Outgoing {
   }
   // Any thread, a hint: a request of so many bytes would leave at once.
   bool wouldSendAtOnce(uint64_t chargedBytes) const;
-  // Nobody waits any more for the answer to this call: it is not sent, or the peer is told.
-  void forget(ProgressToken& token, uint64_t callId);
+  // Nobody waits any more for the answer to this call: it is given back, or the peer is told.
+  OutboundPtr forget(ProgressToken& token, uint64_t callId);
   // The peer takes no more. What waits fails with the reason; what was posted is left to the transport, which parks it.
   void abandon(ProgressToken& token, const std::string& reason);
 

@@ -316,9 +316,8 @@ def flood(process: Process, end: signal.Signals) -> None:
     stopped = [f"worker{rank}" for rank in range(1, process.size // 2 + 1)]
     others = [f"worker{rank}" for rank in range(process.size // 2 + 1, process.size)]
     if process.rank > 0:
-        calls = [
-            rpc.rpc_async("worker0", answer_later) for _ in range(100 if f"worker{process.rank}" in stopped else 0)
-        ]
+        count = 100 if f"worker{process.rank}" in stopped else 0
+        calls = [rpc.rpc_async("worker0", answer_later) for _ in range(count)]
         wait_for("it is over")  # or rank 0 kills this one
         assert torch.futures.wait_all(calls) == [1] * len(calls)
         rpc.shutdown(graceful=end == signal.SIGCONT)
