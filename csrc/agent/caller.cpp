@@ -9,6 +9,7 @@
 #include "agent/future_wait.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "host/freed_memory.h"
 
 namespace torch_rpc_mpi {
 
@@ -35,6 +36,8 @@ struct GuestAnnouncement {
 
 // So that a turn in which very many run out does not keep what has arrived waiting.
 constexpr size_t kExpiredInTurn = 256;
+
+constexpr uint64_t kLarge = uint64_t{1} << 20; // bytes
 
 // For want of memory for more. Made when the library is loaded.
 const auto* const kLost = new std::shared_ptr<const std::string>(
@@ -144,7 +147,7 @@ class Caller::ExpiryTask final : public CompletionTask {
     unsent_ = std::move(unsent);
   }
   void run() noexcept override {
-    unsent_.reset(); // before anybody learns that the call is over: until then it holds the caller's tensors
+    letGo(); // before anybody learns that the call is over
     const PendingCall call = take();
     const bool timedOut = call.failure == nullptr;
     FlightRecorder::instance().record(
@@ -156,6 +159,15 @@ class Caller::ExpiryTask final : public CompletionTask {
   }
 
  private:
+  // Of the caller's tensors. Calls with large ones time out for want of credit, many at once perhaps.
+  void letGo() noexcept {
+    const bool large = unsent_ != nullptr && unsent_->header().chargedBytes > kLarge;
+    unsent_.reset();
+    if (large) {
+      giveBackFreedMemory();
+    }
+  }
+
   OutboundPtr unsent_;
 };
 
@@ -434,7 +446,7 @@ void Caller::close(const std::string& reason, std::vector<TaskPtr>& tasks) {
     if (call->failure == nullptr) {
       call->failure = sharedText(reason);
     }
-    task->give(std::move(*call));
+    task->give(std::move(*call), nullptr);
     tasks.push_back(std::move(task));
   }
 }

@@ -241,6 +241,7 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
     case FrameKind::kForget:
       server_.forget(source, message.header.callId, exchange_.receives(token, source));
       break;
+    case FrameKind::kBatch: // the exchange takes it apart
     case FrameKind::kCredit:
       break;
   }
