@@ -73,11 +73,8 @@ def can_read_memory() -> bool:
     """
     source, target = ctypes.create_string_buffer(1), ctypes.create_string_buffer(1)
 
-    class Vector(ctypes.Structure):
-        _fields_ = [("base", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
-
-    def vector(buffer: ctypes.Array[ctypes.c_char]) -> Vector:
-        return Vector(ctypes.addressof(buffer), 1)
+    def vector(buffer: ctypes.Array[ctypes.c_char]) -> ctypes.Array[ctypes.c_size_t]:
+        return (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 1)  # struct iovec: address and bytes
 
     read = ctypes.CDLL(None).process_vm_readv
     read.restype = ctypes.c_ssize_t

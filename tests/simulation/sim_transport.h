@@ -58,7 +58,7 @@ class SimTransport final : public Transport {
   void takeFrames(Done& done, size_t limit);
   void takeChunks(Done& done, size_t limit);
   void takeSends(Done& done, size_t limit);
-  static OperationStatus finish(const Receive& receive, Packet& packet, size_t from);
+  OperationStatus finish(const Receive& receive, Packet& packet, size_t from);
   void parkReceive(const Receive& receive);
   void parkSend(const Send& send);
 
