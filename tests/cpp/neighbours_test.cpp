@@ -138,6 +138,8 @@ TEST(neighbours_learn_that_a_process_has_ended_where_the_system_gives_no_descrip
     CHECK_THAT(!own.hasEnded(1, std::chrono::milliseconds(10)));
     kill(other.pid, SIGKILL); // a zombie, for as long as nobody waits for it
     CHECK_THAT(own.hasEnded(1, std::chrono::seconds(10)));
+    siginfo_t end{};
+    CHECK_EQUAL(waitid(P_PID, static_cast<id_t>(other.pid), &end, WEXITED | WNOWAIT), 0); // till then it is exiting
     CHECK_THAT(own.takeEnded() == std::vector<int>{1});
     CHECK_THAT(own.takeEnded().empty());
     another.end();

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "agent/farewell.h"
 #include "trace.h"
 #include "world.h"
 
@@ -85,6 +86,13 @@ void World::checkJoinFailure(int rank, const std::string& error) {
     const std::string& reason = oracle_.reasonOf(rank, other);
     knows = knows || !reason.empty();
     told = told || (!reason.empty() && error.find(reason) != std::string::npos);
+  }
+  for (int other = 0; other < size_; ++other) {
+    // Or the cause for which a worker has left that has told it, and another that one before.
+    for (int first = 0; first < size_ && knows; ++first) {
+      const std::string cause = oracle_.reasonOf(first, other).substr(0, kFarewellBytes);
+      told = told || (!cause.empty() && error.find(cause) != std::string::npos);
+    }
   }
   const auto wrong = [&](const std::string& what) {
     trace().fail("the join of rank " + std::to_string(rank) + " " + what + ": " + error);
