@@ -213,6 +213,7 @@ def make_extension(directory: Path) -> ModuleType:
         "rref_local_value": vars(_distributed_rpc.PyRRef)["local_value"],
         "rref_to_here": vars(_distributed_rpc.PyRRef)["to_here"],
         "forget_autograd_worker_id": lambda worker_id: None,
+        "forks_made": lambda ids: None,
         "py_rpc_python_udf": send_without_second_attempt(_distributed_rpc._invoke_rpc_python_udf),
         "py_remote_python_udf": send_without_second_attempt(_distributed_rpc._invoke_remote_python_udf),
         "PlainPickler": real.PlainPickler,
