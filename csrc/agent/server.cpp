@@ -276,7 +276,10 @@ void Server::run(RpcMessage request, ReplyTo reply) {
   }
   servingAsync_.fetch_add(1);
   struct Promised {
-    std::shared_ptr<RunningRequests> all;
+    Promised(std::shared_ptr<RunningRequests> list, const RunningRequests::Request& before)
+        : all(std::move(list)),
+          request(before) {}
+    const std::shared_ptr<RunningRequests> all;
     RunningRequests::Request request;
   };
   auto promised = std::make_shared<Promised>(running_, running);
