@@ -76,13 +76,15 @@ def meet(store: Store, me: Member, rank: int, size: int, deadline: float) -> tup
         TimeoutError: some did not come; the text names them.
         RuntimeError: another process has this rank.
     """
+    if size == 1:  # processes that are alone have nobody to meet, and may be many with one store
+        return PrefixStore(f"1/{me.fresh}", store), [me]
     meeting = _Meeting(PrefixStore(str(size), store), me, rank, size)
     try:
         _poll(meeting.step, meeting.missing, size, deadline, "call init_rpc")
     except BaseException:  # the time is over, or a signal's handler has raised
         meeting.leave()
         raise
-    proposal, members = meeting.confirmed()
+    proposal, members = meeting.result()
     return PrefixStore(f"{size}/{proposal}", store), members
 
 
@@ -110,22 +112,20 @@ class _Meeting:
 
     def step(self) -> bool:
         """Does what can be done now. Returns whether a proposal is confirmed to which this process has agreed."""
-        self._look_at_own_place()
-        if self._rank == 0:
-            self._lead()
-        if any(self._places.check([f"{proposal}/confirmed"]) for proposal in self._agreed):
-            return True
-        proposal = self._current_proposal()
-        if proposal is not None and proposal not in self._agreed:
-            members = json.loads(self._places.get(f"{proposal}/members"))
-            if self._mine in members:
-                self._agreed[proposal] = members
-                self._places.set(f"{proposal}/agreed/{self._rank}", "")
-        return False
+        if not self._confirmed():  # else its place may be another's already, in the next session
+            self._look_at_own_place()
+            if self._rank == 0:
+                self._lead()
+            self._agree()
+        return bool(self._confirmed())
 
-    def confirmed(self) -> tuple[str, list[Member]]:
-        proposal = next(name for name in self._agreed if self._places.check([f"{name}/confirmed"]))
+    def result(self) -> tuple[str, list[Member]]:
+        """The confirmed proposal and its members, once step() has returned true."""
+        proposal = self._confirmed()[0]
         return proposal, [Member.from_json(text) for text in self._agreed[proposal]]
+
+    def _confirmed(self) -> list[str]:
+        return [proposal for proposal in self._agreed if self._places.check([f"{proposal}/confirmed"])]
 
     def missing(self) -> list[int]:
         """The ranks that are waited for, as far as can be seen from here."""
@@ -173,6 +173,15 @@ class _Meeting:
         self._me = dataclasses.replace(self._me, problem=problem)
         self._mine = self._me.to_json()
         self._places.set(self._keys[self._rank], self._mine)
+
+    def _agree(self) -> None:
+        proposal = self._current_proposal()
+        if proposal is None or proposal in self._agreed:
+            return
+        members = json.loads(self._places.get(f"{proposal}/members"))
+        if self._mine in members:
+            self._agreed[proposal] = members
+            self._places.set(f"{proposal}/agreed/{self._rank}", "")
 
     def _lead(self) -> None:
         if not self._places.check(self._keys):

@@ -36,6 +36,7 @@ struct GuestAnnouncement {
 
 // So that a turn in which very many run out does not keep what has arrived waiting.
 constexpr size_t kExpiredInTurn = 256;
+static_assert(kExpiredInTurn <= kLateCallsAsked, "all that are late in a turn fit one inquiry");
 
 constexpr uint64_t kLarge = uint64_t{1} << 20; // bytes
 
@@ -43,16 +44,22 @@ constexpr uint64_t kLarge = uint64_t{1} << 20; // bytes
 const auto* const kLost = new std::shared_ptr<const std::string>(
     std::make_shared<const std::string>("The worker that was called can no longer answer"));
 
-// Of calls that nobody asked after.
-const auto* const kManyLate = new std::shared_ptr<const std::string>(
-    std::make_shared<const std::string>("Too many calls were late at once to ask what became of each"));
-
 std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept {
   try {
     return std::make_shared<const std::string>(text);
   } catch (const std::bad_alloc&) {
     return *kLost;
   }
+}
+
+PendingCall newCall(int peer, rpc::MessageType type, std::chrono::milliseconds timeout) {
+  PendingCall call;
+  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
+  call.peer = peer;
+  call.type = type;
+  call.timeout = timeout;
+  call.made = Clock::now();
+  return call;
 }
 
 // So that the next push_back() does not throw.
@@ -92,9 +99,6 @@ class Caller::CompletionTask : public Task {
   Caller& caller() const {
     return caller_;
   }
-  Outbox& outbox() const {
-    return caller_.outbox_;
-  }
   const Completion& completion() const {
     return caller_.completion_;
   }
@@ -118,7 +122,7 @@ class Caller::ResponseTask final : public CompletionTask {
     try {
       response = decodeMessage(std::move(inbound_));
     } catch (const BadMessage& error) {
-      outbox().refuse(call.peer, error.what());
+      caller().outbox_.refuse(call.peer, error.what());
       completion().fail(call, [&] { return unread(error); });
       return;
     } catch (const std::exception& error) {
@@ -190,18 +194,13 @@ Caller::Caller(
       flightLog_(flightLog),
       signals_(signals),
       calls_(slotUsesBefore) {
-  late_.reserve(kLateCallsAsked);
+  late_.reserve(kExpiredInTurn);
 }
 
 JitFuturePtr Caller::failingCall(int peer, rpc::MessageType type, const std::string& failure) {
   const GuestAnnouncement announcement;
-  PendingCall call;
-  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
-  call.peer = peer;
-  call.type = type;
-  call.timeout = kFailureDelay;
+  PendingCall call = newCall(peer, type, kFailureDelay);
   call.failure = sharedText(failure);
-  call.made = Clock::now();
   JitFuturePtr future = call.future;
   const auto made = call.made;
   const bool open = calls_.add(std::move(call), made) != 0;
@@ -219,12 +218,7 @@ JitFuturePtr Caller::call(
     return failingCall(peer, message->type(), *reason);
   }
   const bool toSelf = peer == members_.rank();
-  PendingCall call;
-  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
-  call.peer = peer;
-  call.type = message->type();
-  call.timeout = timeout;
-  call.made = Clock::now();
+  PendingCall call = newCall(peer, message->type(), timeout);
   JitFuturePtr future = call.future;
   const auto made = call.made;
   if (Engine::guestAnnounced()) {
@@ -363,19 +357,17 @@ void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<Tas
       OutboundPtr unsent = forget(token, *due->expired);
       task->give(std::move(*due->expired), std::move(unsent));
       tasks.push_back(std::move(task));
-    } else if (late_.size() < late_.capacity()) {
-      late_.push_back({due->peer, due->id});
     } else {
-      calls_.explain(due->id, due->peer, *kManyLate);
+      late_.push_back({due->peer, due->id}); // for which there is room
     }
   }
   if (!late_.empty()) {
-    askAfterLate(token, tasks);
+    askAfterLate(token);
   }
 }
 
 // See Note [Late calls].
-void Caller::askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks) {
+void Caller::askAfterLate(ProgressToken& token) {
   std::ranges::sort(late_, {}, &Late::peer); // which needs no memory
   try {
     for (auto first = late_.begin(); first != late_.end();) {
@@ -389,7 +381,7 @@ void Caller::askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& task
         }
       }
       if (peer == members_.rank()) {
-        onStatement(peer, server_.stateOf(token, peer, ids, tasks));
+        onStatement(peer, server_.stateOf(token, peer, ids));
       } else if (!ids.empty()) {
         exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kInquiry, writeInquiry(ids)));
       }

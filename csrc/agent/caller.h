@@ -108,7 +108,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
   void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
   void sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
-  void askAfterLate(ProgressToken& token, const std::vector<TaskPtr>& tasks);
+  void askAfterLate(ProgressToken& token);
   OutboundPtr forget(ProgressToken& token, const PendingCall& call) noexcept;
 
   const Membership& members_;

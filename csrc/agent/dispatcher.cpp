@@ -224,7 +224,7 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
     case FrameKind::kDrain: {
       const std::string wrong = join_.onFrame(token, source, message.body());
       if (!wrong.empty()) {
-        exchange_.fail(token, source, "it sent a frame that makes no sense: " + wrong);
+        failForNonsense(token, source, wrong);
       }
       break;
     }
@@ -235,7 +235,7 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       try {
         caller_.onStatement(source, readStatement(message.body()));
       } catch (const std::runtime_error& error) {
-        exchange_.fail(token, source, std::string("it sent a frame that makes no sense: ") + error.what());
+        failForNonsense(token, source, error.what());
       }
       break;
     case FrameKind::kForget:
@@ -249,12 +249,16 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
 
 void Dispatcher::answerInquiry(ProgressToken& token, int source, ConstSpan body) {
   try {
-    const Statement statement = server_.stateOf(token, source, readInquiry(body), arrivals_);
+    const Statement statement = server_.stateOf(token, source, readInquiry(body));
     exchange_.post(token, std::make_unique<OutboundControl>(source, FrameKind::kStatement, writeStatement(statement)));
   } catch (const std::bad_alloc&) { // the caller does without
   } catch (const std::runtime_error& error) {
-    exchange_.fail(token, source, std::string("it sent a frame that makes no sense: ") + error.what());
+    failForNonsense(token, source, error.what());
   }
+}
+
+void Dispatcher::failForNonsense(ProgressToken& token, int source, const std::string& what) {
+  exchange_.fail(token, source, "it sent a frame that makes no sense: " + what);
 }
 
 void Dispatcher::onStrayFrame(int source, const std::string& reason) {

@@ -66,6 +66,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) override;
 
   void answerInquiry(ProgressToken& token, int source, ConstSpan body);
+  void failForNonsense(ProgressToken& token, int source, const std::string& what);
   bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
   void watchNeighbours(ProgressToken& token, Clock::time_point now);

@@ -8,49 +8,29 @@
 #include <torch/csrc/distributed/rpc/rpc_agent.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
+#include "agent/request_names.h"
+
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
 
 namespace {
 
-constexpr std::pair<const char*, rpc::MessageType> kTypes[] = {
-    {"SCRIPT_CALL", rpc::MessageType::SCRIPT_CALL},
-    {"PYTHON_CALL", rpc::MessageType::PYTHON_CALL},
-    {"SCRIPT_REMOTE_CALL", rpc::MessageType::SCRIPT_REMOTE_CALL},
-    {"PYTHON_REMOTE_CALL", rpc::MessageType::PYTHON_REMOTE_CALL},
-    {"SCRIPT_RREF_FETCH_CALL", rpc::MessageType::SCRIPT_RREF_FETCH_CALL},
-    {"PYTHON_RREF_FETCH_CALL", rpc::MessageType::PYTHON_RREF_FETCH_CALL},
-    {"RREF_USER_DELETE", rpc::MessageType::RREF_USER_DELETE},
-    {"RREF_FORK_REQUEST", rpc::MessageType::RREF_FORK_REQUEST},
-    {"RREF_CHILD_ACCEPT", rpc::MessageType::RREF_CHILD_ACCEPT},
-    {"FORWARD_AUTOGRAD_REQ", rpc::MessageType::FORWARD_AUTOGRAD_REQ},
-    {"BACKWARD_AUTOGRAD_REQ", rpc::MessageType::BACKWARD_AUTOGRAD_REQ},
-    {"CLEANUP_AUTOGRAD_CONTEXT_REQ", rpc::MessageType::CLEANUP_AUTOGRAD_CONTEXT_REQ},
-    {"RUN_WITH_PROFILING_REQ", rpc::MessageType::RUN_WITH_PROFILING_REQ},
-};
-
 rpc::MessageType typeOf(const std::string& name) {
-  const auto* const found =
-      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& type) { return name == type.first; });
+  const auto known = faultableRequests();
+  const auto found = std::ranges::find_if(known, [&](const RequestName& request) { return name == request.first; });
   TORCH_CHECK(
-      found != std::end(kTypes), "No request is called '", name, "'. The requests are ",
+      found != known.end(), "No request is called '", name, "'. The requests are ",
       c10::Join(", ", messageTypeNames()));
   return found->second;
-}
-
-const char* nameOf(rpc::MessageType type) {
-  const auto* const found =
-      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& known) { return type == known.second; });
-  return found->first;
 }
 
 } // namespace
 
 std::vector<std::string> messageTypeNames() {
   std::vector<std::string> names;
-  for (const auto& type : kTypes) {
-    names.emplace_back(type.first);
+  for (const auto& [name, type] : faultableRequests()) {
+    names.emplace_back(name);
   }
   return names;
 }
@@ -78,7 +58,7 @@ std::optional<std::string> Faults::failureOf(const rpc::Message& request) {
   }
   ++failures;
   return rpc::makeRPCError(
-      c10::str("This ", nameOf(type), " was not sent, as the test asks for: ", failures, " of ", numFailSends_),
+      c10::str("This ", nameOfRequest(type), " was not sent, as the test asks for: ", failures, " of ", numFailSends_),
       rpc::RPCErrorType::INTENTIONAL_FAILURE);
 }
 

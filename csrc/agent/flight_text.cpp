@@ -11,6 +11,7 @@
 #include <c10/util/StringUtil.h>
 #include <unistd.h>
 
+#include "agent/request_names.h"
 #include "base/flight_recorder.h"
 
 namespace torch_rpc_mpi {
@@ -72,42 +73,6 @@ std::string_view nameOf(CallEvent kind) {
   return "unknown";
 }
 
-// torch's own words, without the numbers that follow from the direction.
-std::string_view nameOf(rpc::MessageType type) {
-  switch (type) {
-    case rpc::MessageType::SCRIPT_CALL:
-      return "SCRIPT_CALL";
-    case rpc::MessageType::PYTHON_CALL:
-      return "PYTHON_CALL";
-    case rpc::MessageType::SCRIPT_REMOTE_CALL:
-      return "SCRIPT_REMOTE_CALL";
-    case rpc::MessageType::PYTHON_REMOTE_CALL:
-      return "PYTHON_REMOTE_CALL";
-    case rpc::MessageType::SCRIPT_RREF_FETCH_CALL:
-      return "SCRIPT_RREF_FETCH_CALL";
-    case rpc::MessageType::PYTHON_RREF_FETCH_CALL:
-      return "PYTHON_RREF_FETCH_CALL";
-    case rpc::MessageType::RREF_USER_DELETE:
-      return "RREF_USER_DELETE";
-    case rpc::MessageType::RREF_FORK_REQUEST:
-      return "RREF_FORK_REQUEST";
-    case rpc::MessageType::RREF_CHILD_ACCEPT:
-      return "RREF_CHILD_ACCEPT";
-    case rpc::MessageType::FORWARD_AUTOGRAD_REQ:
-      return "FORWARD_AUTOGRAD_REQ";
-    case rpc::MessageType::BACKWARD_AUTOGRAD_REQ:
-      return "BACKWARD_AUTOGRAD_REQ";
-    case rpc::MessageType::CLEANUP_AUTOGRAD_CONTEXT_REQ:
-      return "CLEANUP_AUTOGRAD_CONTEXT_REQ";
-    case rpc::MessageType::RUN_WITH_PROFILING_REQ:
-      return "RUN_WITH_PROFILING_REQ";
-    case rpc::MessageType::RREF_BACKWARD_REQ:
-      return "RREF_BACKWARD_REQ";
-    default:
-      return "";
-  }
-}
-
 std::string joined(const std::vector<std::string>& items, const char* between) {
   std::string text;
   for (const std::string& item : items) {
@@ -127,7 +92,7 @@ std::string eventsText() {
         c10::str(
             R"({"time": )", seconds(event.when.time_since_epoch()), R"(, "event": ")", nameOf(event.kind),
             R"(", "peer": )", event.peer, R"(, "call": )", event.callId, R"(, "bytes": )", event.bytes,
-            R"(, "type": ")", nameOf(static_cast<rpc::MessageType>(event.messageType)), R"("})"));
+            R"(, "type": ")", nameOfRequest(static_cast<rpc::MessageType>(event.messageType)), R"("})"));
   }
   return list(lines);
 }
@@ -137,8 +102,8 @@ std::string unansweredText(const Caller& caller, Clock::time_point now) {
   caller.forEachUnanswered([&](const PendingCall& call) {
     lines.push_back(
         c10::str(
-            R"({"call": )", call.id, R"(, "peer": )", call.peer, R"(, "type": ")", nameOf(call.type), R"(", "age": )",
-            seconds(now - call.made), R"(, "timeout": )", seconds(call.timeout), "}"));
+            R"({"call": )", call.id, R"(, "peer": )", call.peer, R"(, "type": ")", nameOfRequest(call.type),
+            R"(", "age": )", seconds(now - call.made), R"(, "timeout": )", seconds(call.timeout), "}"));
   });
   return list(lines);
 }

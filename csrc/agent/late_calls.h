@@ -19,7 +19,7 @@
 
 namespace torch_rpc_mpi {
 
-// More of one peer are not asked about in one turn, and say less.
+// At most, in one frame.
 inline constexpr size_t kLateCallsAsked = 256;
 
 // Of one worker: what it is busy with.

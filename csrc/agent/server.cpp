@@ -97,10 +97,6 @@ class Server::RequestTask final : public Task {
     return std::move(request_);
   }
 
-  bool isOf(int peer, uint64_t id) const {
-    return source_ == peer && id_ == id;
-  }
-
  private:
   std::optional<Request> take() {
     const std::lock_guard<std::mutex> lock(server_.unbegunMutex_);
@@ -367,15 +363,11 @@ void Server::payAgain() {
   owes_ = !owed_.empty();
 }
 
-Statement Server::stateOf(
-    ProgressToken& token,
-    int source,
-    const std::vector<uint64_t>& ids,
-    const std::vector<TaskPtr>& arrivals) const {
+Statement Server::stateOf(ProgressToken& token, int source, const std::vector<uint64_t>& ids) const {
   Statement statement;
   statement.business = business();
   for (const uint64_t id : ids) {
-    statement.calls.push_back(stateOf(token, source, id, arrivals));
+    statement.calls.push_back(stateOf(token, source, id));
   }
   return statement;
 }
@@ -398,21 +390,20 @@ Business Server::business() const {
   return business;
 }
 
-LateCall Server::stateOf(ProgressToken& token, int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const {
+// Not to be touched: it may begin, and end, at any time.
+const Task* Server::findUnbegun(int source, uint64_t id) const {
+  const std::lock_guard<std::mutex> lock(unbegunMutex_);
+  return RequestTask::find(unbegun_[source].first, id);
+}
+
+LateCall Server::stateOf(ProgressToken& token, int source, uint64_t id) const {
   LateCall call;
   call.id = id;
-  const auto isIt = [&](const Task& task) {
-    const auto* request = dynamic_cast<const RequestTask*>(&task);
-    return request != nullptr && request->isOf(source, id);
-  };
-  if (const auto before = engine_->queuedBefore(isIt)) {
+  if (const Task* const unbegun = findUnbegun(source, id)) {
     call.state = LateCall::State::kQueued;
-    call.before = static_cast<uint32_t>(*before);
-    return call;
-  }
-  if (std::ranges::any_of(arrivals, [&](const TaskPtr& task) { return isIt(*task); })) {
-    call.state = LateCall::State::kQueued;
-    call.before = static_cast<uint32_t>(engine_->counts().queuedRequests);
+    // Or, if it is not with the engine yet, behind all that are.
+    const auto before = engine_->queuedBefore([&](const Task& task) { return &task == unbegun; });
+    call.before = static_cast<uint32_t>(before.value_or(engine_->counts().queuedRequests));
     return call;
   }
   running_->search([&](const RunningRequests::Request& request) {

@@ -79,12 +79,8 @@ class Server final : private SendFailureListener {
   const RunningRequests& running() const {
     return *running_;
   }
-  // See Note [Late calls]: of calls of `source`. arrivals: tasks that no engine has yet.
-  Statement stateOf(
-      ProgressToken& token,
-      int source,
-      const std::vector<uint64_t>& ids,
-      const std::vector<TaskPtr>& arrivals) const;
+  // See Note [Late calls]: of calls of `source`.
+  Statement stateOf(ProgressToken& token, int source, const std::vector<uint64_t>& ids) const;
 
   // Of the token's holder: callers that are to be told that there was no memory for their response.
   bool owes() const {
@@ -112,7 +108,8 @@ class Server final : private SendFailureListener {
   };
 
   Business business() const;
-  LateCall stateOf(ProgressToken& token, int source, uint64_t id, const std::vector<TaskPtr>& arrivals) const;
+  LateCall stateOf(ProgressToken& token, int source, uint64_t id) const;
+  const Task* findUnbegun(int source, uint64_t id) const;
   void serve(InboundMessage inbound) noexcept;
   void serveOwn(uint64_t id, RpcMessage request) noexcept;
   void decodeAndRun(InboundMessage inbound, ReplyTo reply);
@@ -139,7 +136,7 @@ class Server final : private SendFailureListener {
   std::atomic<int64_t> serving_{0};
   std::atomic<int64_t> servingAsync_{0};
 
-  std::mutex unbegunMutex_;
+  mutable std::mutex unbegunMutex_;
   std::vector<Unbegun> unbegun_;                        // by caller
   std::vector<std::unordered_set<uint64_t>> forgotten_; // by caller: calls that come, perhaps. Under the token
 

@@ -74,8 +74,11 @@ OutboundPtr Waiting::takeAny() {
 }
 
 bool Waiting::wouldWait(bool request, uint64_t chargedBytes) const {
+  if (!request) {
+    return false;
+  }
   const size_t before = laneOf(request, chargedBytes).count.load(std::memory_order_relaxed);
-  return request && (before > 0 || !credit_.allows(chargedBytes));
+  return before > 0 || !credit_.allows(chargedBytes);
 }
 
 } // namespace torch_rpc_mpi

@@ -5,6 +5,7 @@
 
 #include <pybind11/stl.h>
 
+#include "python/interpreter.h"
 #include "python/user_code.h"
 
 namespace py = pybind11;
@@ -20,10 +21,7 @@ ByValue::ByValue(const py::object& how, const std::string& pickled, const std::v
     return;
   }
   const py::gil_scoped_acquire gil;
-  function_ = std::shared_ptr<const py::object>(new py::object(how), [](const py::object* function) {
-    const py::gil_scoped_acquire again;
-    delete function;
-  });
+  function_ = shared(how);
 }
 
 torch::distributed::rpc::SerializedPyObj ByValue::pickle() const {

@@ -1,6 +1,8 @@
 // Whether there is a Python to run anything in.
 #pragma once
 
+#include <memory>
+
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/pythoncapi_compat.h>
 
@@ -10,6 +12,10 @@ namespace torch_rpc_mpi {
 inline bool interpreterRuns() {
   return Py_IsInitialized() != 0 && Py_IsFinalizing() == 0;
 }
+
+// For threads without the GIL to copy and let go of. What is let go of once the interpreter ends stays for ever. With
+// the GIL.
+std::shared_ptr<const pybind11::object> shared(pybind11::object object);
 
 // Note [Functions that outlive Python]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~

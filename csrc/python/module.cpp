@@ -101,16 +101,7 @@ struct PyAgentOptions {
 
 // `function`, which takes (rank, reason) and raises nothing, for the engine's threads.
 AgentOptions::OnWorkerLost lossListener(py::object function) {
-  const std::shared_ptr<py::object> held(new py::object(std::move(function)), [](py::object* object) {
-    if (interpreterRuns()) {
-      const py::gil_scoped_acquire gil;
-      delete object;
-    } else {
-      object->release();
-      delete object;
-    }
-  });
-  return [held](int rank, const std::string& reason) {
+  return [held = shared(std::move(function))](int rank, const std::string& reason) {
     if (interpreterRuns()) {
       const py::gil_scoped_acquire gil;
       const UserCode code;

@@ -55,12 +55,7 @@ void translate(std::exception_ptr pointer) {
 
 PythonError::PythonError(py::object remote)
     : std::runtime_error(utf8(helpers().attr("text_of")(remote))),
-      remote_(new py::object(std::move(remote)), [](const py::object* object) {
-        if (interpreterRuns()) { // else it is left to the end of the process
-          const py::gil_scoped_acquire gil;
-          delete object;
-        }
-      }) {}
+      remote_(shared(std::move(remote))) {}
 
 PythonError PythonError::of(const py::error_already_set& error) {
   return PythonError(helpers().attr("of_type")(error.type(), error.what()));

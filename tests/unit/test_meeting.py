@@ -90,6 +90,24 @@ def test_does_not_meet_the_dead(store: Any, dead: tuple[int, ...]) -> None:
     assert results == [["worker0", "worker1", "worker2"]] * 3
 
 
+def test_a_process_that_is_alone_meets_nobody(store: Any) -> None:
+    """Each of several processes with one store may form a world of its own."""
+    first, second = (_meeting.meet(store, member(name, 0), 0, 1, time.monotonic() + 60) for name in ("one", "other"))
+    assert [[each.name for each in members] for _, members in (first, second)] == [["one0"], ["other0"]]
+    first[0].set("key", "value")
+    assert not second[0].check(["key"])
+
+
+def test_others_may_be_in_the_next_session_before_a_process_knows_of_this_one(store: Any) -> None:
+    leader, late = (_meeting._Meeting(PrefixStore("2", store), member("worker", rank), rank, 2) for rank in (0, 1))
+    while not leader.step():
+        if not leader._agreed or not late._agreed:
+            assert not late.step()
+    PrefixStore("2", store).set("member/1", member("next", 1).to_json())
+    assert late.step()
+    assert [each.name for each in late.result()[1]] == ["worker0", "worker1"]
+
+
 def test_does_not_wait_for_those_whom_the_dead_have_met(store: Any) -> None:
     """All had agreed, and died before they knew that rank 0 has confirmed it."""
     together(*(functools.partial(check_in, store, rank, 2, "dead") for rank in range(2)))
