@@ -230,8 +230,6 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         return sys.modules["mpi4py.MPI"]
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "multiple"
-    if not _system.can_read_memory():
-        os.environ.setdefault(*_system.WITHOUT_READING_MEMORY)
     launcher = find_launcher()
     who = f"rank {launcher.rank} of {launcher.size or '?'} " if launcher else ""
     # The watchdog runs without the GIL, which mpi4py holds for as long as MPI_Init waits for late ranks.
@@ -242,7 +240,8 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         init_timeout,
     )
     try:
-        with _system.default_environment(_system.WITHIN_ONE_HOST if _system.all_ranks_are_here() else {}):
+        nodes = 1 if _system.all_ranks_are_here() else 0
+        with _system.default_environment(_system.mpi_settings("", [_system.Limits.here()], nodes)):
             module = _import_mpi()
     finally:
         watchdog.cancel()

@@ -25,10 +25,17 @@ _LONGEST_HOST_NAME = 63  # characters that MPICH 5.0 takes
 
 
 # What keeps MPICH from process_vm_readv.
-WITHOUT_READING_MEMORY = ("MPIR_CVAR_CH4_CMA_ENABLE", "0")
-
+_WITHOUT_READING_MEMORY = {"MPIR_CVAR_CH4_CMA_ENABLE": "0"}
 # What keeps UCX from listening at two ports of every network for ranks of other hosts, where there are none.
-WITHIN_ONE_HOST = {"UCX_TLS": "sm,self"}
+_WITHIN_ONE_HOST = {"UCX_TLS": "sm,self"}
+# Over plain Ethernet. With UCX a send to a process that has just died crashes this one (MPICH 5.0), and large messages
+# take longer.
+_BETWEEN_HOSTS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+
+# What tells that a host has a faster network than Ethernet: InfiniBand, EFA, Slingshot, Omni-Path.
+_FAST_NETWORKS = ("sys/class/infiniband/*", "sys/class/cxi/*", "dev/cxi*", "dev/hfi1*")
+# By which a user chooses what MPI takes.
+_CHOOSES_NETWORK = re.compile(r"MPIR_CVAR_CH4_NETMOD$|UCX_|FI_")
 
 
 @contextlib.contextmanager
@@ -55,14 +62,41 @@ class Limits:
 
     shared_memory: int | None = None  # bytes free in /dev/shm, before MPI has taken its own; None: not known
     reads_memory: bool = True  # of other processes
+    chooses_network: bool = False  # has a fast one, or its user has said what to take
 
     @classmethod
-    def here(cls) -> Limits:
+    def here(cls, root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> Limits:
         try:
             state = os.statvfs(SHARED_MEMORY)
+            shared_memory = state.f_bavail * state.f_frsize
         except OSError:
-            return cls(None, can_read_memory())
-        return cls(state.f_bavail * state.f_frsize, can_read_memory())
+            shared_memory = None
+        fast = any(True for pattern in _FAST_NETWORKS for _ in root.glob(pattern))
+        return cls(shared_memory, can_read_memory(), fast or any(map(_CHOOSES_NETWORK.match, environ)))
+
+
+def mpi_settings(library: str, ranks: Sequence[Limits], nodes: int) -> dict[str, str]:
+    """Variables for ``default_environment`` during MPI_Init.
+
+    Args:
+        library: the whole text of MPI_Get_library_version.
+        ranks: all, as far as they are known.
+        nodes: on how many nodes these are; 0: not known.
+    """
+    settings = {}
+    if not all(rank.reads_memory for rank in ranks):
+        settings.update(_WITHOUT_READING_MEMORY)
+    if nodes == 1:
+        settings.update(_WITHIN_ONE_HOST)
+    elif nodes > 1 and "ofi" in _network_modules(library) and not any(rank.chooses_network for rank in ranks):
+        settings.update(_BETWEEN_HOSTS)
+    return settings
+
+
+def _network_modules(library: str) -> list[str]:
+    """Of MPICH; the first is its default."""
+    device = re.search(r"MPICH Device:[ \t]*ch4:(.+)", library)
+    return re.split(r"[, ]+", device[1].strip()) if device else []
 
 
 def can_read_memory() -> bool:
@@ -98,12 +132,11 @@ def host_name_problem(library: str, host: str) -> str | None:
 
 def needed_shared_memory(library: str, ranks: int, environ: Mapping[str, str] = os.environ) -> int:
     """Bytes that ``ranks`` of one host need in /dev/shm; 0 for an MPI of which that is not known."""
-    device = re.search(r"MPICH Device:\s*ch4:(\S+)", library)
-    if device is None or ranks < 2:
+    modules = _network_modules(library)
+    if not modules or ranks < 2:
         return 0
     cells = environ.get("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE_NUM_CELLS", "")
     needed = (int(cells) if cells.isdigit() else _CELLS) * _CELL_BYTES
-    modules = device[1].split(",")
     if environ.get("MPIR_CVAR_CH4_NETMOD", modules[0]) == "ucx":
         needed += _UCX_BYTES
     return ranks * needed

@@ -199,11 +199,12 @@ def _form_world(
     world_ranks = [order.index(other) for other in range(len(nodes))]
     for variable in [variable for variable in os.environ if _ABOUT_A_PARENT.match(variable)]:
         del os.environ[variable]
-    if not all(member.limits.reads_memory for member in members):
-        os.environ.setdefault(*_system.WITHOUT_READING_MEMORY)
+    limits = [member.limits for member in members]
+    settings = _system.mpi_settings(mpi.runtime.library_version(), limits, len(set(nodes)))
     before = _shared_memory_files()
     try:
-        _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)
+        with _system.default_environment(settings):
+            _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)
         session.set(f"formed/{rank}", "")
         _meeting.await_all(session, "formed", len(nodes), deadline, "return from MPI_Init")
     finally:
@@ -223,8 +224,7 @@ def _initialize(
     pmi = {"PMI_FD": server.client_socket, "PMI_RANK": rank, "PMI_SIZE": size}
     os.environ.update({variable: str(value) for variable, value in pmi.items()})
     try:
-        within = _system.WITHIN_ONE_HOST if len(set(nodes)) == 1 else {}
-        with _watchdog(mpi, "MPI_Init", deadline), _system.default_environment(within):
+        with _watchdog(mpi, "MPI_Init", deadline):
             mpi.runtime.initialize()
         server.serve_alone(f"rank {rank} of {size} (pid {os.getpid()} on host {socket.gethostname()})")
     except BaseException:

@@ -164,14 +164,15 @@ def init_backend(
     names, hosts = [member.name for member in members], [member.host for member in members]
     whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
 
-    def make_agent() -> bool:
+    def make_agent() -> tuple[bool, int]:
         agents.append(
             _session.Agent(
                 communicator,
                 names,
                 hosts,
                 neighbours,
-                [member.address for member in members],
+                # Those of other nodes are no neighbours, also where this process could reach their memory.
+                [member.address if member.node == members[call.rank].node else "" for member in members],
                 _agent_options(extension, options, len({member.node for member in members})),
                 _session.make_run_function(whereabouts),
                 _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
@@ -180,13 +181,17 @@ def init_backend(
                 _session.tell_of_loss,
             )
         )
-        return neighbours.reaches_all
+        return neighbours.reaches_all, neighbours.host
 
     # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
-    if all(_on_all_ranks(communicator, options.init_timeout, make_agent)):
+    reached = _on_all_ranks(communicator, options.init_timeout, make_agent)
+    if all(reaches_all for reaches_all, _ in reached):
         neighbours.ring_each_other()
     agent = agents.pop()
+    hosts_of_ranks = [host for _, host in reached]
+    if len(set(hosts_of_ranks)) > 1:
+        _watch_other_hosts(extension, communicator, options, agent, neighbours, hosts_of_ranks)
     try:
         _session.begin(agent, pickler, whereabouts, _mpi.open_library())
         _torch_api.init_rpc_states(agent)
@@ -196,6 +201,21 @@ def init_backend(
             _torch_api.reset_current_rpc_agent()
         raise
     return agent
+
+
+def _watch_other_hosts(
+    extension: Any,
+    communicator: _C.Communicator,
+    options: MPIRpcBackendOptions,
+    agent: _C.MPIAgent,
+    neighbours: _C.Neighbours,
+    hosts: list[int],
+) -> None:
+    """See ``Note [Liveness across hosts]`` in ``liveness/watch.h``. Collective."""
+    watch = extension.HostWatch()
+    offers = _on_all_ranks(communicator, options.init_timeout, lambda: (watch.address, os.urandom(32)))
+    addresses, secrets = [address for address, _ in offers], [secret for _, secret in offers]
+    agent.watch_other_hosts(watch, neighbours, addresses, hosts, secrets[0], options.heartbeat_timeout)
 
 
 def _check_name(name: Any) -> None:
@@ -289,6 +309,7 @@ def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
             "architecture": platform.machine(),  # frames travel as they lie in memory
             "eager_limit (bytes)": options.eager_limit,
             "bulk_chunk (bytes)": options.bulk_chunk,
+            "heartbeat_timeout (seconds)": options.heartbeat_timeout,
         },
         # Asked only when needed: it loads the driver.
         device_count=torch.cuda.device_count() if uses_devices else 0,

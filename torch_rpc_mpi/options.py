@@ -89,6 +89,12 @@ OPTIONS: tuple[Option, ...] = (
         check_float, minimum=0, from_environment=True,
     ),
     Option(
+        "heartbeat_timeout", "float", 10.0, "seconds",
+        "A worker of another host that nothing is heard of for so long is lost: its host or the network to it is down. "
+        "An outage that is shorter loses nothing. Must be the same on all ranks.",
+        check_float, minimum=0.1, maximum=86400, from_environment=True,
+    ),
+    Option(
         "eager_limit", "int", 16384, "bytes",
         "Tensors up to this size travel inside the message; larger ones are sent from their own memory. Must be the "
         "same on all ranks.",
@@ -140,6 +146,7 @@ class _Given(TypedDict, total=False):
     devices: Sequence[DeviceLike] | None
     comm: MPI.Intracomm | None
     init_timeout: float
+    heartbeat_timeout: float
     eager_limit: int
     bulk_chunk: int
     spin_time: float
@@ -186,6 +193,7 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
     devices: list[torch.device]
     comm: MPI.Intracomm | None
     init_timeout: float
+    heartbeat_timeout: float
     eager_limit: int
     bulk_chunk: int
     spin_time: float

@@ -30,6 +30,7 @@ struct PendingCall {
   torch::distributed::rpc::MessageType type = torch::distributed::rpc::MessageType::UNKNOWN;
   std::chrono::milliseconds timeout{0}; // 0: none
   Clock::time_point made;
+  bool delayed = false;                            // by a test: its request arrives and is run, however late
   std::shared_ptr<const std::string> failure = {}; // with which it ends when its time is over, instead of "timed out"
   std::shared_ptr<const std::string> whyLate = {}; // if it times out: see Note [Late calls]
 };

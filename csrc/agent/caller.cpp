@@ -208,17 +208,14 @@ JitFuturePtr Caller::failingCall(int peer, rpc::MessageType type, const std::str
   return open ? future : nullptr;
 }
 
-JitFuturePtr Caller::call(
-    int peer,
-    RpcMessage message,
-    std::chrono::milliseconds timeout,
-    std::chrono::milliseconds delay) {
+JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout, const Later& later) {
   const GuestAnnouncement announcement;
   if (const auto reason = members_.whyLost(peer)) {
     return failingCall(peer, message->type(), *reason);
   }
   const bool toSelf = peer == members_.rank();
   PendingCall call = newCall(peer, message->type(), timeout);
+  call.delayed = static_cast<bool>(later);
   JitFuturePtr future = call.future;
   const auto made = call.made;
   if (Engine::guestAnnounced()) {
@@ -232,20 +229,18 @@ JitFuturePtr Caller::call(
   }
   message->setId(static_cast<int64_t>(id));
   FlightRecorder::instance().record(CallEvent::kMade, peer, id, message->type());
-  // A message that a test delays arrives, however late.
-  const bool ends = timeout.count() > 0 && delay.count() == 0;
-  const auto deadline = ends ? made + timeout : Clock::time_point::max();
-  if (delay.count() > 0) {
-    std::this_thread::sleep_for(delay);
+  if (later) {
+    later([this, peer, id, message] {
+      try {
+        dispatch(peer, id, message, Clock::time_point::max());
+      } catch (const std::exception& error) {
+        onSendFailed(FrameKind::kRequest, peer, id, errorText(error));
+      }
+    });
+    return future;
   }
   try {
-    const EngineWork work;
-    if (toSelf) {
-      HeldByPeers::made({});
-      engine_->post(server_.ownRequest(id, copyMessage(*message), deadline));
-    } else {
-      sendToPeer(peer, id, std::move(message), deadline);
-    }
+    dispatch(peer, id, std::move(message), timeout.count() > 0 ? made + timeout : Clock::time_point::max());
   } catch (...) {
     calls_.take(id, peer);
     throw;
@@ -256,6 +251,16 @@ JitFuturePtr Caller::call(
     serveUntilCompleted(signals_, *future);
   }
   return future;
+}
+
+void Caller::dispatch(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline) {
+  const EngineWork work;
+  if (peer == members_.rank()) {
+    HeldByPeers::made({});
+    engine_->post(server_.ownRequest(id, copyMessage(*message), deadline));
+  } else {
+    sendToPeer(peer, id, std::move(message), deadline);
+  }
 }
 
 void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline) {
@@ -400,7 +405,7 @@ void Caller::onStatement(int source, const Statement& statement) {
 
 // Neither its caller's memory nor its callee's time is to be spent on it.
 OutboundPtr Caller::forget(ProgressToken& token, const PendingCall& call) noexcept {
-  if (call.failure != nullptr) { // its peer has ended, or it was not sent
+  if (call.failure != nullptr || call.delayed) { // its peer has ended, or it was not sent; or nothing is to be spared
     return nullptr;
   }
   try {

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,13 +34,10 @@ class Caller final : public SelfCaller, private SendFailureListener {
       SignalService signals,
       uint32_t slotUsesBefore);
 
-  // A call to a worker, this one perhaps. timeout: 0 for none; it begins now, the message leaves when the delay is
-  // over, until which this waits. Null if there are no more calls: see close().
-  JitFuturePtr call(
-      int peer,
-      RpcMessage message,
-      std::chrono::milliseconds timeout,
-      std::chrono::milliseconds delay = std::chrono::milliseconds(0));
+  // A call to a worker, this one perhaps. timeout: 0 for none; it begins now. Null if there are no more calls: see
+  // close(). later: of a test that delays the message. It is given what sends it, which may be called by any thread.
+  using Later = std::function<void(std::function<void()> send)>;
+  JitFuturePtr call(int peer, RpcMessage message, std::chrono::milliseconds timeout, const Later& later = {});
   // One that is not sent and fails, as a call to a peer that has ended does: see Note [Completion].
   JitFuturePtr failingCall(int peer, torch::distributed::rpc::MessageType type, const std::string& failure);
 
@@ -107,6 +105,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
 
   void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
+  void dispatch(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
   void sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
   void askAfterLate(ProgressToken& token);
   OutboundPtr forget(ProgressToken& token, const PendingCall& call) noexcept;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "agent/farewell.h"
+#include "agent/loss_news.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
 #include "peer/receive_pool.h"
@@ -142,6 +143,9 @@ bool Dispatcher::progress(ProgressToken& token) {
   const bool moved = exchange_.poll(token);
   const auto now = Clock::now();
   exchange_.look(token, now);
+  if (watch_ != nullptr) {
+    takeFindings(token);
+  }
   if (now >= nextTrim_) {
     nextTrim_ = now + kTrimAfter;
     ReceivePool::instance().trim(now - kTrimAfter);
@@ -194,6 +198,51 @@ void Dispatcher::watchNeighbours(ProgressToken& token, Clock::time_point now) {
   });
 }
 
+// At once: one that leaves has said so where its end was seen. And the less MPI touches one that has ended, the better.
+void Dispatcher::takeFindings(ProgressToken& token) {
+  for (const Watch::Finding& finding : watch_->takeFindings()) {
+    if (finding.kind == Watch::Kind::kUnreachable) {
+      LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " cannot watch "
+                   << members_.describe(finding.rank) << ": " << finding.text
+                   << ". If that one dies or its host is gone, calls to it wait for their timeouts";
+    } else if (exchange_.stateOf(finding.rank) == Peer::State::kOpen) {
+      tellOthers(token, finding);
+      exchange_.fail(token, finding.rank, finding.text);
+    }
+  }
+}
+
+// One that is silent is told too, should it go on: nobody will talk to it any more. One that has ended must not be
+// touched, which MPI may not survive.
+void Dispatcher::tellOthers(ProgressToken& token, const Watch::Finding& lost) {
+  const std::string body = writeLossNews({lost.rank, lost.text});
+  for (int peer = 0; peer < transport_.size(); ++peer) {
+    const bool touched = peer != members_.rank() && (peer != lost.rank || lost.kind == Watch::Kind::kSilent);
+    if (touched && exchange_.stateOf(peer) == Peer::State::kOpen) {
+      exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kLost, body));
+    }
+  }
+}
+
+void Dispatcher::onNews(ProgressToken& token, int source, ConstSpan body) {
+  try {
+    const LossNews news = readLossNews(body, transport_.size());
+    if (news.rank != members_.rank()) {
+      exchange_.fail(token, news.rank, news.text + ", as " + members_.describe(source) + " has found");
+      return;
+    }
+    const std::string cause =
+        "this worker was given up by " + members_.describe(source) + " and so by all: " + news.text;
+    for (int peer = 0; peer < transport_.size(); ++peer) {
+      if (peer != members_.rank()) {
+        exchange_.fail(token, peer, cause);
+      }
+    }
+  } catch (const std::runtime_error& error) {
+    failForNonsense(token, source, error.what());
+  }
+}
+
 std::unique_ptr<BulkTarget> Dispatcher::makeTarget(int, const FrameHeader&, ConstSpan body) {
   return makeReceiveTarget(body);
 }
@@ -241,6 +290,9 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
     case FrameKind::kForget:
       server_.forget(source, message.header.callId, exchange_.receives(token, source));
       break;
+    case FrameKind::kLost:
+      onNews(token, source, message.body());
+      break;
     case FrameKind::kBatch: // the exchange takes it apart
     case FrameKind::kCredit:
       break;
@@ -274,6 +326,9 @@ void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason
   const auto found = causes_.find(peer);
   const std::string& cause = found == causes_.end() ? reason : found->second;
   members_.lose(peer, reason, cause);
+  if (watch_ != nullptr) {
+    watch_->forget(peer);
+  }
   FlightRecorder::instance().record(CallEvent::kPeerLost, peer, 0);
   flightLog_.note("lost ", peer);
   caller_.onPeerEnded(peer, reason);

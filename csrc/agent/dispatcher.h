@@ -17,6 +17,7 @@
 #include "agent/outbox.h"
 #include "agent/server.h"
 #include "engine/engine.h"
+#include "liveness/watch.h"
 #include "peer/exchange.h"
 #include "transport/transport.h"
 
@@ -38,6 +39,11 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
       FlightLog& flightLog,
       const AgentOptions::OnWorkerLost& onWorkerLost,
       std::chrono::milliseconds watchInterval);
+
+  // Before the engine starts: who tells of the ranks of other hosts. Null: nobody, as all are on this one.
+  void watchOver(std::shared_ptr<Watch> watch) {
+    watch_ = std::move(watch);
+  }
 
   // Tasks of a turn that nobody took.
   std::vector<TaskPtr> takeArrivals(ProgressToken& /*token*/) {
@@ -70,6 +76,9 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
   void watchNeighbours(ProgressToken& token, Clock::time_point now);
+  void takeFindings(ProgressToken& token);
+  void tellOthers(ProgressToken& token, const Watch::Finding& lost);
+  void onNews(ProgressToken& token, int source, ConstSpan body);
 
   Transport& transport_;
   Membership& members_;
@@ -81,6 +90,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   FlightLog& flightLog_;
   const AgentOptions::OnWorkerLost& onWorkerLost_;
   const std::chrono::milliseconds watchInterval_;
+  std::shared_ptr<Watch> watch_;
 
   std::vector<TaskPtr> arrivals_; // made during a turn
   Clock::time_point nextTrim_ = Clock::now();

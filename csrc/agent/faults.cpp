@@ -9,6 +9,7 @@
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "agent/request_names.h"
+#include "host/resources.h"
 
 namespace torch_rpc_mpi {
 
@@ -70,6 +71,25 @@ bool Faults::torchRetries(rpc::MessageType type) {
 std::chrono::milliseconds Faults::delayOf(rpc::MessageType type) const {
   const auto found = toDelay_.find(type);
   return found == toDelay_.end() ? std::chrono::milliseconds(0) : found->second;
+}
+
+void Faults::runLater(std::chrono::milliseconds delay, std::function<void()> task) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  delayed_.push_back(startThread("a message that a test delays", [delay, task = std::move(task)] {
+    std::this_thread::sleep_for(delay);
+    task();
+  }));
+}
+
+void Faults::awaitDelayed() {
+  std::vector<std::thread> delayed;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    delayed.swap(delayed_);
+  }
+  for (std::thread& thread : delayed) {
+    thread.join();
+  }
 }
 
 } // namespace torch_rpc_mpi

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -23,7 +25,7 @@ struct FaultOptions {
 // The requests whose faults can be asked for, as torch calls them.
 std::vector<std::string> messageTypeNames();
 
-// Thread-safe: mutex_ guards failures_, the rest is immutable.
+// Thread-safe: mutex_ guards failures_ and delayed_, the rest is immutable.
 //
 // A message fails as often as numFailSends says, and is sent the next time. Which message it is its type and payload
 // say, so that one that torch sends again counts on, as with torch's own faulty agent.
@@ -37,6 +39,10 @@ class Faults {
   // Whether torch sends requests of this type once more when they have failed.
   static bool torchRetries(torch::distributed::rpc::MessageType type);
   std::chrono::milliseconds delayOf(torch::distributed::rpc::MessageType type) const;
+  // Runs it when the delay is over, in a thread of its own.
+  void runLater(std::chrono::milliseconds delay, std::function<void()> task);
+  // Returns when all of that was run.
+  void awaitDelayed();
 
  private:
   using MessageType = torch::distributed::rpc::MessageType;
@@ -47,6 +53,7 @@ class Faults {
 
   std::mutex mutex_;
   std::map<std::pair<MessageType, std::vector<char>>, int> failures_;
+  std::vector<std::thread> delayed_;
 };
 
 } // namespace torch_rpc_mpi

@@ -162,7 +162,12 @@ JitFuturePtr MpiAgent::sendWithFaults(int peer, RpcMessage message, std::chrono:
   const rpc::MessageType type = message->type();
   const auto failure = options_.faults->failureOf(*message);
   if (!failure) {
-    return caller_.call(peer, std::move(message), timeout, options_.faults->delayOf(type));
+    const auto delay = options_.faults->delayOf(type);
+    Caller::Later later;
+    if (delay.count() > 0) {
+      later = [this, delay](std::function<void()> send) { options_.faults->runLater(delay, std::move(send)); };
+    }
+    return caller_.call(peer, std::move(message), timeout, later);
   }
   if (Faults::torchRetries(type)) { // and its thread that does so must not meet a future that has failed
     return caller_.failingCall(peer, type, *failure);
@@ -211,9 +216,15 @@ void MpiAgent::shutdownImpl() {
   if (inForkedChild() || !started_.exchange(false)) {
     return;
   }
+  if (options_.faults != nullptr) {
+    options_.faults->awaitDelayed(); // those use this object
+  }
   Leaving leaving(*engine_, dispatcher_, exchange_, caller_, members_, options_.signals);
   flightLog_.write(); // of what went wrong last; its task may not run any more
   const bool stopped = leaving.leave(agreed_, farewell_);
+  if (watch_ != nullptr && (agreed_ || farewell_)) { // else its peers are to find out
+    watch_->leave();
+  }
   ReceivePool::instance().trim(Clock::time_point::max());
   if (!stopped) {
     LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " was shut down while " << engine_->counts().busy

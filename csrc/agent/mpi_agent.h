@@ -21,13 +21,14 @@
 #include "agent/outbox.h"
 #include "agent/server.h"
 #include "engine/engine.h"
+#include "liveness/watch.h"
 #include "peer/exchange.h"
 #include "transport/transport.h"
 
 namespace torch_rpc_mpi {
 
 // Thread-safe. Members:
-//   options_, transport_, completion_ are immutable after construction;
+//   options_, transport_, completion_ are immutable after construction, watch_ from the start;
 //   metricsMutex_ guards the GIL wait; agreed_ and started_ are atomics; farewell_ is for the thread that ends it;
 //   the parts guard themselves. They refer to each other, and are made in an order in which none is used too early.
 class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::enable_shared_from_this<MpiAgent> {
@@ -58,6 +59,12 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   // shutdown() of one that has agreed on nothing, by the process's end and not by torch. farewell: why, for the peers;
   // without it they are told nothing.
   void leave(std::optional<std::string> farewell);
+
+  // Before start(): what knows whether the ranks of other hosts are alive.
+  void watchOver(std::shared_ptr<Watch> watch) {
+    watch_ = watch;
+    dispatcher_.watchOver(std::move(watch));
+  }
 
   // For code that waits for the calls that it makes.
   Caller& caller() {
@@ -102,6 +109,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   Caller caller_;
   Join join_;
   const std::shared_ptr<Engine> engine_;
+  std::shared_ptr<Watch> watch_; // null where all ranks are on this host
 
   std::atomic<bool> agreed_{false}; // join(shutdown=true) succeeded
   std::atomic<bool> started_{false};

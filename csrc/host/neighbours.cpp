@@ -1,5 +1,6 @@
 #include "host/neighbours.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <new>
@@ -176,6 +177,11 @@ void Neighbours::awaitTaking(int rank) {
   if (page != nullptr && static_cast<size_t>(self_) < Page::kRanks && page->taken[self_].awaited.load() == 0) {
     page->taken[self_].awaited = 1;
   }
+}
+
+int Neighbours::host() const {
+  const auto first = std::ranges::find_if(bells_, [](const BellWord* bell) { return bell != nullptr; });
+  return std::min(self_, first == bells_.end() ? self_ : static_cast<int>(first - bells_.begin()));
 }
 
 std::vector<int> Neighbours::takeEnded() {

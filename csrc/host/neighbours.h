@@ -47,6 +47,11 @@ class Neighbours {
   std::optional<uint64_t> taken(int rank, size_t kind) const;
   // It rings when it receives the next message of this rank.
   void awaitTaking(int rank);
+  // A number that the ranks of this host have in common: the lowest rank among this one and its neighbours.
+  int host() const;
+  bool reaches(int rank) const {
+    return bells_[rank] != nullptr;
+  }
   // Whether every other rank is a neighbour.
   bool reachesAll() const {
     return reachesAll_;

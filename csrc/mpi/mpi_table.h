@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a member is added, removed or changes its meaning; checked by the extension when it opens a shim. */
-#define TRM_MPI_TABLE_VERSION 2
+#define TRM_MPI_TABLE_VERSION 3
 
 typedef uintptr_t trm_handle;
 
@@ -70,6 +70,10 @@ struct trm_mpi_table {
   /* Point to point, always MPI_BYTE. A request handle is released (set to request_null) by the call that completes
    * it. `bytes` is at most INT_MAX. */
   int (*isend)(const void* data, size_t bytes, int dest, int tag, trm_handle comm, trm_handle* request);
+  /* As isend, but where this MPI would wait in it for room or a connection, it gives up soon: *posted is then 0,
+   * nothing was sent, and the same can be tried again. For one thread at a time. */
+  int (
+      *try_isend)(const void* data, size_t bytes, int dest, int tag, trm_handle comm, trm_handle* request, int* posted);
   int (*irecv)(void* data, size_t bytes, int source, int tag, trm_handle comm, trm_handle* request);
   int (*test)(trm_handle* request, int* flag, struct trm_status* status);
   /* MPI_Testsome over `count` requests (entries may be request_null). *out_count gets the number completed, 0 also

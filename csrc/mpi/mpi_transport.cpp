@@ -17,6 +17,9 @@ constexpr auto kCancelLimit = std::chrono::milliseconds(200);
 // A process's memory is gone, which MPI notices, a little before the system says that it has ended.
 constexpr auto kEndingLimit = std::chrono::milliseconds(50);
 
+// For room in MPI, or for a connection.
+constexpr auto kBetweenAttempts = std::chrono::milliseconds(1);
+
 } // namespace
 
 MpiTransport::MpiTransport(
@@ -54,6 +57,8 @@ void MpiTransport::track(trm_handle request, const Posted& posted) {
   operations_.push_back(posted);
 }
 
+// To ranks of other hosts, MPI may have no room or no connection for a while: it is never waited for, because it may be
+// that the peer is dead (see shim/retries.h). What comes after a message that was not taken waits behind it.
 void MpiTransport::send(
     ProgressToken& token,
     int peer,
@@ -61,14 +66,63 @@ void MpiTransport::send(
     const void* data,
     size_t bytes,
     Operation* op) {
+  const Deferred send{channel, data, bytes, op};
+  if (deferred_.empty() || deferred_.count(peer) == 0) {
+    if (trySend(token, peer, send)) {
+      return;
+    }
+    nextAttempt_ = Clock::now() + kBetweenAttempts;
+  }
+  deferred_[peer].push_back(send);
+}
+
+size_t MpiTransport::sendDeferred(ProgressToken& token) {
+  if (deferred_.empty() || Clock::now() < nextAttempt_) {
+    return 0;
+  }
+  std::vector<int> peers;
+  for (const auto& [peer, sends] : deferred_) {
+    peers.push_back(peer);
+  }
+  size_t sent = 0;
+  for (const int peer : peers) {
+    // Looked up again each time: what a completion does may end a peer.
+    for (auto found = deferred_.find(peer); found != deferred_.end(); found = deferred_.find(peer)) {
+      const Deferred send = found->second.front();
+      if (!trySend(token, peer, send)) {
+        break;
+      }
+      ++sent;
+      found = deferred_.find(peer);
+      if (found == deferred_.end()) {
+        break;
+      }
+      found->second.pop_front();
+      if (found->second.empty()) {
+        deferred_.erase(found);
+      }
+    }
+  }
+  nextAttempt_ = Clock::now() + kBetweenAttempts;
+  return sent;
+}
+
+bool MpiTransport::trySend(ProgressToken& token, int peer, const Deferred& send) {
   trm_handle request = mpi_->request_null;
-  const int code = mpi_->isend(data, bytes, peer, static_cast<int>(channel), communicator_->handle(), &request);
+  const auto tag = static_cast<int>(send.channel);
+  int posted = 1;
+  const int code = neighbours_->reaches(peer)
+      ? mpi_->isend(send.data, send.bytes, peer, tag, communicator_->handle(), &request)
+      : mpi_->try_isend(send.data, send.bytes, peer, tag, communicator_->handle(), &request, &posted);
+  if (posted == 0) {
+    return false;
+  }
   if (code != 0) {
     OperationStatus status;
     status.error =
-        failureText(peer, "MPI_Isend of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(code));
-    op->complete(token, status);
-    return;
+        failureText(peer, "MPI_Isend of " + std::to_string(send.bytes) + " bytes failed: " + mpi_.errorText(code));
+    send.op->complete(token, status);
+    return true;
   }
   neighbours_->ring(peer);
   // Eager sends are complete when they return: one test now spares them the array.
@@ -78,15 +132,14 @@ void MpiTransport::send(
   if (tested != 0) { // the request is complete with it
     OperationStatus failed;
     failed.error = failureText(
-        peer, "MPI_Test of a message of " + std::to_string(bytes) + " bytes failed: " + mpi_.errorText(tested));
-    op->complete(token, failed);
-    return;
+        peer, "MPI_Test of a message of " + std::to_string(send.bytes) + " bytes failed: " + mpi_.errorText(tested));
+    send.op->complete(token, failed);
+  } else if (done != 0) {
+    send.op->complete(token, translate(status, peer));
+  } else {
+    track(request, {send.op, peer, /*receive=*/false});
   }
-  if (done != 0) {
-    op->complete(token, translate(status, peer));
-    return;
-  }
-  track(request, {op, peer, /*receive=*/false});
+  return true;
 }
 
 std::vector<int> MpiTransport::frameSources() const {
@@ -125,7 +178,7 @@ void MpiTransport::receiveBulk(ProgressToken& token, int peer, void* data, size_
 }
 
 size_t MpiTransport::poll(ProgressToken& token) {
-  return pollFrames(token) + pollOthers(token);
+  return sendDeferred(token) + pollFrames(token) + pollOthers(token);
 }
 
 size_t MpiTransport::pollFrames(ProgressToken& token) {
@@ -229,6 +282,7 @@ void MpiTransport::park(ProgressToken&, int peer) {
     }
   }
   dropFinished();
+  deferred_.erase(peer);
   if (!anySource_) {
     parkedFrames_ += frames_[peer].size();
     frames_[peer].clear();
@@ -273,6 +327,7 @@ size_t MpiTransport::close(ProgressToken&, bool agreed) noexcept {
     // frees it. They are not cancelled (a send cannot be) and not waited for (the peer will not answer).
     requests_.clear();
     operations_.clear();
+    deferred_.clear();
     if (agreed) {
       communicator_->free();
     }

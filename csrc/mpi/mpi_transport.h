@@ -2,8 +2,10 @@
 #pragma once
 
 #include <deque>
+#include <map>
 #include <vector>
 
+#include "base/clock.h"
 #include "host/neighbours.h"
 #include "mpi/communicator.h"
 #include "transport/transport.h"
@@ -51,6 +53,13 @@ class MpiTransport final : public Transport {
     trm_handle request;
     Operation* op;
   };
+  // A send that MPI could not take.
+  struct Deferred {
+    Channel channel;
+    const void* data;
+    size_t bytes;
+    Operation* op;
+  };
   struct Posted {
     Operation* op;
     int peer;
@@ -66,6 +75,8 @@ class MpiTransport final : public Transport {
       neighbours_->took(source, kindOf(channel));
     }
   }
+  bool trySend(ProgressToken& token, int peer, const Deferred& send); // whether MPI has taken it, or has failed
+  size_t sendDeferred(ProgressToken& token);
   size_t pollFrames(ProgressToken& token);
   size_t pollFramesOfEach(ProgressToken& token);
   size_t pollOthers(ProgressToken& token);
@@ -87,7 +98,9 @@ class MpiTransport final : public Transport {
   // Sends that did not complete at once and bulk receives: parallel arrays, as MPI_Testsome wants them.
   std::vector<trm_handle> requests_;
   std::vector<Posted> operations_;
-  std::vector<trm_handle> heads_; // of frames_, as MPI_Testsome wants them
+  std::map<int, std::deque<Deferred>> deferred_; // by peer, in their order
+  Clock::time_point nextAttempt_{};              // to send those
+  std::vector<trm_handle> heads_;                // of frames_, as MPI_Testsome wants them
   std::vector<int> indices_;
   std::vector<trm_status> statuses_;
   size_t parkedFrames_ = 0;

@@ -74,7 +74,7 @@ std::optional<FrameHeader> parseFrame(const char* data, size_t bytes) {
     return std::nullopt;
   }
   std::memcpy(&header, data, sizeof(header));
-  const bool known = header.kind >= FrameKind::kRequest && header.kind <= FrameKind::kStatement;
+  const bool known = header.kind >= FrameKind::kRequest && header.kind <= FrameKind::kLost;
   const bool inlineFits = header.bodyInBulk != 0 || header.bodyBytes == bytes - sizeof(header);
   const bool bulkFits = header.bodyInBulk == 0 || bytes == sizeof(header);
   const bool partsFit = header.bulkParts <= header.bodyBytes / sizeof(uint64_t);

@@ -29,7 +29,8 @@ enum class FrameKind : uint8_t {
   kForget = 6,  // nothing but the header: nobody waits any more for the answer to the call that it names
   kBatch = 7,   // small frames that had to wait, one after the other, each with its header
   kInquiry = 8, // both: see agent/late_calls.h
-  kStatement = 9
+  kStatement = 9,
+  kLost = 10 // see agent/loss_news.h
 };
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.

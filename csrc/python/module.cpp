@@ -146,6 +146,26 @@ std::shared_ptr<MpiAgent> makeAgent(
   return agent;
 }
 
+void watchOtherHosts(
+    MpiAgent& agent,
+    std::shared_ptr<Watch> watch,
+    std::shared_ptr<Neighbours> neighbours,
+    std::vector<std::string> addresses,
+    std::vector<int> hosts,
+    std::string secret,
+    double heartbeatTimeout) {
+  watch->start(
+      {.self = agent.getWorkerInfo().id_,
+       .addresses = std::move(addresses),
+       .hosts = std::move(hosts),
+       .secret = std::move(secret),
+       .heartbeatTimeout = durationOf<std::chrono::milliseconds>(heartbeatTimeout),
+       .hasEnded = [neighbours = std::move(neighbours)](int rank) {
+         return neighbours->hasEnded(rank, std::chrono::milliseconds(0));
+       }});
+  agent.watchOver(std::move(watch));
+}
+
 // For the length of a session. It waits for an answer, perhaps, who does nothing while some are missing.
 std::unique_ptr<SecondInterrupt> watchForSecondInterrupt(
     const std::shared_ptr<MpiAgent>& agent,
@@ -248,7 +268,11 @@ void bindAgent(py::module_& module) {
       .def(py::init<>())
       .def_property_readonly("address", &Neighbours::address)
       .def_property_readonly("reaches_all", &Neighbours::reachesAll)
+      .def_property_readonly("host", &Neighbours::host)
       .def("ring_each_other", &Neighbours::ringEachOther);
+  py::class_<Watch, std::shared_ptr<Watch>>(module, "HostWatch")
+      .def(py::init<>())
+      .def_property_readonly("address", &Watch::address);
   py::class_<PyAgentOptions>(module, "AgentOptions")
       .def(py::init<>())
       .def_readwrite("num_worker_threads", &PyAgentOptions::numWorkerThreads)
@@ -310,6 +334,9 @@ void bindAgent(py::module_& module) {
             return lost;
           },
           NoGil())
+      .def(
+          "watch_other_hosts", &watchOtherHosts, py::arg("watch"), py::arg("neighbours"), py::arg("addresses"),
+          py::arg("hosts"), py::arg("secret"), py::arg("heartbeat_timeout"), NoGil())
       .def("write_flight_record", &MpiAgent::writeFlightRecord, py::arg("path"), NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());

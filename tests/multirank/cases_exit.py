@@ -412,6 +412,7 @@ def one_exits_without_shutdown(world: World) -> None:
 @program(size=3, launcherless=True, succeeds=False, expect=[*SURVIVED, "KeyboardInterrupt"], forbid=CRASHED)
 def keyboard_interrupt_in_one_rank(world: World) -> None:
     if leave_early(world):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait()
 

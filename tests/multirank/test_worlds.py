@@ -153,6 +153,21 @@ def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scen
 
 
 @mpich
+@pytest.mark.parametrize("scenario", ["dies_on_another_host", "is_silent_on_another_host"])
+def test_a_process_of_another_host(run: Callable[..., None], tmp_path: Path, scenario: str) -> None:
+    run(by_hand(scenario, 3, *by_file(tmp_path), "--node", "node{rank}"), 3, killed=scenario == "dies_on_another_host")
+
+
+@mpich
+def test_a_process_beside_one_that_is_stopped(run: Callable[..., None], tmp_path: Path) -> None:
+    commands = [
+        command._replace(arguments=[*command.arguments, "--node", "one" if rank == 0 else "other"])
+        for rank, command in enumerate(by_hand("is_silent_beside_another", 3, *by_file(tmp_path)))
+    ]
+    run(commands, 3)
+
+
+@mpich
 @pytest.mark.parametrize(
     ("scenario", "size"), [("some_stop_for_a_while", 4), ("some_stop_for_a_while", 8), ("some_are_killed", 4)]
 )

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import collections
 import contextlib
+import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -280,6 +283,123 @@ def dies_in_transfer(process: Process) -> None:
     touch(f"{process.rank} is done")
     wait_for(f"{2 - process.rank} is done")
     rpc.shutdown(graceful=False)
+
+
+def call_on_and_on(worker: str, over: threading.Event, errors: list[str]) -> threading.Thread:
+    """A thread that calls the worker, with more calls under way than one, until it is over or one fails."""
+
+    def call() -> None:
+        lengths = itertools.cycle((1, 1, 100, 5_000, 100_000))
+        calls: collections.deque[Any] = collections.deque()
+        try:
+            while not over.is_set():
+                length = next(lengths)
+                calls.append((length, rpc.rpc_async(worker, double, args=(torch.ones(length),))))
+                if len(calls) > 10:
+                    length, future = calls.popleft()
+                    assert future.wait()[0].sum() == 2 * length
+        except RuntimeError as error:
+            errors.append(str(error))
+        for _, future in calls:
+            with contextlib.suppress(RuntimeError):
+                future.wait()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def dies_on_another_host(process: Process) -> None:
+    """Rank 2, alone on its host, is killed while all call all: the others hear of it and go on."""
+    import torch_rpc_mpi
+
+    process.begin()
+    workers = [f"worker{rank}" for rank in range(process.size)]
+    lost: list[str] = []
+    torch_rpc_mpi.on_worker_lost(lambda worker, reason: lost.append(worker.name))
+    for worker in workers:
+        rpc.rpc_sync(worker, double, args=(torch.ones(1),))
+    touch(f"{process.rank} has called")
+    for rank in range(process.size):
+        wait_for(f"{rank} has called")
+    over = threading.Event()
+    errors: dict[str, list[str]] = {worker: [] for worker in workers}
+    others = [worker for worker in workers if worker != workers[process.rank]]
+    threads = [call_on_and_on(worker, over, errors[worker]) for worker in others]
+    if process.rank == 2:
+        time.sleep(0.5)  # amid the calls
+        print("rank 2: ok\n", end="", flush=True)
+        touch("dead")
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait_for("dead")
+    begin = time.monotonic()
+    until(lambda: bool(errors["worker2"]))
+    took = time.monotonic() - begin
+    assert took < 3, f"after {took:.2f} s"  # two are promised
+    assert re.search(r"'worker2' \(rank 2 on host .* has ended without leaving", errors["worker2"][0]), errors
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="'worker2' "):
+        rpc.rpc_sync("worker2", double, args=(torch.ones(1),))
+    assert time.monotonic() - begin < 1
+    until(lambda: lost == ["worker2"])
+    over.set()
+    for thread in threads:
+        thread.join()
+    other = f"worker{1 - process.rank}"
+    assert errors[other] == []
+    assert rpc.rpc_sync(other, double, args=(torch.ones(1_000_000),))[0].sum() == 2_000_000
+    touch(f"{process.rank} is done")
+    wait_for(f"{1 - process.rank} is done")
+    rpc.shutdown(graceful=False)
+
+
+def is_silent_on_another_host(process: Process) -> None:
+    """Rank 2, alone on its host, stops for longer than heartbeat_timeout. All give it up, and it hears of that."""
+    process.begin(heartbeat_timeout=1)
+    if process.rank == 2:
+        Path(os.environ["RPC_TEST_SCRATCH"], "pid").write_text(str(os.getpid()))
+        touch("written")
+        wait_for("given up")
+        until(lambda: len(rpc.api._get_current_rpc_agent().lost_workers()) == 2)
+        with pytest.raises(RuntimeError, match=r"this worker was given up by worker 'worker[01]' .* and so by all"):
+            rpc.rpc_sync("worker0", double, args=(torch.ones(1),))
+        rpc.shutdown(graceful=False)
+        return
+    wait_for("written")
+    pid = int(Path(os.environ["RPC_TEST_SCRATCH"], "pid").read_text())
+    rpc.rpc_sync("worker2", double, args=(torch.ones(1),))
+    touch(f"{process.rank} has called")
+    wait_for(f"{1 - process.rank} has called")
+    if process.rank == 0:
+        stop(pid)
+        touch("stopped")
+    wait_for("stopped")
+    silent = r"'worker2' \(rank 2 on host .*\) failed: nothing was heard of it for .* \(heartbeat_timeout is 1 s\)"
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=silent):
+        rpc.rpc_sync("worker2", double, args=(torch.ones(1),))
+    assert time.monotonic() - begin < 4
+    assert rpc.rpc_sync(f"worker{1 - process.rank}", double, args=(torch.ones(1),))[0] == 2
+    touch(f"{process.rank} is done")
+    wait_for(f"{1 - process.rank} is done")
+    if process.rank == 0:
+        touch("given up")
+        os.kill(pid, signal.SIGCONT)
+    rpc.shutdown(graceful=False)
+
+
+def is_silent_beside_another(process: Process) -> None:
+    """Rank 2 stops for several heartbeat_timeouts. Rank 1, of the same host, can see that it is alive."""
+    process.begin(heartbeat_timeout=0.5)
+    if process.rank == 0:
+        pid = rpc.rpc_sync("worker2", os.getpid)
+        stop(pid)
+        call = rpc.rpc_async("worker2", double, args=(torch.ones(1),))
+        time.sleep(3)
+        assert not call.done()
+        os.kill(pid, signal.SIGCONT)
+        assert call.wait()[0] == 2
+    rpc.shutdown()
 
 
 def has_too_little_shared_memory(process: Process) -> None:

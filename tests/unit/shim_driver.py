@@ -55,6 +55,7 @@ class Table(ctypes.Structure):
         ("comm_set_errors_return", _function(Handle)),
         ("comm_abort", _function(Handle, c_int)),
         ("isend", _TRANSFER),
+        ("try_isend", _function(c_void_p, c_size_t, c_int, c_int, Handle, POINTER(Handle), POINTER(c_int))),
         ("irecv", _TRANSFER),
         ("test", _function(POINTER(Handle), POINTER(c_int), POINTER(Status))),
         ("testsome", _function(c_int, POINTER(Handle), POINTER(c_int), POINTER(c_int), POINTER(Status))),
@@ -106,7 +107,7 @@ def library_version(table: Table) -> bytes:
 
 
 def check_environment(table: Table) -> None:
-    assert table.version == 2
+    assert table.version == 3
     assert ask(table.initialized) == 1
     assert ask(table.finalized) == 0
     assert ask(table.query_thread) == 3

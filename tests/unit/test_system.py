@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -46,6 +47,52 @@ class TestSharedMemory:
 
     def test_what_is_not_known_is_no_reason(self) -> None:
         _system.check_shared_memory(MPICH, [Rank("a", "north", Limits(None))] * 64)
+
+
+class TestSettings:
+    """What MPI is told where the user has said nothing."""
+
+    def test_one_host(self) -> None:
+        assert _system.mpi_settings(MPICH, [Limits()] * 2, 1) == {"UCX_TLS": "sm,self"}
+
+    @pytest.mark.parametrize("library", [MPICH, MPICH.replace("ucx,ofi", "ucx ofi"), MPICH.replace("ucx,ofi", "ofi")])
+    def test_hosts_with_plain_networks(self, library: str) -> None:
+        expected = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+        assert _system.mpi_settings(library, [Limits()] * 2, 2) == expected
+
+    @pytest.mark.parametrize(
+        ("library", "ranks", "nodes"),
+        [
+            (MPICH, [Limits(), Limits(chooses_network=True)], 2),
+            (MPICH.replace("ucx,ofi", "ucx"), [Limits()] * 2, 2),
+            ("Open MPI v5.0.11", [Limits()] * 2, 2),
+            (MPICH, [Limits()], 0),
+        ],
+    )
+    def test_what_is_not_ours_to_choose(self, library: str, ranks: list[Limits], nodes: int) -> None:
+        assert _system.mpi_settings(library, ranks, nodes) == {}
+
+    def test_memory_that_cannot_be_read(self) -> None:
+        settings = _system.mpi_settings("", [Limits(), Limits(reads_memory=False)], 0)
+        assert settings == {"MPIR_CVAR_CH4_CMA_ENABLE": "0"}
+
+    @pytest.mark.parametrize(
+        ("files", "environ", "expected"),
+        [
+            ([], {}, False),
+            (["sys/class/infiniband/mlx5_0"], {}, True),
+            (["dev/cxi0"], {}, True),
+            ([], {"UCX_TLS": "tcp,self"}, True),
+            ([], {"FI_PROVIDER": "verbs"}, True),
+            ([], {"MPIR_CVAR_CH4_NETMOD": "ucx"}, True),
+            ([], {"MY_FI_PROVIDER": "1", "MPIR_CVAR_CH4_NETMODE": "ucx"}, False),
+        ],
+    )
+    def test_who_chooses(self, tmp_path: Path, files: list[str], environ: dict[str, str], expected: bool) -> None:
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True)
+            (tmp_path / file).touch()
+        assert Limits.here(tmp_path, environ).chooses_network is expected
 
 
 def test_names_of_hosts() -> None:

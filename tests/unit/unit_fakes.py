@@ -132,6 +132,7 @@ class Communicator:
 class Neighbours:
     address = "here"
     reaches_all = False
+    host = 0
 
 
 class SecondInterrupt:

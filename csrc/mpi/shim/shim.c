@@ -8,6 +8,7 @@
 
 #include TRM_ABI_HEADER
 #include "mpi/shim/calls.h"
+#include "mpi/shim/retries.h"
 
 #include <dlfcn.h>
 #include <limits.h>
@@ -30,6 +31,7 @@ struct mpi_library {
 };
 
 static struct mpi_library mpi;
+static void* opened; /* the handle through which it was found */
 
 static trm_handle from_comm(abi_comm comm) {
   return (trm_handle)(abi_bits)comm;
@@ -185,6 +187,39 @@ static int shim_isend(const void* data, size_t bytes, int dest, int tag, trm_han
   return rc;
 }
 
+/* Result codes may carry more than their class (MPICH), so the class decides. */
+static int is_of_class(int rc, int wanted) {
+  int error_class = rc;
+  if (rc)
+    mpi.Error_class(rc, &error_class);
+  return error_class == wanted;
+}
+
+static int shim_try_isend(
+    const void* data,
+    size_t bytes,
+    int dest,
+    int tag,
+    trm_handle comm,
+    trm_handle* request,
+    int* posted) {
+#ifdef ABI_ERR_EAGAIN
+  static int looked = 0;
+  if (!looked) {
+    retries_find(opened);
+    looked = 1;
+  }
+  retries_bound();
+  int rc = shim_isend(data, bytes, dest, tag, comm, request);
+  retries_restore();
+  *posted = !rc || !is_of_class(rc, ABI_ERR_EAGAIN);
+  return *posted ? rc : 0;
+#else
+  *posted = 1;
+  return shim_isend(data, bytes, dest, tag, comm, request);
+#endif
+}
+
 static int shim_irecv(void* data, size_t bytes, int source, int tag, trm_handle comm, trm_handle* request) {
   abi_request own = mpi.request_null;
   int from = source == TRM_ANY_SOURCE ? ABI_ANY_SOURCE : source;
@@ -203,14 +238,6 @@ static int shim_test(trm_handle* request, int* flag, struct trm_status* status) 
   return rc;
 }
 
-/* Result codes may carry more than their class (MPICH), so the class decides. */
-static int is_in_status(int rc) {
-  int error_class = rc;
-  if (rc)
-    mpi.Error_class(rc, &error_class);
-  return error_class == ABI_ERR_IN_STATUS;
-}
-
 static int testsome_batch(int count, trm_handle* requests, int* out_count, int* indices, struct trm_status* statuses) {
   abi_request own[TESTSOME_BATCH];
   abi_status found[TESTSOME_BATCH];
@@ -219,7 +246,7 @@ static int testsome_batch(int count, trm_handle* requests, int* out_count, int* 
     found[i].source = ABI_ANY_SOURCE; /* as in unknown_status() */
   }
   int rc = mpi.Testsome(count, own, out_count, indices, found);
-  int in_status = is_in_status(rc);
+  int in_status = is_of_class(rc, ABI_ERR_IN_STATUS);
   if (*out_count == ABI_UNDEFINED || (rc && !in_status))
     *out_count = 0;
   for (int i = 0; i < *out_count; ++i) {
@@ -331,6 +358,7 @@ static struct trm_mpi_table table = {
     .comm_set_errors_return = shim_comm_set_errors_return,
     .comm_abort = shim_comm_abort,
     .isend = shim_isend,
+    .try_isend = shim_try_isend,
     .irecv = shim_irecv,
     .test = shim_test,
     .testsome = shim_testsome,
@@ -378,6 +406,7 @@ __attribute__((visibility("default"))) const struct trm_mpi_table* torch_rpc_mpi
   }
   if (!mpi.Initialized) {
     mpi = found;
+    opened = library;
     table.comm_null = from_comm(mpi.comm_null);
     table.request_null = from_request(mpi.request_null);
   } else if (memcmp(&mpi, &found, sizeof(mpi)) != 0) {

@@ -1,0 +1,381 @@
+#include "liveness/watch.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "host/fork_guard.h"
+#include "host/resources.h"
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+constexpr auto kAttemptLimit = std::chrono::seconds(1); // to connect, or to be answered
+constexpr size_t kAskedAtOnce = 3;
+
+std::string secondsText(Clock::duration time) {
+  std::ostringstream text;
+  text.precision(3);
+  text << std::chrono::duration<double>(time).count() << " s";
+  return text.str();
+}
+
+// The last byte of what has arrived; nothing yet: EAGAIN in `error`, the end of the connection: another.
+std::optional<Signal> receiveLast(const Socket& socket, int& error) {
+  std::array<char, 64> bytes{};
+  std::optional<Signal> last;
+  for (;;) {
+    const ssize_t count = ::recv(socket.descriptor(), bytes.data(), bytes.size(), MSG_DONTWAIT);
+    if (count < 0 && errno == EINTR) {
+      continue;
+    }
+    if (count <= 0) {
+      error = count == 0 ? ECONNRESET : errno;
+      return last;
+    }
+    last = static_cast<Signal>(bytes[static_cast<size_t>(count) - 1]);
+  }
+}
+
+bool pending(int error) {
+  return error == EAGAIN || error == EWOULDBLOCK;
+}
+
+} // namespace
+
+Watch::Watch() : wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  watchForks();
+}
+
+Watch::~Watch() {
+  if (inForkedChild()) {
+    if (thread_.joinable()) {
+      thread_.detach(); // there is none here
+    }
+  } else {
+    leave();
+  }
+  ::close(wake_);
+}
+
+std::string Watch::address() const {
+  std::string text;
+  for (const std::string& endpoint : visitors_.endpoints()) {
+    text += (text.empty() ? "" : ",") + endpoint;
+  }
+  return text;
+}
+
+void Watch::start(Group group) {
+  if (group.addresses.size() != group.hosts.size() || group.secret.size() != kSecretBytes) {
+    throw std::runtime_error("an address and a host are needed for each rank, and a secret");
+  }
+  group_ = std::move(group);
+  for (const std::string& address : group_.addresses) {
+    std::vector<std::string>& endpoints = endpoints_.emplace_back();
+    std::istringstream parts(address);
+    for (std::string endpoint; std::getline(parts, endpoint, ',');) {
+      endpoints.push_back(endpoint);
+    }
+  }
+  std::ranges::copy(group_.secret, expected_.secret.begin());
+  expected_.to = static_cast<uint32_t>(group_.self);
+  visitors_.begin(expected_, group_.heartbeatTimeout / 4, group_.hasEnded);
+  ring_.emplace(group_.self, group_.hosts);
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before); // the new thread serves none
+  try {
+    thread_ = startThread("what watches other hosts", [this] { run(); });
+  } catch (const std::runtime_error&) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+std::vector<Watch::Finding> Watch::takeFindings() {
+  if (!found_.load(std::memory_order_relaxed)) {
+    return {};
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  found_ = false;
+  return std::exchange(findings_, {});
+}
+
+void Watch::forget(int rank) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forgotten_.push_back(rank);
+  }
+  wake();
+}
+
+void Watch::leave() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+  }
+  wake();
+  if (thread_.joinable()) {
+    thread_.join();
+  }
+}
+
+void Watch::wake() const {
+  (void)::eventfd_write(wake_, 1);
+}
+
+void Watch::run() {
+  pthread_setname_np(pthread_self(), "rpc_mpi_watch");
+  lastTurn_ = Clock::now();
+  chooseWatched(lastTurn_);
+  for (;;) {
+    const Time now = Clock::now();
+    if (!takeOrders(now)) {
+      break;
+    }
+    if (now - lastTurn_ > group_.heartbeatTimeout / 2) { // this rank was paused
+      for (Watched& watched : watched_) {
+        watched.heard = std::max(watched.heard, now - group_.heartbeatTimeout / 2);
+      }
+    }
+    lastTurn_ = now;
+    visitors_.serve(now);
+    for (Watched& watched : watched_) {
+      if (!watched.done) {
+        serve(watched, now);
+      }
+    }
+    await(now);
+  }
+  watched_.clear();
+  visitors_.leave();
+}
+
+// Until something comes, or it is time to look.
+void Watch::await(Time now) {
+  polled_.clear();
+  polled_.push_back({wake_, POLLIN, 0});
+  visitors_.addTo(polled_);
+  const auto add = [&](const Link& link) {
+    if (link.socket) {
+      polled_.push_back({link.socket.descriptor(), static_cast<short>(link.greeted ? POLLIN : POLLOUT), 0});
+    }
+  };
+  Clock::duration pause = std::min<Clock::duration>(group_.heartbeatTimeout / 20, std::chrono::seconds(1));
+  for (const Watched& watched : watched_) {
+    add(watched.link);
+    std::ranges::for_each(watched.questions, add);
+    if (!watched.done && !watched.link.socket) {
+      pause = std::min(pause, watched.nextAttempt - now);
+    }
+  }
+  const auto limit = std::chrono::ceil<std::chrono::milliseconds>(std::max(pause, Clock::duration(0)));
+  const int ready = ::poll(polled_.data(), polled_.size(), static_cast<int>(limit.count()));
+  if (ready > 0 && polled_.front().revents != 0) {
+    eventfd_t woken = 0;
+    (void)::eventfd_read(wake_, &woken);
+  }
+}
+
+bool Watch::takeOrders(Time now) {
+  std::vector<int> forgotten;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forgotten.swap(forgotten_);
+    if (stopped_) {
+      return false;
+    }
+  }
+  for (const int rank : forgotten) {
+    ring_->lose(rank);
+  }
+  if (!forgotten.empty()) {
+    chooseWatched(now);
+  }
+  return true;
+}
+
+void Watch::chooseWatched(Time now) {
+  const std::vector<int> ranks = ring_->watched();
+  std::erase_if(
+      watched_, [&](const Watched& watched) { return std::ranges::find(ranks, watched.rank) == ranks.end(); });
+  for (const int rank : ranks) {
+    if (std::ranges::none_of(watched_, [&](const Watched& watched) { return watched.rank == rank; })) {
+      watched_.push_back({.rank = rank, .heard = now, .nextAttempt = now});
+    }
+  }
+}
+
+void Watch::serve(Watched& watched, Time now) {
+  if (watched.link.socket) {
+    listen(watched, now);
+  }
+  const auto silence = now - watched.heard;
+  // Also where there is a connection: see the note.
+  if (!watched.done && now >= watched.nextAttempt && (!watched.link.socket || silence > group_.heartbeatTimeout / 2)) {
+    connect(watched, now);
+  }
+  if (!watched.done) {
+    ask(watched, now);
+  }
+  if (!watched.done) {
+    judge(watched, now);
+  }
+}
+
+Watch::Link Watch::linkTo(int rank, size_t endpoint, Time now, int& error) const {
+  const std::vector<std::string>& endpoints = endpoints_[rank];
+  if (endpoints.empty()) {
+    error = EADDRNOTAVAIL;
+    return {};
+  }
+  return {connectTo(endpoints[endpoint % endpoints.size()], error), now};
+}
+
+bool Watch::greet(Link& link, int to, Purpose purpose, int about, int& error) const {
+  pollfd state{link.socket.descriptor(), POLLOUT, 0};
+  if (link.greeted || ::poll(&state, 1, 0) == 0) {
+    error = EAGAIN;
+    return link.greeted;
+  }
+  error = connectError(link.socket);
+  if (error == 0) {
+    Greeting greeting = expected_;
+    greeting.from = static_cast<uint32_t>(group_.self);
+    greeting.to = static_cast<uint32_t>(to);
+    greeting.purpose = purpose;
+    greeting.about = static_cast<uint32_t>(about);
+    link.greeted = sendNow(link.socket, greeting);
+    error = link.greeted ? EAGAIN : errno;
+  }
+  return link.greeted;
+}
+
+void Watch::connect(Watched& watched, Time now) {
+  int error = 0;
+  watched.link = linkTo(watched.rank, watched.endpoint, now, error);
+  watched.nextAttempt = now + std::min<Clock::duration>(group_.heartbeatTimeout / 10, kAttemptLimit);
+  if (watched.link.socket) {
+    listen(watched, now);
+  } else {
+    lose(watched, error, now);
+  }
+}
+
+void Watch::listen(Watched& watched, Time now) {
+  int error = 0;
+  if (!greet(watched.link, watched.rank, Purpose::kWatch, 0, error)) {
+    if (!pending(error) || now - watched.link.since > kAttemptLimit) {
+      lose(watched, error, now);
+    }
+    return;
+  }
+  const std::optional<Signal> last = receiveLast(watched.link.socket, error);
+  if (last) {
+    watched.heard = now;
+    watched.known = true;
+    watched.questions.clear();
+    watched.done = last == Signal::kLeaves;
+  }
+  if (!watched.done && !pending(error)) {
+    lose(watched, error, now);
+  }
+}
+
+// A process that was heard of, and whose host now says that nobody listens there, or somebody else, has ended.
+void Watch::lose(Watched& watched, int error, Time now) {
+  const bool refused = error == ECONNREFUSED ||
+      (watched.link.greeted && now - watched.link.since < kAttemptLimit && watched.heard < watched.link.since);
+  watched.link = {};
+  if (watched.known && refused) {
+    find(watched, Kind::kEnded, "its process has ended without leaving (it crashed or was killed)");
+  } else if (watched.known && error == ECONNRESET) {
+    watched.nextAttempt = now; // to see whether it is the process or the connection that has ended
+  } else if (!watched.known) {
+    ++watched.endpoint; // perhaps it is another that leads there
+  }
+}
+
+// Those beside one that is silent, when its time is nearly over.
+void Watch::ask(Watched& watched, Time now) {
+  listenToAnswers(watched, now);
+  if (watched.done || !watched.known || now - watched.heard < group_.heartbeatTimeout * 3 / 4 ||
+      now < watched.nextQuestion) {
+    return;
+  }
+  watched.nextQuestion = now + std::min<Clock::duration>(group_.heartbeatTimeout / 8, kAttemptLimit);
+  watched.questions.clear();
+  std::vector<int> beside = ring_->besides(watched.rank);
+  beside.resize(std::min(beside.size(), kAskedAtOnce));
+  for (const int other : beside) {
+    for (size_t endpoint = 0; endpoint < endpoints_[other].size(); ++endpoint) {
+      int error = 0;
+      Link question = linkTo(other, endpoint, now, error);
+      if (question.socket) {
+        question.asked = other;
+        watched.questions.push_back(std::move(question));
+      }
+    }
+  }
+}
+
+void Watch::listenToAnswers(Watched& watched, Time now) {
+  std::optional<Signal> answer;
+  std::erase_if(watched.questions, [&](Link& question) {
+    int error = 0;
+    if (greet(question, question.asked, Purpose::kAsk, watched.rank, error)) {
+      const std::optional<Signal> last = receiveLast(question.socket, error);
+      answer = last ? last : answer;
+    }
+    return !pending(error);
+  });
+  if (answer == Signal::kLives) {
+    watched.heard = now - group_.heartbeatTimeout / 4;
+  } else if (answer == Signal::kEnded) {
+    find(watched, Kind::kEnded, "its process has ended without leaving (it crashed or was killed)");
+  }
+}
+
+void Watch::judge(Watched& watched, Time now) {
+  const auto silence = now - watched.heard;
+  if (silence < group_.heartbeatTimeout) {
+    return;
+  }
+  if (watched.known) {
+    find(
+        watched, Kind::kSilent,
+        "nothing was heard of it for " + secondsText(silence) + " (heartbeat_timeout is " +
+            secondsText(group_.heartbeatTimeout) +
+            "): its host or the network to it is down, or its process is stopped");
+  } else {
+    find(
+        watched, Kind::kUnreachable,
+        "no connection to it could be made within " + secondsText(silence) + " (a firewall?)");
+    watched.done = false; // it may still come
+    watched.heard = Time::max();
+  }
+}
+
+void Watch::find(Watched& watched, Kind kind, std::string text) {
+  watched.done = true;
+  watched.link = {};
+  watched.questions.clear();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  findings_.push_back({watched.rank, kind, std::move(text)});
+  found_ = true;
+}
+
+} // namespace torch_rpc_mpi
