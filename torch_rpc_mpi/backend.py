@@ -134,14 +134,15 @@ def init_backend(
     options = call.rpc_backend_options
     extension = _mpi.load_extension()
     communicator: _C.Communicator
+    companions: _C.Companions | None = None  # under a launcher, that looks after the ranks
     node = socket.gethostname()
     if _without_launcher(options, call.rank, call.world_size):
         node = options.node or node
-        communicator = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
+        communicator, companions = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
     else:
         mpi = _mpi.load(options.init_timeout)
         communicator = extension.Communicator.duplicate(
-            mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
+            mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout, companions
         )
     made: list[_C.Neighbours] = []
 
@@ -149,7 +150,10 @@ def init_backend(
         made.append(extension.Neighbours())
         return _describe(call, node, made[0].address)
 
-    members = _on_all_ranks(communicator, options.init_timeout, describe)
+    def on_all_ranks(work: Callable[[], Any]) -> list[Any]:
+        return _on_all_ranks(communicator, companions, options.init_timeout, work)
+
+    members = on_all_ranks(describe)
     neighbours = made.pop()
     try:
         _agreement.check(members)
@@ -184,7 +188,7 @@ def init_backend(
 
     # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
-    if all(_on_all_ranks(communicator, options.init_timeout, make_agent)):
+    if all(on_all_ranks(make_agent)):
         neighbours.ring_each_other()
     agent = agents.pop()
     try:
@@ -297,7 +301,9 @@ def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
     )
 
 
-def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[[], Any]) -> list[Any]:
+def _on_all_ranks(
+    communicator: _C.Communicator, companions: _C.Companions | None, timeout: float, work: Callable[[], Any]
+) -> list[Any]:
     """Runs ``work`` here and gathers every rank's result. If it failed anywhere, raises on all ranks, naming which."""
     result, failure = None, None
     try:
@@ -305,7 +311,9 @@ def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[
     except Exception as error:
         failure = error
     text = None if failure is None else f"{type(failure).__name__}: {failure} (on {socket.gethostname()})"
-    outcomes = [pickle.loads(data) for data in communicator.allgather(pickle.dumps((result, text)), timeout)]
+    outcomes = [
+        pickle.loads(data) for data in communicator.allgather(pickle.dumps((result, text)), timeout, companions)
+    ]
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
     if failed:
         communicator.free()

@@ -121,9 +121,14 @@ void Oracle::lost(int at, int rank, const std::string& reason) {
   }
 }
 
-size_t Oracle::pendingWithoutExcuse() const {
-  return static_cast<size_t>(std::ranges::count_if(
-      calls_, [&](const Call& call) { return pending(call) && !hasExcuse(call) && !dead_[call.from]; }));
+bool Oracle::needs(const Call& call, const std::function<bool(int rank)>& of) const {
+  return of(call.from) || of(call.to) || (call.inner >= 0 && needs(calls_[call.inner], of));
+}
+
+size_t Oracle::pendingWithoutExcuse(const std::function<bool(int rank)>& without) const {
+  return static_cast<size_t>(std::ranges::count_if(calls_, [&](const Call& call) {
+    return pending(call) && !hasExcuse(call) && !dead_[call.from] && !needs(call, without);
+  }));
 }
 
 size_t Oracle::pendingOf(int rank) const {

@@ -79,6 +79,10 @@ void World::run() {
   }
   phase_ = Phase::kSettling;
   heal();
+  stepUntil([this] { return !pendingBesideStopped(); }, 20000, "a call is unanswered because another rank is stopped");
+  for (Worker& worker : workers_) {
+    worker.stopped = false;
+  }
   stepUntil(
       [this] { return oracle_.pendingWithoutExcuse() == 0 && endsAreKnown(); }, 20000,
       "a call is unanswered, or a death or a lie not found, although nothing is in the way");
