@@ -63,6 +63,7 @@ bool World::strike(Fault fault, int a, int b) {
         return false;
       }
       worker.stopped = true;
+      oracle_.stops(a);
       break;
     case Fault::kBroken:
       oracle_.excuseRank(a);

@@ -58,6 +58,10 @@ class Oracle {
     excuseRank(rank);
     dead_[rank] = true;
   }
+  // A rank that may be late.
+  void stops(int rank) {
+    stops_[rank] = true;
+  }
   bool isDead(int rank) const {
     return dead_[rank];
   }
@@ -97,7 +101,7 @@ class Oracle {
   bool needs(const Call& call, const std::function<bool(int rank)>& of) const;
 
   const int size_;
-  std::vector<bool> excused_, dead_;
+  std::vector<bool> excused_, dead_, stops_;
   bool wordsFail_ = false;
   std::vector<std::string> reasons_;
   std::deque<Call> calls_;

@@ -45,7 +45,8 @@ void World::start() {
   options.exchange.bulkChunk = 256;
   options.exchange.windowRequests = random_.between(2, 8);
   options.exchange.windowBytes = 1024;
-  options.exchange.untakenBudget = random_.between(4, 16);
+  const bool someStop = scenario_.weights[static_cast<size_t>(Fault::kStop)] > 0; // all but one, with those that die
+  options.exchange.untakenBudget = someStop ? random_.between(12, 24) : random_.between(4, 16);
   network_->cells = options.exchange.untakenBudget + options.exchange.untakenBudget / 4;
   options.signals = UserThread::service();
   options.slotUsesBefore = random_.chance(50) ? UINT32_MAX - static_cast<uint32_t>(random_.below(3)) : 0;
