@@ -21,14 +21,19 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ._system import Limits
 from ._torch_api import PrefixStore, Store
+
+if TYPE_CHECKING:
+    from . import _C
 
 logger = logging.getLogger("torch_rpc_mpi")
 
 _WARN_AFTER = 10.0  # seconds
 _LONGEST_PAUSE = 0.05  # seconds
+_LOSS_IS_SEEN = 1.0  # seconds after it
 _GAVE_UP = "-"  # in the place of one whose time is over
 
 
@@ -52,6 +57,7 @@ class Member:
     membership: Membership | None
     problem: str | None  # why it cannot take part
     limits: Limits = dataclasses.field(default_factory=Limits)
+    process_space: str = ""  # where its pid means this process
     fresh: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)  # unique; rank 0's names a new world
 
     def __str__(self) -> str:
@@ -88,14 +94,22 @@ def meet(store: Store, me: Member, rank: int, size: int, deadline: float) -> tup
     return PrefixStore(f"{size}/{proposal}", store), members
 
 
-def await_all(session: Store, stage: str, size: int, deadline: float, what: str) -> None:
-    """Waits for every rank's key of a stage, at which it has done ``what``."""
+def await_all(session: Store, stage: str, size: int, deadline: float, what: str, companions: _C.Companions) -> None:
+    """Waits for every rank's key of a stage, at which it has done ``what``, while all live."""
     keys = [f"{stage}/{rank}" for rank in range(size)]
+
+    def came() -> bool:
+        companions.check()
+        try:
+            return session.check(keys)
+        except RuntimeError:  # of the store, whose holder may be the one that has ended
+            companions.check(_LOSS_IS_SEEN)
+            raise
 
     def missing() -> list[int]:
         return [rank for rank, key in enumerate(keys) if not session.check([key])]
 
-    _poll(lambda: session.check(keys), missing, size, deadline, what)
+    _poll(came, missing, size, deadline, what)
 
 
 class _Meeting:
@@ -143,7 +157,8 @@ class _Meeting:
         if proposal not in self._agreed:
             return [0]
         ranks = range(len(self._keys))
-        return [rank for rank in ranks if not self._places.check([f"{proposal}/agreed/{rank}"])]
+        # Rank 0, if it has not confirmed what all have agreed to.
+        return [rank for rank in ranks if not self._places.check([f"{proposal}/agreed/{rank}"])] or [0]
 
     def leave(self) -> None:
         """Lets another attempt of this rank meet those that come late."""

@@ -50,6 +50,15 @@ def default_environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def process_space() -> str:
+    """Where process ids mean the same: a boot of a system, and a namespace of it. Empty where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def all_ranks_are_here(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher of the MPICH family has started all ranks on this host."""
     ranks_here = environ.get("MPI_LOCALNRANKS")

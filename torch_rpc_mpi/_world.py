@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _meeting, _mpi, _system
 from ._meeting import Member, Membership
@@ -81,7 +81,14 @@ def is_formed() -> bool:
     return _membership is not None
 
 
-def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: float) -> _C.Communicator:
+class Gathered(NamedTuple):
+    """The processes of a session that a store has brought together."""
+
+    communicator: _C.Communicator
+    companions: _C.Companions  # those of this host
+
+
+def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: float) -> Gathered:
     """Brings the ``size`` processes together that call this with the same store.
 
     Args:
@@ -93,7 +100,7 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
 
     Raises:
         TimeoutError: some did not come; the text names them.
-        RuntimeError: this MPI needs a launcher, or some processes belong to a world and others do not.
+        RuntimeError: this MPI needs a launcher, some processes belong to a world and others do not, or one has ended.
     """
     deadline = time.monotonic() + (timeout or _FOR_EVER)
     mpi, problem = None, None
@@ -111,21 +118,36 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
         _membership,
         problem,
         _system.Limits.here(),
+        _system.process_space(),
     )
     session, members = _meeting.meet(_shared_by_sessions(store), me, rank, size, deadline)
     _keep_file(store)
     _check_fit(members)
     assert mpi is not None  # _check_fit() has raised if it could not be opened
+    companions = _companions(members, me)
     if me.membership is None:
         _system.check_shared_memory(mpi.runtime.library_version(), members)
-        world_ranks = _form_world(mpi, session, rank, members, deadline)
+        world_ranks = _form_world(mpi, session, rank, members, deadline, companions)
     else:
         world_ranks = [member.membership.rank for member in members if member.membership]
     _mpi.load(timeout)  # checks its state
-    with _watchdog(mpi, "MPI_Comm_create_group", deadline):
-        world = mpi.handle(mpi.MPI.COMM_WORLD)
-        communicator: _C.Communicator = _mpi.load_extension().Communicator.group(mpi.runtime, world, world_ranks)
-        return communicator
+    communicators = _mpi.load_extension().Communicator
+    world = mpi.handle(mpi.MPI.COMM_WORLD)
+    if world_ranks == list(range(mpi.MPI.COMM_WORLD.Get_size())):
+        # Unlike the other, it can be left when one of them ends.
+        return Gathered(communicators.duplicate(mpi.runtime, world, _left(deadline), companions), companions)
+    with _watchdog(mpi, "MPI_Comm_create_group", deadline, companions):
+        return Gathered(communicators.group(mpi.runtime, world, world_ranks), companions)
+
+
+def _companions(members: Sequence[Member], me: Member) -> _C.Companions:
+    here = [
+        (member.pid, f"rank {rank}, {member},")
+        for rank, member in enumerate(members)
+        if member.process_space == me.process_space != "" and member.pid != me.pid
+    ]
+    companions: _C.Companions = _mpi.load_extension().Companions(here)
+    return companions
 
 
 def _check_library(mpi: _mpi.LoadedMPI, size: int) -> None:
@@ -189,7 +211,12 @@ def _check_fit(members: Sequence[Member]) -> None:
 
 
 def _form_world(
-    mpi: _mpi.LoadedMPI, session: Store, rank: int, members: Sequence[Member], deadline: float
+    mpi: _mpi.LoadedMPI,
+    session: Store,
+    rank: int,
+    members: Sequence[Member],
+    deadline: float,
+    companions: _C.Companions,
 ) -> list[int]:
     """Makes MPI's world of the session's processes. Returns the rank in it of each."""
     global _membership
@@ -203,28 +230,36 @@ def _form_world(
     settings = _system.mpi_settings(mpi.runtime.library_version(), limits, len(set(nodes)))
     before = _shared_memory_files()
     try:
+        world = members[0].fresh
         with _system.default_environment(settings):
-            _initialize(mpi, session, world_ranks[rank], members[0].fresh, [nodes[other] for other in order], deadline)
+            _initialize(mpi, session, world_ranks[rank], world, [nodes[other] for other in order], deadline, companions)
+        # Also if another one ends now: the rest can have sessions in this world.
+        _membership = Membership(world, world_ranks[rank])
         session.set(f"formed/{rank}", "")
-        _meeting.await_all(session, "formed", len(nodes), deadline, "return from MPI_Init")
+        _meeting.await_all(session, "formed", len(nodes), deadline, "return from MPI_Init", companions)
     finally:
         # Nobody will finalise this MPI and so remove its files. Every rank has them mapped now: they need no names.
         for file in _shared_memory_files() - before:
             file.unlink(missing_ok=True)
-    _membership = Membership(members[0].fresh, world_ranks[rank])
     return world_ranks
 
 
 def _initialize(
-    mpi: _mpi.LoadedMPI, session: Store, rank: int, world: str, nodes: Sequence[str], deadline: float
+    mpi: _mpi.LoadedMPI,
+    session: Store,
+    rank: int,
+    world: str,
+    nodes: Sequence[str],
+    deadline: float,
+    companions: _C.Companions,
 ) -> None:
     """Runs MPI_Init as rank ``rank`` of a world of as many ranks as ``nodes`` lists."""
     size = len(nodes)
-    server = _mpi.load_extension().PMIServer(session, rank, size, world, node_map(nodes), _left(deadline))
+    server = _mpi.load_extension().PMIServer(session, rank, size, world, node_map(nodes), _left(deadline), companions)
     pmi = {"PMI_FD": server.client_socket, "PMI_RANK": rank, "PMI_SIZE": size}
     os.environ.update({variable: str(value) for variable, value in pmi.items()})
     try:
-        with _watchdog(mpi, "MPI_Init", deadline):
+        with _watchdog(mpi, "MPI_Init", deadline, companions, world):
             mpi.runtime.initialize()
         server.serve_alone(f"rank {rank} of {size} (pid {os.getpid()} on host {socket.gethostname()})")
     except BaseException:
@@ -272,14 +307,22 @@ def _left(deadline: float) -> float:
 
 
 @contextlib.contextmanager
-def _watchdog(mpi: _mpi.LoadedMPI, call: str, deadline: float) -> Iterator[None]:
-    """Ends this process when ``call`` has not returned by the deadline: a rank has died since it checked in."""
+def _watchdog(
+    mpi: _mpi.LoadedMPI, call: str, deadline: float, companions: _C.Companions, world: str = ""
+) -> Iterator[None]:
+    """Ends this process when ``call`` has not returned by the deadline, or a rank has died since it checked in.
+
+    Args:
+        world: the one that is being formed, of which nothing is to be left then.
+    """
     left = _left(deadline)
     watchdog = _mpi.load_extension().InitWatchdog(
         f"{call} of {mpi.library()} (pid {os.getpid()}), which waits for every rank of the session. Look at the other "
         "ranks' output",
         min(_WARN_AFTER, left / 2),
         left,
+        companions,
+        world,
     )
     try:
         yield

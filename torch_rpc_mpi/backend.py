@@ -134,14 +134,15 @@ def init_backend(
     options = call.rpc_backend_options
     extension = _mpi.load_extension()
     communicator: _C.Communicator
+    companions: _C.Companions | None = None  # under a launcher, that looks after the ranks
     node = socket.gethostname()
     if _without_launcher(options, call.rank, call.world_size):
         node = options.node or node
-        communicator = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
+        communicator, companions = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
     else:
         mpi = _mpi.load(options.init_timeout)
         communicator = extension.Communicator.duplicate(
-            mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout
+            mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout, companions
         )
     made: list[_C.Neighbours] = []
 
@@ -149,7 +150,10 @@ def init_backend(
         made.append(extension.Neighbours())
         return _describe(call, node, made[0].address)
 
-    members = _on_all_ranks(communicator, options.init_timeout, describe)
+    def on_all_ranks(work: Callable[[], Any]) -> list[Any]:
+        return _on_all_ranks(communicator, companions, options.init_timeout, work)
+
+    members = on_all_ranks(describe)
     neighbours = made.pop()
     try:
         _agreement.check(members)
@@ -185,13 +189,13 @@ def init_backend(
 
     # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
-    reached = _on_all_ranks(communicator, options.init_timeout, make_agent)
+    reached = on_all_ranks(make_agent)
     if all(reaches_all for reaches_all, _ in reached):
         neighbours.ring_each_other()
     agent = agents.pop()
     hosts_of_ranks = [host for _, host in reached]
     if len(set(hosts_of_ranks)) > 1:
-        _watch_other_hosts(extension, communicator, options, agent, neighbours, hosts_of_ranks)
+        _watch_other_hosts(agent, neighbours, hosts_of_ranks, options.heartbeat_timeout, on_all_ranks)
     try:
         _session.begin(agent, pickler, whereabouts, _mpi.open_library())
         _torch_api.init_rpc_states(agent)
@@ -204,18 +208,17 @@ def init_backend(
 
 
 def _watch_other_hosts(
-    extension: Any,
-    communicator: _C.Communicator,
-    options: MPIRpcBackendOptions,
     agent: _C.MPIAgent,
     neighbours: _C.Neighbours,
     hosts: list[int],
+    heartbeat_timeout: float,
+    on_all_ranks: Callable[[Callable[[], Any]], list[Any]],
 ) -> None:
     """See ``Note [Liveness across hosts]`` in ``liveness/watch.h``. Collective."""
-    watch = extension.HostWatch()
-    offers = _on_all_ranks(communicator, options.init_timeout, lambda: (watch.address, os.urandom(32)))
+    watch = _mpi.load_extension().HostWatch()
+    offers = on_all_ranks(lambda: (watch.address, os.urandom(32)))
     addresses, secrets = [address for address, _ in offers], [secret for _, secret in offers]
-    agent.watch_other_hosts(watch, neighbours, addresses, hosts, secrets[0], options.heartbeat_timeout)
+    agent.watch_other_hosts(watch, neighbours, addresses, hosts, secrets[0], heartbeat_timeout)
 
 
 def _check_name(name: Any) -> None:
@@ -318,7 +321,9 @@ def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
     )
 
 
-def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[[], Any]) -> list[Any]:
+def _on_all_ranks(
+    communicator: _C.Communicator, companions: _C.Companions | None, timeout: float, work: Callable[[], Any]
+) -> list[Any]:
     """Runs ``work`` here and gathers every rank's result. If it failed anywhere, raises on all ranks, naming which."""
     result, failure = None, None
     try:
@@ -326,7 +331,9 @@ def _on_all_ranks(communicator: _C.Communicator, timeout: float, work: Callable[
     except Exception as error:
         failure = error
     text = None if failure is None else f"{type(failure).__name__}: {failure} (on {socket.gethostname()})"
-    outcomes = [pickle.loads(data) for data in communicator.allgather(pickle.dumps((result, text)), timeout)]
+    outcomes = [
+        pickle.loads(data) for data in communicator.allgather(pickle.dumps((result, text)), timeout, companions)
+    ]
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
     if failed:
         communicator.free()

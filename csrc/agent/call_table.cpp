@@ -1,7 +1,6 @@
 #include "agent/call_table.h"
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 namespace torch_rpc_mpi {
@@ -9,35 +8,24 @@ namespace torch_rpc_mpi {
 namespace {
 
 // Until a call fails that has been made long enough ago.
-constexpr std::chrono::milliseconds kSoon{1};
-
-// The lists of calls that are late or fail are kept, so that no memory is needed for that.
 using Milliseconds = std::chrono::milliseconds;
-constexpr std::array kKept{
-    kSoon, kFailureDelay, lateBefore(Milliseconds(100)), lateBefore(Milliseconds(500)), lateBefore(Milliseconds(2000))};
+constexpr Milliseconds kSoon{1};
 
 } // namespace
 
-CallTable::CallTable(uint32_t usesBefore) : usesBefore_(usesBefore) {
-  for (const Milliseconds delay : kKept) {
-    lists_.try_emplace(delay);
-  }
-}
+CallTable::CallTable(uint32_t usesBefore) : usesBefore_(usesBefore) {}
 
 uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) {
     return 0;
   }
-  const Milliseconds delay = call.timeout - lateBefore(call.timeout);
-  if (delay.count() > 0) {
-    lists_.try_emplace(delay); // whatever needs memory comes first
-  }
   uint32_t index = 0;
-  if (freeSlots_.empty()) {
+  if (freeSlots_.empty()) { // whatever needs memory comes first
     index = static_cast<uint32_t>(slots_.size());
     slots_.emplace_back().uses = usesBefore_;
     freeSlots_.reserve(slots_.capacity());
+    queue_.reserve(slots_.capacity());
   } else {
     index = freeSlots_.back();
     freeSlots_.pop_back();
@@ -49,48 +37,68 @@ uint64_t CallTable::add(PendingCall call, Clock::time_point now) {
   }
   size_.fetch_add(1);
   slot.call.id = (static_cast<uint64_t>(slot.uses) << 32) | index;
-  slot.late = delay == slot.call.timeout;
-  start(index, delay, now + delay);
+  const Milliseconds timeout = slot.call.timeout, before = lateBefore(timeout);
+  slot.late = before.count() == 0;
+  if (timeout.count() > 0) {
+    start(index, now + timeout - before);
+  }
   return slot.call.id;
 }
 
-void CallTable::start(uint32_t index, Milliseconds delay, Clock::time_point due) {
-  Slot& slot = slots_[index];
-  slot.delay = delay;
-  if (delay.count() > 0) {
-    slot.due = due;
-    link(index, lists_.find(delay)->second);
-    const auto deadline = due.time_since_epoch().count();
-    if (deadline < nextDeadline_.load(std::memory_order_relaxed)) {
-      nextDeadline_.store(deadline, std::memory_order_relaxed);
+void CallTable::start(uint32_t index, Clock::time_point due) {
+  queue_.emplace_back(); // for which there is room
+  rise(queue_.size() - 1, {due, started_++, index});
+  const auto deadline = due.time_since_epoch().count();
+  if (deadline < nextDeadline_.load(std::memory_order_relaxed)) {
+    nextDeadline_.store(deadline, std::memory_order_relaxed);
+  }
+}
+
+void CallTable::stop(uint32_t index) {
+  const size_t place = std::exchange(slots_[index].place, kNone);
+  const Waiting last = queue_.back();
+  queue_.pop_back();
+  if (place == queue_.size()) {
+    return;
+  }
+  if (place > 0 && last < queue_[(place - 1) / 2]) {
+    rise(place, last);
+  } else {
+    sink(place, last);
+  }
+}
+
+void CallTable::put(size_t place, const Waiting& waiting) {
+  queue_[place] = waiting;
+  slots_[waiting.index].place = static_cast<uint32_t>(place);
+}
+
+void CallTable::rise(size_t place, const Waiting& waiting) {
+  while (place > 0 && waiting < queue_[(place - 1) / 2]) {
+    put(place, queue_[(place - 1) / 2]);
+    place = (place - 1) / 2;
+  }
+  put(place, waiting);
+}
+
+void CallTable::sink(size_t place, const Waiting& waiting) {
+  for (size_t child = 2 * place + 1; child < queue_.size(); child = 2 * place + 1) {
+    if (child + 1 < queue_.size() && queue_[child + 1] < queue_[child]) {
+      ++child;
     }
+    if (!(queue_[child] < waiting)) {
+      break;
+    }
+    put(place, queue_[child]);
+    place = child;
   }
-}
-
-void CallTable::link(uint32_t index, List& list) {
-  Slot& slot = slots_[index];
-  slot.previous = list.last;
-  slot.next = kNone;
-  (list.last == kNone ? list.first : slots_[list.last].next) = index;
-  list.last = index;
-}
-
-void CallTable::unlink(uint32_t index) {
-  const Slot& slot = slots_[index];
-  const auto found = lists_.find(slot.delay);
-  List& list = found->second;
-  (slot.previous == kNone ? list.first : slots_[slot.previous].next) = slot.next;
-  (slot.next == kNone ? list.last : slots_[slot.next].previous) = slot.previous;
-  // The default timeout's list stays while it is in use; thousands of distinct ones must not pile up.
-  if (list.first == kNone && lists_.size() > 8 && std::ranges::find(kKept, found->first) == kKept.end()) {
-    lists_.erase(found);
-  }
+  put(place, waiting);
 }
 
 PendingCall CallTable::release(uint32_t index) {
   Slot& slot = slots_[index];
-  if (slot.delay.count() > 0) {
-    unlink(index);
+  if (slot.place != kNone) {
+    stop(index);
   }
   PendingCall call = std::move(slot.call);
   slot.call = PendingCall();
@@ -123,28 +131,21 @@ bool CallTable::awaitsOther(uint64_t id, int peer) const {
   return slot != nullptr && slot->call.peer != peer;
 }
 
-// Of all lists the earliest: calls of different timeouts become late in the order of their ends.
 std::optional<CallTable::Due> CallTable::takeDue(Clock::time_point now) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  uint32_t first = kNone;
-  for (const auto& [delay, list] : lists_) {
-    if (list.first != kNone && (first == kNone || slots_[list.first].due < slots_[first].due)) {
-      first = list.first;
-    }
-  }
-  if (first == kNone || slots_[first].due > now) {
-    const auto next = first == kNone ? Clock::time_point::max() : slots_[first].due;
+  if (queue_.empty() || queue_.front().due > now) {
+    const auto next = queue_.empty() ? Clock::time_point::max() : queue_.front().due;
     nextDeadline_.store(next.time_since_epoch().count(), std::memory_order_relaxed);
     return std::nullopt;
   }
-  Slot& slot = slots_[first];
+  const Waiting first = queue_.front();
+  Slot& slot = slots_[first.index];
   Due due{slot.call.id, slot.call.peer, std::nullopt};
   if (std::exchange(slot.late, true)) {
-    due.expired = release(first);
+    due.expired = release(first.index);
   } else {
-    const Milliseconds left = lateBefore(slot.call.timeout);
-    unlink(first);
-    start(first, left, slot.due + left);
+    stop(first.index);
+    start(first.index, first.due + lateBefore(slot.call.timeout));
   }
   return due;
 }
@@ -161,13 +162,12 @@ void CallTable::explain(uint64_t id, int peer, const std::shared_ptr<const std::
 void CallTable::fail(uint32_t index, const std::shared_ptr<const std::string>& failure, Clock::time_point now) {
   Slot& slot = slots_[index];
   if (slot.call.failure == nullptr) {
-    if (slot.delay.count() > 0) {
-      unlink(index);
+    if (slot.place != kNone) {
+      stop(index);
     }
     slot.call.failure = failure;
     slot.late = true;
-    const Milliseconds delay = now - slot.call.made < kFailureDelay ? kFailureDelay : kSoon;
-    start(index, delay, now + delay);
+    start(index, now + (now - slot.call.made < kFailureDelay ? kFailureDelay : kSoon));
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -49,8 +48,9 @@ constexpr std::chrono::milliseconds lateBefore(std::chrono::milliseconds timeout
 // of it.
 //
 // An id names a slot and how often the slot was used, so that a late response cannot complete another call; no id is 0,
-// however often. Calls with the same timeout become late, and expire, in the order in which they were made: one list
-// for each distinct delay keeps adding, taking and expiring O(1) and leaves nothing behind of a call that was answered.
+// however often. What is due next is the top of a heap, of which nothing is left behind by a call that was answered:
+// adding, taking and expiring take the logarithm of the calls that wait, however many different timeouts they have.
+// (A list for each timeout took longer with each: with 2000 of them calls expired 0.4 s late.)
 class CallTable {
  public:
   // usesBefore: as if every slot had been used so often already.
@@ -93,28 +93,34 @@ class CallTable {
   struct Slot {
     PendingCall call; // without a future: free
     uint32_t uses = 0;
-    uint32_t previous = kNone, next = kNone; // in its list
-    std::chrono::milliseconds delay{0};      // of that list; 0: in none
+    uint32_t place = kNone; // in queue_; none: it has no timeout
     bool late = false;
-    Clock::time_point due;
   };
-  struct List {
-    uint32_t first = kNone, last = kNone;
+  struct Waiting {
+    Clock::time_point due;
+    uint64_t number = 0; // of equal times the first comes first
+    uint32_t index = 0;  // of its slot
+    bool operator<(const Waiting& other) const {
+      return due != other.due ? due < other.due : number < other.number;
+    }
   };
   const Slot* find(uint64_t id) const;
   void fail(uint32_t index, const std::shared_ptr<const std::string>& failure, Clock::time_point now);
-  void start(uint32_t index, std::chrono::milliseconds delay, Clock::time_point due);
+  void start(uint32_t index, Clock::time_point due);
+  void stop(uint32_t index);
   PendingCall release(uint32_t index);
-  void link(uint32_t index, List& list);
-  void unlink(uint32_t index);
+  void put(size_t place, const Waiting& waiting);
+  void rise(size_t place, const Waiting& waiting);
+  void sink(size_t place, const Waiting& waiting);
 
   const uint32_t usesBefore_;
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;
   std::vector<uint32_t> freeSlots_;
   bool closed_ = false;
-  uint32_t closedUpTo_ = 0; // slots before are empty for good
-  std::map<std::chrono::milliseconds, List> lists_;
+  uint32_t closedUpTo_ = 0;    // slots before are empty for good
+  std::vector<Waiting> queue_; // a heap, with room for all slots
+  uint64_t started_ = 0;
   std::atomic<Clock::rep> nextDeadline_{Clock::time_point::max().time_since_epoch().count()};
   std::atomic<size_t> size_{0};
 };

@@ -110,13 +110,12 @@ std::string unansweredText(const Caller& caller, Clock::time_point now) {
 
 std::string runningText(const Server& server, Clock::time_point now) {
   std::vector<std::string> lines;
-  server.running().search([&](const RunningRequests::Request& request) {
+  server.running().forEach([&](const RunningRequests::Request& request) {
     lines.push_back(
         c10::str(
             R"({"call": )", request.callId(), R"(, "peer": )", request.peer(), R"(, "function": )",
             jsonString(request.function()), R"(, "age": )", seconds(now - request.since()), R"(, "returned_future": )",
             request.promised() ? "true" : "false", "}"));
-    return false;
   });
   return list(lines);
 }

@@ -17,6 +17,7 @@ RunningRequests::Request::Request(RunningRequests& all, int peer, uint64_t callI
       callId_(callId),
       since_(Clock::now()),
       promised_(false) {
+  const std::lock_guard<std::mutex> lock(all_->mutex_);
   append();
   ofThisThread = this;
 }
@@ -30,14 +31,16 @@ RunningRequests::Request::Request(const Request& before)
   const std::string_view name = before.function();
   std::ranges::copy(name, function_.begin());
   functionBytes_ = name.size();
+  const std::lock_guard<std::mutex> lock(all_->mutex_);
+  all_->promisedByCall_[{peer_, callId_}] = this; // before what needs no memory
   append();
 }
 
 void RunningRequests::Request::append() {
-  const std::lock_guard<std::mutex> lock(all_->mutex_);
-  previous_ = all_->last_;
-  (previous_ == nullptr ? all_->first_ : previous_->next_) = this;
-  all_->last_ = this;
+  List& list = all_->listOf(*this);
+  previous_ = list.last;
+  (previous_ == nullptr ? list.first : previous_->next_) = this;
+  list.last = this;
 }
 
 void RunningRequests::Request::end() {
@@ -49,8 +52,12 @@ void RunningRequests::Request::end() {
     ofThisThread = nullptr;
   }
   const std::lock_guard<std::mutex> lock(all->mutex_);
-  (previous_ == nullptr ? all->first_ : previous_->next_) = next_;
-  (next_ == nullptr ? all->last_ : next_->previous_) = previous_;
+  List& list = all->listOf(*this);
+  (previous_ == nullptr ? list.first : previous_->next_) = next_;
+  (next_ == nullptr ? list.last : next_->previous_) = previous_;
+  if (promised_) {
+    all->promisedByCall_.erase({peer_, callId_});
+  }
 }
 
 void RunningRequests::nameFunction(std::string_view module, std::string_view function) {
@@ -70,9 +77,33 @@ void RunningRequests::nameFunction(std::string_view module, std::string_view fun
   request->functionBytes_.store(bytes, std::memory_order_release);
 }
 
-void RunningRequests::search(c10::function_ref<bool(const Request&)> look) const {
+void RunningRequests::forEach(c10::function_ref<void(const Request&)> look) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Request* request = first_; request != nullptr && !look(*request); request = request->next_) {
+  for (const List* list : {&withThread_, &promised_}) {
+    for (const Request* request = list->first; request != nullptr; request = request->next_) {
+      look(*request);
+    }
+  }
+}
+
+void RunningRequests::oldest(c10::function_ref<void(const Request&)> look) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (withThread_.first != nullptr) {
+    look(*withThread_.first);
+  }
+}
+
+void RunningRequests::find(int peer, uint64_t callId, c10::function_ref<void(const Request&)> look) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto found = promisedByCall_.find({peer, callId}); found != promisedByCall_.end()) {
+    look(*found->second);
+    return;
+  }
+  for (const Request* request = withThread_.first; request != nullptr; request = request->next_) {
+    if (request->peer_ == peer && request->callId_ == callId) {
+      look(*request);
+      return;
+    }
   }
 }
 

@@ -4,10 +4,13 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_map>
+#include <utility>
 
 #include <c10/util/FunctionRef.h>
 
@@ -15,7 +18,8 @@
 
 namespace torch_rpc_mpi {
 
-// Thread-safe: mutex_ guards the list, which is in the order in which the requests began.
+// Thread-safe: mutex_ guards the lists, each in the order in which the requests came to it, and the index of those
+// whose functions have returned futures: there may be hundreds of thousands of them.
 class RunningRequests {
  public:
   // One of them, from its beginning to its end, which its thread runs, or for which its function has returned a future.
@@ -49,7 +53,7 @@ class RunningRequests {
 
    private:
     friend class RunningRequests;
-    void append();
+    void append(); // with the mutex
 
     RunningRequests* all_; // null: it has ended
     const int peer_;
@@ -67,13 +71,29 @@ class RunningRequests {
   // who asks for it later has no GIL. Names that are too long are cut.
   static void nameFunction(std::string_view module, std::string_view function);
 
-  // Each of them is shown to `look`, under the lock, until that returns true.
-  void search(c10::function_ref<bool(const Request&)> look) const;
+  // Shown to `look`, under the lock: each of them, first those that have a thread; the first that has one, if any does;
+  // that of a call, if it is there.
+  void forEach(c10::function_ref<void(const Request&)> look) const;
+  void oldest(c10::function_ref<void(const Request&)> look) const;
+  void find(int peer, uint64_t callId, c10::function_ref<void(const Request&)> look) const;
 
  private:
+  struct List {
+    Request* first = nullptr;
+    Request* last = nullptr;
+  };
+  struct HashOfCall {
+    size_t operator()(const std::pair<int, uint64_t>& call) const {
+      return std::hash<uint64_t>()(call.second * 1000003 + static_cast<uint64_t>(call.first));
+    }
+  };
+  List& listOf(const Request& request) {
+    return request.promised_ ? promised_ : withThread_;
+  }
+
   mutable std::mutex mutex_;
-  Request* first_ = nullptr;
-  Request* last_ = nullptr;
+  List withThread_, promised_;
+  std::unordered_map<std::pair<int, uint64_t>, const Request*, HashOfCall> promisedByCall_;
 };
 
 } // namespace torch_rpc_mpi

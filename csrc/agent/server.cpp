@@ -378,14 +378,10 @@ Business Server::business() const {
   business.workerThreads = static_cast<uint32_t>(numWorkerThreads_);
   business.running = static_cast<uint32_t>(counts.runningRequests);
   business.waiting = static_cast<uint32_t>(counts.waitingRequests);
-  running_->search([&](const RunningRequests::Request& request) {
-    if (request.promised()) {
-      return false;
-    }
+  running_->oldest([&](const RunningRequests::Request& request) {
     business.oldestSeconds = std::chrono::duration<float>(Clock::now() - request.since()).count();
     const std::string_view name = request.function();
     std::copy_n(name.begin(), std::min(name.size(), business.oldest.size() - 1), business.oldest.begin());
-    return true;
   });
   return business;
 }
@@ -406,13 +402,9 @@ LateCall Server::stateOf(ProgressToken& token, int source, uint64_t id) const {
     call.before = static_cast<uint32_t>(before.value_or(engine_->counts().queuedRequests));
     return call;
   }
-  running_->search([&](const RunningRequests::Request& request) {
-    if (request.peer() != source || request.callId() != id) {
-      return false;
-    }
+  running_->find(source, id, [&](const RunningRequests::Request& request) {
     call.state = request.promised() ? LateCall::State::kPromised : LateCall::State::kRunning;
     call.seconds = std::chrono::duration<float>(Clock::now() - request.since()).count();
-    return true;
   });
   if (call.state == LateCall::State::kAnswered && source != members_.rank() &&
       exchange_.lacksPartOf(token, source, FrameKind::kRequest, id)) {

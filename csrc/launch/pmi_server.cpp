@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "host/resources.h"
+#include "launch/shared_files.h"
 
 namespace torch_rpc_mpi {
 
@@ -17,6 +18,9 @@ namespace {
 
 // Stated to MPI, which splits what is longer.
 constexpr const char* kLimits = "kvsname_max=256 keylen_max=256 vallen_max=4096";
+
+// A store whose holder has died fails before that is seen.
+constexpr auto kLossIsSeen = std::chrono::seconds(1);
 
 // The value of `key` in "cmd=put kvsname=a key=b value=c d". The last of a line may hold blanks.
 std::string field(const std::string& line, const std::string& key, bool toTheEnd = false) {
@@ -47,9 +51,14 @@ bool writeAll(int socket, const std::string& text) {
 
 } // namespace
 
-PmiServer::PmiServer(c10::intrusive_ptr<c10d::Store> store, PmiPlace place, std::chrono::milliseconds timeout)
+PmiServer::PmiServer(
+    c10::intrusive_ptr<c10d::Store> store,
+    PmiPlace place,
+    std::chrono::milliseconds timeout,
+    std::shared_ptr<Companions> companions)
     : place_(std::move(place)),
       timeout_(timeout),
+      companions_(std::move(companions)),
       store_(std::move(store)),
       whereabouts_("rank " + std::to_string(place_.rank) + " of " + std::to_string(place_.size)) {
   int ends[2];
@@ -116,6 +125,7 @@ void PmiServer::abort(const std::string& line) const {
       stderr, "torch_rpc_mpi: %s ends with status %d: MPI_Abort was called, or MPI met an error and gave up.\n",
       whereabouts_.c_str(), status);
   std::fflush(stderr);
+  removeSharedFiles(place_.world);
   _exit(status);
 }
 
@@ -166,9 +176,10 @@ std::string PmiServer::answer(const std::string& line) {
     return "cmd=" + command + "_result rc=-1 msg=not_supported\n";
   } catch (const std::exception& error) {
     // Said here, because MPI ends the process when it reads the answer.
+    const auto lost = companions_->ended(kLossIsSeen);
     std::fprintf(
-        stderr, "torch_rpc_mpi: rank %d of %d could not form a world: \"%s\": %s\n", place_.rank, place_.size,
-        line.substr(0, 200).c_str(), error.what());
+        stderr, "torch_rpc_mpi: rank %d of %d could not form a world: %s\"%s\": %s\n", place_.rank, place_.size,
+        lost ? (*lost + " has ended. ").c_str() : "", line.substr(0, 200).c_str(), error.what());
     std::fflush(stderr);
     return "cmd=error rc=-1 msg=failed\n";
   }

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <chrono>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include "launch/companions.h"
 
 namespace torch_rpc_mpi {
 
@@ -32,7 +35,12 @@ struct PmiPlace {
 class PmiServer {
  public:
   // The store belongs to this world alone. timeout: how long ranks wait for each other at one of PMI's barriers.
-  PmiServer(c10::intrusive_ptr<c10d::Store> store, PmiPlace place, std::chrono::milliseconds timeout);
+  // companions: of whom one may be why the store does not answer.
+  PmiServer(
+      c10::intrusive_ptr<c10d::Store> store,
+      PmiPlace place,
+      std::chrono::milliseconds timeout,
+      std::shared_ptr<Companions> companions);
   ~PmiServer();
   PmiServer(const PmiServer&) = delete;
   PmiServer& operator=(const PmiServer&) = delete;
@@ -58,6 +66,7 @@ class PmiServer {
 
   const PmiPlace place_;
   const std::chrono::milliseconds timeout_;
+  const std::shared_ptr<Companions> companions_;
   int client_ = -1;
   int server_ = -1;
   int barriers_ = 0;

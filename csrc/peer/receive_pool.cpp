@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include <sys/mman.h>
 
@@ -23,15 +25,38 @@ size_t defaultCap(int processes) {
   return std::min(usableMemory() / 8 / static_cast<size_t>(std::max(processes, 1)), size_t{4} << 30);
 }
 
+// Not of the heap, where the advice would stay with the addresses: whatever lay there later would lie on huge pages,
+// and the kernel would fill up those of which the heap has given back a part. Null if there is no memory.
+void* mapHugePages(size_t bytes) {
+  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) {
+    return nullptr;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(mapped);
+  const size_t before = (kHugePage - address % kHugePage) % kHugePage;
+  char* block = static_cast<char*>(mapped) + before;
+  if (before > 0) {
+    (void)munmap(mapped, before);
+  }
+  (void)munmap(block + bytes, kHugePage - before);
+  (void)madvise(block, bytes, MADV_HUGEPAGE); // advice: without it everything still works
+  return block;
+}
+
 void* systemAllocate(size_t bytes) {
-  void* block = std::aligned_alloc(bytes >= kHugePage ? kHugePage : kSmallAlignment, bytes);
+  void* block = bytes >= kHugePage ? mapHugePages(bytes) : std::aligned_alloc(kSmallAlignment, bytes);
   if (block == nullptr) {
     throw NoMemory("a tensor that is received", bytes);
   }
-  if (bytes >= kHugePage) {
-    (void)madvise(block, bytes, MADV_HUGEPAGE); // advice: without it everything still works
-  }
   return block;
+}
+
+void systemFree(void* block, size_t bytes) {
+  if (bytes >= kHugePage) {
+    (void)munmap(block, bytes);
+  } else {
+    std::free(block);
+  }
 }
 
 } // namespace
@@ -96,29 +121,29 @@ void ReceivePool::release(void* block, size_t bytes) {
       }
     }
   }
-  std::free(block);
+  systemFree(block, size);
 }
 
 void ReceivePool::trim(Clock::time_point before) {
   if (inForkedChild()) {
     return;
   }
-  std::vector<void*> old;
+  std::vector<std::pair<void*, size_t>> old;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& [size, blocks] : free_) {
       const auto end =
           std::find_if(blocks.begin(), blocks.end(), [&](const FreeBlock& b) { return b.since >= before; });
       for (auto block = blocks.begin(); block != end; ++block) {
-        old.push_back(block->block);
+        old.emplace_back(block->block, size);
         cached_ -= size;
       }
       blocks.erase(blocks.begin(), end);
     }
     std::erase_if(free_, [](const auto& entry) { return entry.second.empty(); });
   }
-  for (void* block : old) {
-    std::free(block);
+  for (const auto& [block, size] : old) {
+    systemFree(block, size);
   }
 }
 

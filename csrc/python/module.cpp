@@ -13,19 +13,18 @@
 #include "base/deadline.h"
 #include "host/fork_guard.h"
 #include "host/resources.h"
-#include "launch/pmi_server.h"
 #include "mpi/mpi_transport.h"
 #include "python/functions_module.h"
 #include "python/futures_module.h"
 #include "python/interpreter.h"
 #include "python/interruptible_wait.h"
 #include "python/job_end.h"
+#include "python/mpi_module.h"
 #include "python/python_error.h"
 #include "python/request_callback.h"
 #include "python/second_interrupt.h"
 #include "python/signals.h"
 #include "python/user_code.h"
-#include "python/watchdog.h"
 
 namespace py = pybind11;
 
@@ -204,62 +203,6 @@ void leave(MpiAgent& agent, std::optional<std::string> farewell) {
 rpc::WorkerInfo ownWorkerInfo(const MpiAgent& agent) {
   agent.checkNotForked(); // much of torch's API passes here first, also what would only wait
   return agent.getWorkerInfo();
-}
-
-void bindMpi(py::module_& module) {
-  using NoGil = py::call_guard<py::gil_scoped_release>;
-  py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
-      .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
-      .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })
-      .def("initialized", &MpiLibrary::initialized)
-      .def("finalized", &MpiLibrary::finalized)
-      .def("thread_level", &MpiLibrary::threadLevel)
-      .def("initialize", &MpiLibrary::initialize, NoGil())
-      .def("library_version", &MpiLibrary::libraryVersion);
-  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
-      .def_static(
-          "duplicate",
-          [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout) {
-            return Communicator::duplicate(std::move(mpi), parent, timeout, kPythonSignals);
-          },
-          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), NoGil())
-      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), NoGil())
-      .def_property_readonly("rank", &Communicator::rank)
-      .def_property_readonly("size", &Communicator::size)
-      .def(
-          "allgather",
-          [](Communicator& self, const py::bytes& data, double timeout) {
-            const std::string mine = data;
-            std::vector<std::string> all;
-            {
-              const py::gil_scoped_release noGil;
-              all = self.allgather(mine, timeout, kPythonSignals);
-            }
-            std::vector<py::bytes> result(all.begin(), all.end());
-            return result;
-          },
-          py::arg("data"), py::arg("timeout"))
-      .def("free", &Communicator::free, NoGil());
-  py::module_::import("torch._C._distributed_c10d"); // holds the class of stores
-  // Never destroyed: a child made by fork() would hang up for its parent.
-  py::class_<PmiServer, std::unique_ptr<PmiServer, py::nodelete>>(module, "PMIServer")
-      .def(
-          py::init([](c10d::Store& store, int rank, int size, std::string world, std::string mapping, double timeout) {
-            const auto limit = durationOf<std::chrono::milliseconds>(timeout);
-            // By reference and not by its holder, which torch may choose differently in each release.
-            return std::unique_ptr<PmiServer, py::nodelete>(new PmiServer(
-                c10::intrusive_ptr<c10d::Store>::unsafe_reclaim_from_nonowning(&store),
-                PmiPlace{rank, size, std::move(world), std::move(mapping)}, limit));
-          }),
-          py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("world"), py::arg("mapping"), py::arg("timeout"))
-      .def_property_readonly("client_socket", &PmiServer::clientSocket)
-      .def("stop", &PmiServer::stop, NoGil())
-      .def(
-          "serve_alone", [](PmiServer& self, const std::string& whereabouts) { self.serveAlone(whereabouts); },
-          py::arg("whereabouts"), NoGil());
-  py::class_<InitWatchdog>(module, "InitWatchdog")
-      .def(py::init<std::string, double, double>(), py::arg("what"), py::arg("warn_after"), py::arg("abort_after"))
-      .def("cancel", &InitWatchdog::cancel, NoGil());
 }
 
 void bindAgent(py::module_& module) {

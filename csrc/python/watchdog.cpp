@@ -1,18 +1,36 @@
 #include "python/watchdog.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdio>
+#include <optional>
+#include <utility>
 
 #include <unistd.h>
 
 #include "base/deadline.h"
 #include "host/resources.h"
+#include "launch/shared_files.h"
 
 namespace torch_rpc_mpi {
 
-InitWatchdog::InitWatchdog(std::string what, double warnAfter, double abortAfter)
+namespace {
+
+constexpr auto kLookInterval = std::chrono::milliseconds(50);
+
+} // namespace
+
+InitWatchdog::InitWatchdog(
+    std::string what,
+    double warnAfter,
+    double abortAfter,
+    std::shared_ptr<Companions> companions,
+    std::string world)
     : what_(std::move(what)),
       warnAfter_(warnAfter),
       abortAfter_(abortAfter),
+      companions_(std::move(companions)),
+      world_(std::move(world)),
       secondInterrupt_(
           "ended by a second Ctrl-C, because the first cannot interrupt " + what_,
           [](double) { return true; }),
@@ -41,19 +59,34 @@ void InitWatchdog::watch() {
   for (;;) {
     const bool last = abortAfter_.count() > 0 && next >= abortAfter_;
     const auto until = start + durationOf<std::chrono::nanoseconds>((last ? abortAfter_ : next).count());
-    if (changed_.wait_until(lock, until, [this] { return cancelled_; })) {
+    const auto look = companions_ == nullptr ? until : std::min<Clock::time_point>(until, Clock::now() + kLookInterval);
+    if (changed_.wait_until(lock, look, [this] { return cancelled_; })) {
       return;
     }
+    if (const auto lost = companions_ == nullptr ? std::nullopt : companions_->ended()) {
+      endProcess(*lost + " has ended (it crashed or was killed), and there is no way out of " + what_);
+    }
+    if (Clock::now() < until) {
+      continue;
+    }
+    std::array<char, 64> time{};
     if (last) {
-      std::fprintf(
-          stderr, "torch_rpc_mpi: gave up after %g s: %s. Ending this process.\n", abortAfter_.count(), what_.c_str());
-      std::fflush(stderr);
-      _exit(1);
+      std::snprintf(time.data(), time.size(), "gave up after %g s: ", abortAfter_.count());
+      endProcess(time.data() + what_);
     }
     std::fprintf(stderr, "torch_rpc_mpi: still waiting after %g s: %s\n", next.count(), what_.c_str());
     std::fflush(stderr);
     next *= 2;
   }
+}
+
+void InitWatchdog::endProcess(const std::string& why) const {
+  std::fprintf(stderr, "torch_rpc_mpi: %s. Ending this process.\n", why.c_str());
+  std::fflush(stderr);
+  if (!world_.empty()) {
+    removeSharedFiles(world_);
+  }
+  _exit(1);
 }
 
 } // namespace torch_rpc_mpi

@@ -1,5 +1,11 @@
 #include "agent/call_table.h"
 
+#include <iterator>
+#include <map>
+#include <random>
+#include <set>
+#include <utility>
+
 #include "allocations.h"
 #include "check.h"
 
@@ -152,4 +158,32 @@ TEST(call_table_calls_become_late_and_expire_in_the_order_of_their_ends_whatever
     }
   }
   CHECK_THAT((ends == std::vector<int64_t>{120, 150, 2000, 3000, 5000}));
+}
+
+TEST(call_table_what_is_answered_leaves_the_others_in_their_order) {
+  CallTable table;
+  std::mt19937 random(7);
+  const auto now = Clock::now();
+  std::set<std::pair<Clock::time_point, uint64_t>> expected; // when each expires
+  std::map<uint64_t, Clock::time_point> ends;
+  for (int i = 0; i < 3000; ++i) {
+    if (ends.empty() || random() % 3 != 0) {
+      const int timeout = 1 + static_cast<int>(random() % 99); // too short to be late first
+      const uint64_t id = table.add(callTo(1, timeout), now);
+      ends[id] = now + std::chrono::milliseconds(timeout);
+      expected.emplace(ends[id], id);
+    } else {
+      const auto answered = std::next(ends.begin(), static_cast<ptrdiff_t>(random() % ends.size()));
+      CHECK_THAT(table.take(answered->first, 1).has_value());
+      expected.erase({answered->second, answered->first});
+      ends.erase(answered);
+    }
+  }
+  auto before = now;
+  for (auto due = table.takeDue(now + std::chrono::hours(1)); due; due = table.takeDue(now + std::chrono::hours(1))) {
+    CHECK_THAT(due->expired && ends.at(due->id) >= before);
+    before = ends.at(due->id);
+    expected.erase({before, due->id});
+  }
+  CHECK_THAT(expected.empty());
 }

@@ -1,5 +1,7 @@
 #include "agent/late_calls.h"
 
+#include <optional>
+
 #include "agent/running_requests.h"
 #include "check.h"
 
@@ -21,11 +23,16 @@ LateCall inState(LateCall::State state) {
 
 std::vector<std::string> namesOf(const RunningRequests& all) {
   std::vector<std::string> names;
-  all.search([&](const RunningRequests::Request& request) {
-    names.emplace_back(request.function());
-    return false;
-  });
+  all.forEach([&](const RunningRequests::Request& request) { names.emplace_back(request.function()); });
   return names;
+}
+
+// Whether that call is found, and has a thread or has returned a future.
+std::string found(const RunningRequests& all, int peer, uint64_t id) {
+  std::string state = "nowhere";
+  all.find(
+      peer, id, [&](const RunningRequests::Request& request) { state = request.promised() ? "promised" : "runs"; });
+  return state;
 }
 
 } // namespace
@@ -90,12 +97,30 @@ TEST(running_requests_are_seen_in_their_order_with_their_functions) {
     CHECK_THAT(promised.promised());
     CHECK_THAT(promised.since() == first.since());
     CHECK_THAT((namesOf(*all) == std::vector<std::string>{"module.function", "module.function"}));
+    CHECK_EQUAL(found(*all, 1, 10), std::string("promised"));
+    CHECK_EQUAL(found(*all, 2, 10), std::string("nowhere"));
     promised.end();
     CHECK_EQUAL(namesOf(*all).size(), 1U);
+    CHECK_EQUAL(found(*all, 1, 10), std::string("runs"));
     promised.end();
   }
   CHECK_THAT(namesOf(*all).empty());
   const RunningRequests::Request next(*all, 1, 11);
   RunningRequests::nameFunction({}, std::string(1000, 'x'));
   CHECK_EQUAL(namesOf(*all)[0], std::string(80, 'x'));
+}
+
+TEST(running_requests_whose_functions_returned_futures_are_not_the_oldest) {
+  const auto all = std::make_shared<RunningRequests>();
+  std::optional<RunningRequests::Request> first(std::in_place, *all, 1, 10);
+  const RunningRequests::Request promised(*first);
+  first.reset();
+  uint64_t oldest = 0;
+  const auto look = [&](const RunningRequests::Request& request) { oldest = request.callId(); };
+  all->oldest(look);
+  CHECK_EQUAL(oldest, 0U);
+  const RunningRequests::Request next(*all, 1, 11);
+  all->oldest(look);
+  CHECK_EQUAL(oldest, 11U);
+  CHECK_EQUAL(found(*all, 1, 10), std::string("promised"));
 }

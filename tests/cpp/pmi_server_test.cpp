@@ -33,9 +33,11 @@ std::vector<std::unique_ptr<PmiServer>> servers(
     int size,
     std::chrono::milliseconds timeout = std::chrono::seconds(60)) {
   const auto store = c10::make_intrusive<c10d::HashStore>();
+  const auto companions = std::make_shared<Companions>(std::vector<Companions::Member>());
   std::vector<std::unique_ptr<PmiServer>> all;
   for (int rank = 0; rank < size; ++rank) {
-    all.push_back(std::make_unique<PmiServer>(store, PmiPlace{rank, size, "world-7", "(vector,(0,1,2))"}, timeout));
+    all.push_back(
+        std::make_unique<PmiServer>(store, PmiPlace{rank, size, "world-7", "(vector,(0,1,2))"}, timeout, companions));
   }
   return all;
 }

@@ -156,6 +156,10 @@ class Run {
       case 5:
         call(peer);
         break;
+      case 6: // calls become late, and time out
+        wire_.time += Clock::duration(std::chrono::milliseconds(250)).count() * input_.byte();
+        settle();
+        break;
       default:
         settle();
     }
@@ -163,8 +167,24 @@ class Run {
 
   void sendFrame(int peer, std::string frame) {
     sent_[peer] = true;
-    nonsense_[peer] = nonsense_[peer] || !parseFrame(frame.data(), frame.size());
+    nonsense_[peer] = nonsense_[peer] || !makesSense(frame);
     wire_.frames.emplace_back(peer, std::move(frame));
+  }
+  static bool makesSense(const std::string& frame) {
+    const auto header = parseFrame(frame.data(), frame.size());
+    ConstSpan rest{frame.data() + sizeof(FrameHeader), 0};
+    if (header && header->kind == FrameKind::kBatch) {
+      rest.bytes = header->bodyBytes;
+    }
+    while (rest.bytes > 0) {
+      const auto next = parseFrameOfBatch(rest);
+      if (!next) {
+        return false;
+      }
+      const size_t bytes = sizeof(FrameHeader) + next->bodyBytes;
+      rest = {rest.data + bytes, rest.bytes - bytes};
+    }
+    return header.has_value();
   }
   void sendChunk(int peer, std::string chunk) {
     sent_[peer] = true;
@@ -172,11 +192,21 @@ class Run {
   }
 
   // One that is well-formed as a frame; what is in it, the input says.
-  std::string frameOf(int peer) {
+  std::string frameOf(int peer, bool inBatch = false) {
+    constexpr auto kKinds = static_cast<unsigned>(FrameKind::kStatement);
     const uint8_t choice = input_.byte();
-    std::string body = input_.bytes(input_.byte());
     FrameHeader header;
-    header.kind = static_cast<FrameKind>(1 + (choice & 7U) % 5);
+    header.kind = static_cast<FrameKind>(1 + input_.byte() % kKinds);
+    std::string body;
+    if (header.kind == FrameKind::kBatch && !inBatch && (choice & 1U) != 0) {
+      for (unsigned left = input_.byte() % 4; left > 0; --left) {
+        body += frameOf(peer, /*inBatch=*/true);
+      }
+    } else if (header.kind == FrameKind::kInquiry && (choice & 1U) != 0) {
+      body.assign(reinterpret_cast<const char*>(&lastId_), sizeof(lastId_));
+    } else {
+      body = input_.bytes(input_.byte());
+    }
     header.messageType = choice >> 3;
     header.callId = (choice & 8U) != 0 ? lastId_ : input_.byte();
     const bool carries = header.kind <= FrameKind::kResponse;

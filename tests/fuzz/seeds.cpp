@@ -6,6 +6,7 @@
 
 #include <ATen/Functions.h>
 
+#include "agent/late_calls.h"
 #include "codec/message_codec.h"
 #include "python/pickle/plain_pickle_format.h"
 
@@ -69,30 +70,63 @@ void writeMessages() {
 }
 
 // Steps of frames.cpp.
-std::string frame(int peer, uint8_t choice, const std::string& body, uint8_t callId = 1) {
-  std::string step{static_cast<char>(peer | 1 << 2), static_cast<char>(choice), static_cast<char>(body.size())};
-  step += body;
-  return (choice & 8U) != 0 ? step : step + static_cast<char>(callId);
+std::string frameAlone(FrameKind kind, const std::string& body, uint8_t choice, uint8_t callId) {
+  std::string frame{static_cast<char>(choice), static_cast<char>(static_cast<uint8_t>(kind) - 1)};
+  frame += static_cast<char>(body.size());
+  frame += body;
+  return (choice & 8U) != 0 ? frame : frame + static_cast<char>(callId);
+}
+
+std::string frame(int peer, FrameKind kind, const std::string& body, uint8_t choice = 0, uint8_t callId = 1) {
+  return static_cast<char>(peer | 1 << 2) + frameAlone(kind, body, choice, callId);
+}
+
+std::string batch(int peer, const std::vector<std::string>& frames) {
+  constexpr char kOfFrames = 1;
+  std::string step{static_cast<char>(peer | 1 << 2), kOfFrames, static_cast<char>(FrameKind::kBatch) - 1};
+  step += static_cast<char>(frames.size());
+  for (const std::string& each : frames) {
+    step += each;
+  }
+  return step + '\0';
 }
 
 void writeFrames() {
-  constexpr uint8_t kRequest = 0, kResponse = 1, kCredit = 2, kGoodbye = 3, kDrain = 4;
   constexpr uint8_t kOfLastCall = 8, kParts = 16, kInBulk = 32;
   const std::string plain = encode({}, 1 << 10).body;
   const Encoded beside = encode({at::ones({30})}, 4);
-  const std::string call{0 | 5 << 2, 1, 'x'}, turn{7 << 2}, chunk{0 | 4 << 2, 0};
+  const std::string start(1, '\0'), call{0 | 5 << 2, 1, 'x'}, turn{7 << 2}, chunk{0 | 4 << 2, 0};
   const auto drain = [](char kind) { return std::string{kind} + std::string(23, '\0'); };
-  write("frames", "request", std::string(1, '\0') + frame(0, kRequest, plain) + turn);
-  write("frames", "answer", "\1" + call + frame(0, kResponse | kOfLastCall, plain) + turn);
-  write("frames", "body_in_bulk", std::string(1, '\0') + frame(1, kRequest | kInBulk, plain) + turn);
+  const auto wait = [](int quarters) { return std::string{6 << 2, static_cast<char>(quarters)}; };
+  write("frames", "request", start + frame(0, FrameKind::kRequest, plain) + turn);
+  write("frames", "answer", "\1" + call + frame(0, FrameKind::kResponse, plain, kOfLastCall) + turn);
+  write("frames", "body_in_bulk", start + frame(1, FrameKind::kRequest, plain, kInBulk) + turn);
   // How many parts there are follows the body.
-  std::string parts = frame(0, kRequest | kParts, beside.body);
+  std::string parts = frame(0, FrameKind::kRequest, beside.body, kParts);
   parts += static_cast<char>(beside.parts);
-  write("frames", "parts", std::string(1, '\0') + parts + turn + chunk + chunk + chunk + turn);
-  write("frames", "goodbye", std::string(1, '\0') + call + frame(0, kGoodbye, "it ends") + turn + call);
-  write("frames", "credit", std::string(1, '\0') + frame(2, kCredit, "") + turn);
-  const std::string wave = frame(2, kDrain, drain(1)) + turn;
-  write("frames", "drain", "\2" + wave + frame(0, kDrain, drain(2)) + turn + wave + frame(0, kDrain, drain(3)) + turn);
+  write("frames", "parts", start + parts + turn + chunk + chunk + chunk + turn);
+  write("frames", "goodbye", start + call + frame(0, FrameKind::kGoodbye, "it ends") + turn + call);
+  write("frames", "credit", start + frame(2, FrameKind::kCredit, "") + turn);
+  const std::string wave = frame(2, FrameKind::kDrain, drain(1)) + turn;
+  const std::string verdicts =
+      frame(0, FrameKind::kDrain, drain(2)) + turn + wave + frame(0, FrameKind::kDrain, drain(3)) + turn;
+  write("frames", "drain", "\2" + wave + verdicts);
+  // Of a call of which only the head has come, and of one that has been answered.
+  const std::string forget = frame(0, FrameKind::kForget, "");
+  write("frames", "forget", start + parts + forget + turn + chunk + turn + forget + turn);
+  const std::string ids = writeInquiry({1, uint64_t{1} << 32});
+  write("frames", "inquiry", start + parts + frame(0, FrameKind::kInquiry, ids) + turn);
+  Statement statement;
+  statement.business = {16, 16, 16, 0, 2.5F, {"module.function"}};
+  for (const auto state : {LateCall::State::kArriving, LateCall::State::kQueued, LateCall::State::kRunning}) {
+    statement.calls.push_back({uint64_t{1} << 32, state, 3, 1.5F});
+  }
+  const std::string said = frame(0, FrameKind::kStatement, writeStatement(statement));
+  write("frames", "statement", start + call + wait(118) + said + turn + wait(4) + said);
+  const std::string request = frameAlone(FrameKind::kRequest, plain, 0, 1);
+  const std::string answer = frameAlone(FrameKind::kResponse, plain, kOfLastCall, 0);
+  const std::string forgotten = frameAlone(FrameKind::kForget, "", 0, 1);
+  write("frames", "batch", start + call + batch(0, {request, answer, forgotten}) + turn);
 }
 
 void writePickles() {

@@ -195,6 +195,7 @@ class Outcome:
 
     ran: bool
     error: str | None
+    output: str = ""  # of all ranks
 
 
 class Report:
@@ -219,7 +220,8 @@ class Report:
                 problems.setdefault(error + self._log(rank, name), []).append(rank)
         if name == "end" and not problems and self._status != 0:
             problems[f"{self._fate()} after a graceful shutdown\n{self._tails()}"] = list(range(len(ends)))
-        return Outcome(True, "\n".join(f"ranks {ranks}:\n{text}" for text, ranks in problems.items()) or None)
+        error = "\n".join(f"ranks {ranks}:\n{text}" for text, ranks in problems.items()) or None
+        return Outcome(True, error, "".join(self._log(rank, name) for rank in range(len(ends))))
 
     def _fate(self) -> str:
         return "ended by the launcher" if self._status is None else f"the launch ended with status {self._status}"

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -150,6 +151,47 @@ def test_interrupted(run: Callable[..., None], tmp_path: Path, method: str) -> N
 @pytest.mark.parametrize("scenario", ["dies", "dies_in_transfer"])
 def test_a_process_that_is_killed(run: Callable[..., None], tmp_path: Path, scenario: str) -> None:
     run(by_hand(scenario, 3, *by_file(tmp_path)), 3, killed=True)
+
+
+def mpich_files() -> set[Path]:
+    return set(Path("/dev/shm").glob("mpich_*"))
+
+
+def killed_in(function: str, lost: int, size: int, *arguments: str) -> list[Command]:
+    commands = by_hand("dies_in_init", size, *arguments)
+    told = commands[lost].arguments
+    commands[lost] = commands[lost]._replace(arguments=[*told[:-1], "--killed-in", function, told[-1]])
+    return commands
+
+
+@mpich
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("function", ["_world.Membership", "_meeting.await_all", "backend._describe", "_session.Agent"])
+def test_a_process_that_is_killed_in_init_rpc(
+    run: Callable[..., None], tmp_path: Path, function: str, lost: int
+) -> None:
+    """After MPI_Init, and before, in and after the first thing that all do together."""
+    run(killed_in(function, lost, 3, *by_file(tmp_path)), 3, killed=True)
+
+
+@mpich
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_killed_before_mpi_init(tmp_path: Path, lost: int) -> None:
+    """MPI_Init of the others has no way out: they end, with the name, and leave no files."""
+    commands = killed_in("_world._initialize", lost, 3, *by_file(tmp_path))
+    before = mpich_files()
+    begin = time.monotonic()
+    _, output = launcher.run_commands(
+        [command._replace(env={"RPC_TEST_SCRATCH": str(tmp_path)}) for command in commands], 120
+    )
+    assert time.monotonic() - begin < 40  # of 60
+    lines = [line for line in output.splitlines() if "there is no way out of MPI_Init" in line]
+    assert len(lines) == 2, output
+    assert all(f"rank {lost}, worker{lost} (pid " in line for line in lines), output
+    end = time.monotonic() + 20
+    while not mpich_files() <= before:  # those of other worlds that form beside this one are soon gone
+        assert time.monotonic() < end, mpich_files() - before
+        time.sleep(0.05)
 
 
 @mpich

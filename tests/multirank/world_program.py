@@ -1,7 +1,7 @@
 """One process of a world that no MPI launcher made, or several started by multiprocessing. Run by test_worlds.py.
 
     python world_program.py [--rank R --size N] [--spawn METHOD] [--node NAME] [--init-method URL] [--forbid CALL]
-                            SCENARIO
+                            [--killed-in MODULE.FUNCTION] SCENARIO
     python ranks.py main world_program ...
 
 Prints "rank R: ok" when the scenario went as it should.
@@ -13,6 +13,8 @@ import argparse
 import atexit
 import collections
 import contextlib
+import functools
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -260,6 +262,17 @@ def dies(process: Process) -> None:
     rpc.shutdown(graceful=False)
 
 
+def dies_in_init(process: Process) -> None:
+    """One is killed on its way through init_rpc; the others learn of it at once, and have a session without it."""
+    told = r"init_rpc failed because rank (\d), worker\1 \(pid \d+ on .*\), has ended while the group formed"
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=told) as caught:
+        process.begin()
+    assert time.monotonic() - begin < 20  # of 60
+    lost = int(re.search(told, str(caught.value))[1])
+    process.session(process.rank - (process.rank > lost), process.size - 1)
+
+
 def dies_in_transfer(process: Process) -> None:
     """Rank 1 is killed while large tensors go to and from it; the others go on."""
     process.begin()
@@ -485,11 +498,19 @@ def no_open_mpi(process: Process) -> None:
         process.begin()
 
 
+def is_killed(arguments: argparse.Namespace, *_: Any) -> None:
+    print(f"rank {arguments.rank}: ok\n", end="", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def run(rank: int | None, arguments: argparse.Namespace) -> None:
     if rank is not None:
         arguments.rank = rank
     if arguments.forbid is not None:
         system_calls.forbid(arguments.forbid)
+    if arguments.killed_in is not None:
+        module, function = arguments.killed_in.split(".")
+        setattr(importlib.import_module(f"torch_rpc_mpi.{module}"), function, functools.partial(is_killed, arguments))
     globals()[arguments.scenario](Process(arguments))
     rank = arguments.rank if arguments.rank is not None else int(os.environ["RANK"])
     print(f"rank {rank}: ok\n", end="", flush=True)  # in one piece, beside the others'
@@ -503,6 +524,7 @@ def main() -> None:
     parser.add_argument("--node")
     parser.add_argument("--init-method")
     parser.add_argument("--forbid", choices=system_calls.NUMBERS)
+    parser.add_argument("--killed-in")
     parser.add_argument("scenario")
     arguments = parser.parse_args()
     if arguments.spawn is None:

@@ -58,6 +58,13 @@ bool World::strike(Fault fault, int a, int b) {
     case Fault::kPause:
       worker.pausedUntil = steps_ + random_.between(20, 400);
       break;
+    case Fault::kStop:
+      if (std::ranges::count_if(workers_, &Worker::stopped) >= size_ / 2) {
+        return false;
+      }
+      worker.stopped = true;
+      oracle_.stops(a);
+      break;
     case Fault::kBroken:
       oracle_.excuseRank(a);
       network_->breakRank(a);
@@ -149,7 +156,7 @@ bool World::forge(Fault fault, int liar, int victim) {
   return true;
 }
 
-// From here on nothing goes wrong any more.
+// From here on nothing goes wrong any more; but who is stopped takes nothing yet.
 void World::heal() {
   trace().note("healed");
   network_->disarmAll();
@@ -157,6 +164,11 @@ void World::heal() {
   for (Worker& worker : workers_) {
     worker.pausedUntil = 0;
   }
+}
+
+// Whether calls are unanswered that need nobody who is stopped.
+bool World::pendingBesideStopped() const {
+  return oracle_.pendingWithoutExcuse([this](int rank) { return workers_[rank].stopped; }) > 0;
 }
 
 // Whether every worker has found out who is dead, and who told it what cannot be.

@@ -30,6 +30,7 @@ void World::leave(int rank, bool graceful) {
   trace().note("leaves", rank, graceful ? 1 : 0);
   if (!graceful || !joins(rank)) {
     oracle_.excuseRank(rank);
+    worker.follows = graceful && !worker.agent->lostWorkers().empty();
   }
   worker.stopping = true;
   trace().note("shuts down", rank);
@@ -97,6 +98,14 @@ void World::checkJoinFailure(int rank, const std::string& error) {
   const auto wrong = [&](const std::string& what) {
     trace().fail("the join of rank " + std::to_string(rank) + " " + what + ": " + error);
   };
+  for (int other = 0; other < size_; ++other) {
+    // Its goodbye, unless it was lost otherwise, tells the loss for which it leaves.
+    const std::string& reason = oracle_.reasonOf(rank, other);
+    const bool followed = workers_[other].follows && reason.find("it has left") != std::string::npos;
+    if (followed && error.find(reason) != std::string::npos && !oracle_.wordsFail()) {
+      wrong("names one that has only followed another");
+    }
+  }
   const bool timedOut = error.find("timed out") != std::string::npos && !told;
   if (timedOut && knows) {
     wrong("waits although it knows of a loss");

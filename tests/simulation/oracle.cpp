@@ -19,6 +19,7 @@ Oracle::Oracle(int size)
     : size_(size),
       excused_(static_cast<size_t>(size) * size, false),
       dead_(size, false),
+      stops_(size, false),
       reasons_(excused_.size()) {}
 
 std::string Oracle::describe(int rank) {
@@ -64,7 +65,8 @@ bool Oracle::mayFailWith(const Call& call, const std::string& error) const {
     return excused(call.from, call.to) && (wordsFail_ || (error == reason && contains(error, describe(call.to))));
   }
   if (contains(error, "RPC ran for more than set timeout")) {
-    return call.shortTimeout || hasExcuse(call) || (call.mayFail && call.function == Function::kNested);
+    return call.shortTimeout || hasExcuse(call) || (call.mayFail && call.function == Function::kNested) ||
+        needs(call, [this](int rank) { return stops_[rank]; });
   }
   if (contains(error, "the function failed")) {
     return call.mayFail && contains(error, nameOf(call.to));
@@ -121,9 +123,14 @@ void Oracle::lost(int at, int rank, const std::string& reason) {
   }
 }
 
-size_t Oracle::pendingWithoutExcuse() const {
-  return static_cast<size_t>(std::ranges::count_if(
-      calls_, [&](const Call& call) { return pending(call) && !hasExcuse(call) && !dead_[call.from]; }));
+bool Oracle::needs(const Call& call, const std::function<bool(int rank)>& of) const {
+  return of(call.from) || of(call.to) || (call.inner >= 0 && needs(calls_[call.inner], of));
+}
+
+size_t Oracle::pendingWithoutExcuse(const std::function<bool(int rank)>& without) const {
+  return static_cast<size_t>(std::ranges::count_if(calls_, [&](const Call& call) {
+    return pending(call) && !hasExcuse(call) && !dead_[call.from] && !needs(call, without);
+  }));
 }
 
 size_t Oracle::pendingOf(int rank) const {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -57,6 +58,10 @@ class Oracle {
     excuseRank(rank);
     dead_[rank] = true;
   }
+  // A rank that may be late.
+  void stops(int rank) {
+    stops_[rank] = true;
+  }
   bool isDead(int rank) const {
     return dead_[rank];
   }
@@ -79,8 +84,9 @@ class Oracle {
     return reasons_[static_cast<size_t>(at) * size_ + rank];
   }
 
-  // Calls that are unanswered although nothing is wrong with their workers; any of one rank.
-  size_t pendingWithoutExcuse() const;
+  // Calls that are unanswered although nothing is wrong with their workers, none of which is `without`; any of one
+  // rank.
+  size_t pendingWithoutExcuse(const std::function<bool(int rank)>& without = [](int) { return false; }) const;
   size_t pendingOf(int rank) const;
   std::string aPendingCall() const;
   void checkAllCompleted() const;
@@ -92,9 +98,10 @@ class Oracle {
     return call.completed == 0;
   }
   bool hasExcuse(const Call& call) const; // something that it needs has gone wrong
+  bool needs(const Call& call, const std::function<bool(int rank)>& of) const;
 
   const int size_;
-  std::vector<bool> excused_, dead_;
+  std::vector<bool> excused_, dead_, stops_;
   bool wordsFail_ = false;
   std::vector<std::string> reasons_;
   std::deque<Call> calls_;

@@ -16,6 +16,7 @@ enum class Fault : size_t {
   kShortChunk,
   kDeath,
   kPause,       // a process is stopped for a while
+  kStop,        // … and takes nothing until the others have all that they need of one another
   kBroken,      // the transport's poll throws
   kNoMemory,    // in a turn or a task
   kWrongWorker, // a response of another than was called

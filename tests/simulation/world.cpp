@@ -45,7 +45,8 @@ void World::start() {
   options.exchange.bulkChunk = 256;
   options.exchange.windowRequests = random_.between(2, 8);
   options.exchange.windowBytes = 1024;
-  options.exchange.untakenBudget = random_.between(4, 16);
+  const bool someStop = scenario_.weights[static_cast<size_t>(Fault::kStop)] > 0; // all but one, with those that die
+  options.exchange.untakenBudget = someStop ? random_.between(12, 24) : random_.between(4, 16);
   network_->cells = options.exchange.untakenBudget + options.exchange.untakenBudget / 4;
   options.signals = UserThread::service();
   options.slotUsesBefore = random_.chance(50) ? UINT32_MAX - static_cast<uint32_t>(random_.below(3)) : 0;
@@ -79,6 +80,10 @@ void World::run() {
   }
   phase_ = Phase::kSettling;
   heal();
+  stepUntil([this] { return !pendingBesideStopped(); }, 20000, "a call is unanswered because another rank is stopped");
+  for (Worker& worker : workers_) {
+    worker.stopped = false;
+  }
   stepUntil(
       [this] { return oracle_.pendingWithoutExcuse() == 0 && endsAreKnown(); }, 20000,
       "a call is unanswered, or a death or a lie not found, although nothing is in the way");

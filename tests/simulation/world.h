@@ -22,7 +22,7 @@ inline constexpr int kMostRanks = 6;
 using UserThreads = std::array<UserThread, kMostRanks>; // kept from run to run
 
 // One run. Its phases: workers call one another while faults strike; no more faults, and what was called without one in
-// its way is answered; all leave; what is left of dead workers is cleared away.
+// its way is answered, first among those that are not stopped; all leave; what is left of dead workers is cleared away.
 class World {
  public:
   World(uint64_t seed, const Scenario& scenario, UserThreads& threads);
@@ -48,7 +48,9 @@ class World {
     bool left = false;
     bool shortJoin = false;
     bool calledBetween = false; // two attempts to join
+    bool follows = false;       // it leaves because another was lost
     size_t pausedUntil = 0;     // step
+    bool stopped = false;
   };
   struct Notice { // of the end of a process
     int ended, told;
@@ -58,7 +60,8 @@ class World {
 
   void start();
   bool runs(int rank) const {
-    return !workers_[rank].dead && steps_ >= workers_[rank].pausedUntil;
+    const Worker& worker = workers_[rank];
+    return !worker.dead && !worker.stopped && steps_ >= worker.pausedUntil;
   }
 
   // Steps. Each returns whether something happened.
@@ -90,6 +93,7 @@ class World {
   void tellOfEnds(bool all);
   bool forge(Fault fault, int liar, int victim);
   void heal();
+  bool pendingBesideStopped() const;
   bool endsAreKnown() const;
 
   // Leaving, leaving.cpp.

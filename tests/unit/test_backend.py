@@ -196,26 +196,26 @@ class Gathering(unit_fakes.Communicator):
         super().__init__()
         self.others = [pickle.dumps(other) for other in others]
 
-    def allgather(self, data: bytes, timeout: float) -> list[bytes]:
+    def allgather(self, data: bytes, timeout: float, companions: None) -> list[bytes]:
         return [data, *self.others]
 
 
 class TestOnAllRanks:
     def test_gathers_results(self) -> None:
         communicator: Any = Gathering(("b", None))
-        assert backend._on_all_ranks(communicator, 1, lambda: "a") == ["a", "b"]
+        assert backend._on_all_ranks(communicator, None, 1, lambda: "a") == ["a", "b"]
         assert communicator.freed == 0
 
     def test_raises_here_what_failed_elsewhere(self) -> None:
         communicator: Any = Gathering((None, None), (None, "OSError: no threads left (on south)"))
         with pytest.raises(RuntimeError, match=r"init_rpc failed .*\n  rank 2: OSError: no threads left \(on south\)"):
-            backend._on_all_ranks(communicator, 1, lambda: "a")
+            backend._on_all_ranks(communicator, None, 1, lambda: "a")
         assert communicator.freed == 1
 
     def test_keeps_the_cause_where_it_failed(self) -> None:
         communicator: Any = Gathering((None, None))
         with pytest.raises(RuntimeError, match="rank 0: ZeroDivisionError") as caught:
-            backend._on_all_ranks(communicator, 1, lambda: 1 / 0)
+            backend._on_all_ranks(communicator, None, 1, lambda: 1 / 0)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert communicator.freed == 1
 
