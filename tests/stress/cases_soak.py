@@ -38,9 +38,9 @@ STARTS = 16 << 20  # of arguments, in what all of them are parts of
 BYTES_OF_A_CALL = 300_000  # on average, of one rank's at most
 IN_FLIGHT = (2 << 30) // RANKS  # of one rank's arguments
 
-# What the process may have more after all calls than after the first ones: of what is allocated, caches of the heap for
-# more threads; resident, also what malloc does not give back to the system, up to 64 MiB of the heap of a thread.
-GROWTH_ALLOCATED, GROWTH_RESIDENT = 16 << 20, 160 << 20
+# What the process may have more after all calls than after the first ones. Allocated: caches of the heap for more threads.
+# Resident: also what malloc does not give back to the system, up to 64 MiB in each of its arenas, 8 of them for a core.
+GROWTH_ALLOCATED, GROWTH_RESIDENT = 16 << 20, 512 << 20
 
 
 class Piece(NamedTuple):
