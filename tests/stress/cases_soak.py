@@ -21,7 +21,19 @@ import torch
 import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 from harness import World, case, equal, eventually, in_threads
-from torch import Tensor
+from soak_service import (
+    Held,
+    Piece,
+    elsewhere,
+    executions,
+    fail,
+    nested,
+    pattern,
+    read_as_owner,
+    read_as_user,
+    script_flip,
+    take_and_return,
+)
 from torch.distributed.rpc import api
 from torch.futures import Future
 
@@ -38,97 +50,9 @@ STARTS = 16 << 20  # of arguments, in what all of them are parts of
 BYTES_OF_A_CALL = 300_000  # on average, of one rank's at most
 IN_FLIGHT = (2 << 30) // RANKS  # of one rank's arguments
 
-# What the process may have more after all calls than after the first ones: of what is allocated, caches of the heap for
-# more threads; resident, also what malloc does not give back to the system, up to 64 MiB of the heap of a thread.
-GROWTH_ALLOCATED, GROWTH_RESIDENT = 16 << 20, 160 << 20
-
-
-class Piece(NamedTuple):
-    """Which bytes an argument has, so that whoever gets it can check them."""
-
-    start: int
-    size: int
-    form: str
-
-    def value(self) -> Any:
-        data = _pattern[0][self.start : self.start + self.size]
-        if self.form == "bytes":
-            return data.numpy().tobytes()
-        if self.form == "list":
-            return list(data.tensor_split(3))
-        if self.form == "strided":
-            return _pattern[0][self.start : self.start + 2 * self.size : 2]
-        return data
-
-    def check(self, value: Any) -> None:
-        expected = self.value()
-        if isinstance(expected, Tensor):
-            right = torch.equal(value, expected)
-        elif isinstance(expected, list):
-            right = len(value) == len(expected) and all(map(torch.equal, value, expected))
-        else:
-            right = value == expected
-        if not right:
-            raise AssertionError(f"{rpc.get_worker_info()} received something else than {self}")
-
-
-class Count:
-    def __init__(self) -> None:
-        self.value, self._lock = 0, threading.Lock()
-
-    def add(self) -> None:
-        with self._lock:
-            self.value += 1
-
-
-_pattern: list[Tensor] = []  # random bytes, the same at all ranks
-_executed = Count()  # functions of this module, here
-
-
-def take_and_return(piece: Piece, value: Any) -> Any:
-    _executed.add()
-    piece.check(value)
-    return value
-
-
-def nested(piece: Piece, value: Any, route: list[str]) -> Any:
-    take_and_return(piece, value)
-    return rpc.rpc_sync(route[0], nested, args=(piece, value, route[1:])) if route else value
-
-
-@rpc.functions.async_execution
-def elsewhere(piece: Piece, value: Any, to: str) -> Future[Any]:
-    _executed.add()
-    return rpc.rpc_async(to, take_and_return, args=(piece, value)).then(lambda future: future.wait())
-
-
-class Held:
-    """A remote object."""
-
-    def __init__(self, piece: Piece, value: Any) -> None:
-        self.value = take_and_return(piece, value)
-
-    def read(self) -> Any:
-        _executed.add()
-        return self.value
-
-
-def read_as_owner(held: rpc.RRef) -> Any:
-    return held.local_value().read()
-
-
-def read_as_user(held: rpc.RRef) -> Any:
-    return held.rpc_sync().read()
-
-
-def fail(text: str) -> None:
-    _executed.add()
-    raise ValueError(text)
-
-
-@torch.jit.script
-def script_flip(x: Tensor) -> Tensor:
-    return 255 - x
+# What the process may have more after all calls than after the first. Allocated: caches of the heap for more threads.
+# Resident: also what malloc does not give back to the system, up to 64 MiB in each of its arenas, 8 of them for a core.
+GROWTH_ALLOCATED, GROWTH_RESIDENT = 16 << 20, 512 << 20
 
 
 class Bytes:
@@ -341,7 +265,7 @@ def soak(world: World) -> None:
 def make_calls(world: World, seed: str) -> None:
     generator = torch.Generator().manual_seed(random.Random(seed).randrange(2**60))
     words = torch.randint(2**62, ((STARTS + LARGE + SMALL) // 8,), generator=generator)
-    _pattern[:] = [words.view(torch.uint8)]
+    pattern[:] = [words.view(torch.uint8)]
     in_all = Bytes(CALLS // RANKS * BYTES_OF_A_CALL)
     soakers = [Soaker(world, seed, thread, in_all) for thread in range(CALLERS)]
 
@@ -360,11 +284,11 @@ def make_calls(world: World, seed: str) -> None:
     assert after.descriptors <= before.descriptors
     assert after.threads <= before.threads
     # Each function was executed once, by whomever.
-    world.signal(f"rank {world.rank}", f"{sum(soaker.executions for soaker in soakers)} {_executed.value}")
+    world.signal(f"rank {world.rank}", f"{sum(soaker.executions for soaker in soakers)} {executions.value}")
     told = [world.wait(f"rank {rank}").split() for rank in range(world.size)]
     equal(sum(int(done) for _, done in told), sum(int(asked) for asked, _ in told))
     # Nothing would be left if all ranks were killed now.
     if not world.launched:
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line]
         equal([line for line in mapped if not line.endswith("(deleted)")], [])
-    _pattern.clear()
+    pattern.clear()
