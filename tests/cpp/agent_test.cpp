@@ -1,4 +1,5 @@
 // Whole agents, several in one process, over the fake network.
+#include "agent/loss_news.h"
 #include "agent/mpi_agent.h"
 
 #include <future>
@@ -462,6 +463,34 @@ TEST(agent_takes_drain_frames_only_in_turn) {
     CHECK_THAT(error.find("worker2") != std::string::npos);
     CHECK_THAT(error.find("a frame that makes no sense") != std::string::npos);
     CHECK_THROWS(group.agents[to]->join(true, 30), "worker2");
+  }
+}
+
+TEST(agent_believes_the_news_that_another_worker_is_lost) {
+  Group group(3);
+  const JitFuturePtr held = group.call(0, 1, "hold");
+  Liar(group.network).send(0, FrameKind::kLost, 0, writeLossNews({1, "its host is gone"}));
+  const std::string error = errorOf(held);
+  CHECK_THAT(error.find("RPC to worker 'worker1'") == 0);
+  CHECK_THAT(error.find("its host is gone, as worker 'worker2' (rank 2 on host host) has found") != std::string::npos);
+  CHECK_EQUAL(textOf(answer(group.call(0, 2, "goes on"))), "goes on");
+}
+
+TEST(agent_that_is_given_up_by_the_others_gives_them_up) {
+  Group group(3);
+  const JitFuturePtr held = group.call(0, 1, "hold");
+  Liar(group.network).send(0, FrameKind::kLost, 0, writeLossNews({0, "nothing was heard of it"}));
+  CHECK_THAT(errorOf(held).find("this worker was given up by worker 'worker2'") != std::string::npos);
+  CHECK_EQUAL(group.agents[0]->lostWorkers().size(), 2U);
+}
+
+TEST(agent_news_of_nobody_fail_who_sends_them) {
+  for (const std::string& body : {std::string(), std::string("abc"), writeLossNews({3, ""}), writeLossNews({-1, ""})}) {
+    Group group(3);
+    Liar(group.network).send(0, FrameKind::kLost, 0, body);
+    const std::string error = errorOf(group.call(0, 2, "after that"));
+    CHECK_THAT(error.find("worker2") != std::string::npos);
+    CHECK_THAT(error.find("a frame that makes no sense") != std::string::npos);
   }
 }
 

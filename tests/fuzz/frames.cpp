@@ -5,6 +5,7 @@
 #include <array>
 #include <cstring>
 
+#include "agent/loss_news.h"
 #include "agent/mpi_agent.h"
 #include "check.h"
 #include "peer/receive_pool.h"
@@ -168,7 +169,42 @@ class Run {
   void sendFrame(int peer, std::string frame) {
     sent_[peer] = true;
     nonsense_[peer] = nonsense_[peer] || !makesSense(frame);
+    noteNews(frame);
     wire_.frames.emplace_back(peer, std::move(frame));
+  }
+  // Whom a frame, or one in a batch, says to be lost: that one is, though it has sent nothing.
+  void noteNews(const std::string& frame) {
+    const auto header = parseFrame(frame.data(), frame.size());
+    if (!header) {
+      return;
+    }
+    const ConstSpan body{frame.data() + sizeof(FrameHeader), header->bodyBytes};
+    if (header->kind == FrameKind::kLost) {
+      noteNews(body);
+    }
+    ConstSpan rest = header->kind == FrameKind::kBatch ? body : ConstSpan{};
+    while (rest.bytes > 0) {
+      const auto next = parseFrameOfBatch(rest);
+      if (!next) {
+        return;
+      }
+      if (next->kind == FrameKind::kLost) {
+        noteNews({rest.data + sizeof(FrameHeader), next->bodyBytes});
+      }
+      const size_t bytes = sizeof(FrameHeader) + next->bodyBytes;
+      rest = {rest.data + bytes, rest.bytes - bytes};
+    }
+  }
+  void noteNews(ConstSpan body) {
+    try {
+      const int rank = readLossNews(body, kSize).rank;
+      if (rank == kSelf) { // given up by all
+        sent_.fill(true);
+      } else {
+        sent_[rank] = true;
+      }
+    } catch (const std::runtime_error&) { // which fails its sender
+    }
   }
   static bool makesSense(const std::string& frame) {
     const auto header = parseFrame(frame.data(), frame.size());
@@ -193,7 +229,7 @@ class Run {
 
   // One that is well-formed as a frame; what is in it, the input says.
   std::string frameOf(int peer, bool inBatch = false) {
-    constexpr auto kKinds = static_cast<unsigned>(FrameKind::kStatement);
+    constexpr auto kKinds = static_cast<unsigned>(FrameKind::kLost);
     const uint8_t choice = input_.byte();
     FrameHeader header;
     header.kind = static_cast<FrameKind>(1 + input_.byte() % kKinds);
