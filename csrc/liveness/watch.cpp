@@ -214,7 +214,8 @@ void Watch::chooseWatched(Time now) {
       watched_, [&](const Watched& watched) { return std::ranges::find(ranks, watched.rank) == ranks.end(); });
   for (const int rank : ranks) {
     if (std::ranges::none_of(watched_, [&](const Watched& watched) { return watched.rank == rank; })) {
-      watched_.push_back({.rank = rank, .heard = now, .nextAttempt = now});
+      // One that is taken over from another watcher, in a group whose ranks do connect, can be expected to answer.
+      watched_.push_back({.rank = rank, .heard = now, .nextAttempt = now, .answers = connects_});
     }
   }
 }
@@ -286,7 +287,7 @@ void Watch::listen(Watched& watched, Time now) {
   const std::optional<Signal> last = receiveLast(watched.link.socket, error);
   if (last) {
     watched.heard = now;
-    watched.known = true;
+    watched.known = watched.answers = connects_ = true;
     watched.questions.clear();
     watched.done = last == Signal::kLeaves;
   }
@@ -312,7 +313,7 @@ void Watch::lose(Watched& watched, int error, Time now) {
 // Those beside one that is silent, when its time is nearly over.
 void Watch::ask(Watched& watched, Time now) {
   listenToAnswers(watched, now);
-  if (watched.done || !watched.known || now - watched.heard < group_.heartbeatTimeout * 3 / 4 ||
+  if (watched.done || !watched.answers || now - watched.heard < group_.heartbeatTimeout * 3 / 4 ||
       now < watched.nextQuestion) {
     return;
   }
@@ -354,7 +355,7 @@ void Watch::judge(Watched& watched, Time now) {
   if (silence < group_.heartbeatTimeout) {
     return;
   }
-  if (watched.known) {
+  if (watched.answers) {
     find(
         watched, Kind::kSilent,
         "nothing was heard of it for " + secondsText(silence) + " (heartbeat_timeout is " +

@@ -33,8 +33,8 @@ namespace torch_rpc_mpi {
 //     says so. And other connections are tried meanwhile: after an outage the system waits for up to as long again
 //     before it repeats what was lost on the old one.
 //   - It leaves: it says so, and that its process ends means nothing then.
-// A rank that was paused itself has heard of nobody meanwhile. It waits for two beats before it gives anyone up. One
-// that could never be connected to (a firewall) is never given up; that it is not watched is told once.
+// A rank that was paused itself has heard of nobody meanwhile. It waits for two beats before it gives anyone up. Where
+// no connection could ever be made (a firewall), nobody is given up; that a rank is not watched is told once.
 //
 // A connection begins with a greeting that holds a secret of the session. Whoever does not know it is cut off.
 //
@@ -91,6 +91,7 @@ class Watch {
     Link link{};
     size_t endpoint = 0;           // the one to try
     bool known = false;            // it was heard of
+    bool answers = false;          // and so it will be as long as it lives; also one that connected to others
     bool done = false;             // what there is to find was found, or it leaves
     std::vector<Link> questions{}; // to those beside it
     Time nextQuestion{};
@@ -127,6 +128,7 @@ class Watch {
   std::vector<std::vector<std::string>> endpoints_; // by rank
   std::optional<WatchRing> ring_;
   std::list<Watched> watched_;
+  bool connects_ = false; // to others, as one was heard of
   std::vector<pollfd> polled_;
   Time lastTurn_{};
   std::thread thread_;

@@ -209,6 +209,18 @@ TEST(watch_is_taken_over_from_one_that_is_lost) {
   CHECK_THAT(finding && finding->rank == 2 && finding->kind == Watch::Kind::kEnded);
 }
 
+TEST(watch_that_is_cut_off_gives_up_also_those_that_it_takes_over) {
+  // 2 loses 3, and so comes to watch 0, with which it has never had a connection.
+  OtherProcess other([] { pause(); }, milliseconds(1000), {0, 1, 2, 3}); // 0 watches 1, 1 watches 2, 2 watches 3
+  kill(other.pid, SIGSTOP);
+  const auto first = findingWithin(*other.watches[2], kPatience);
+  CHECK_THAT(first && first->rank == 3 && first->kind == Watch::Kind::kSilent);
+  other.watches[0].reset(); // nobody listens where it was: as good as a host that is gone
+  other.watches[2]->forget(3);
+  const auto second = findingWithin(*other.watches[2], kPatience);
+  CHECK_THAT(second && second->rank == 0 && second->kind == Watch::Kind::kSilent);
+}
+
 TEST(watch_believes_those_beside_one_that_is_silent) {
   for (const bool ended : {false, true}) {
     OtherProcess other([] { pause(); }, milliseconds(1000), {0, 1, 1});
