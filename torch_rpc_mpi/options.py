@@ -91,7 +91,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "heartbeat_timeout", "float", 10.0, "seconds",
         "A worker of another host that nothing is heard of for so long is lost: its host or the network to it is down. "
-        "An outage that is shorter loses nothing. Must be the same on all ranks.",
+        "An outage of up to two thirds of that loses nothing. Must be the same on all ranks.",
         check_float, minimum=0.1, maximum=86400, from_environment=True,
     ),
     Option(

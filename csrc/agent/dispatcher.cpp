@@ -25,6 +25,8 @@ constexpr auto kLastRequests = std::chrono::seconds(1);
 // those that still waited for its report.
 constexpr auto kLateVerdict = std::chrono::milliseconds(500);
 
+constexpr auto* kCrashed = "its process has ended without leaving (it crashed or was killed)";
+
 // Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.
 class ReleaseTask final : public Task {
  public:
@@ -193,7 +195,11 @@ void Dispatcher::watchNeighbours(ProgressToken& token, Clock::time_point now) {
     if (now - ended.found < patience) {
       return false;
     }
-    exchange_.fail(token, ended.peer, "its process has ended without leaving (it crashed or was killed)");
+    if (watch_ != nullptr && exchange_.stateOf(ended.peer) == Peer::State::kOpen &&
+        watch_->speaksFor(ended.peer, [&](int peer) { return exchange_.stateOf(peer) == Peer::State::kOpen; })) {
+      tellOthers(token, {ended.peer, Watch::Kind::kEnded, kCrashed});
+    }
+    exchange_.fail(token, ended.peer, kCrashed);
     return true;
   });
 }
@@ -214,7 +220,7 @@ void Dispatcher::takeFindings(ProgressToken& token) {
 
 // One that is silent is told too, should it go on: nobody will talk to it any more. One that has ended must not be
 // touched, which MPI may not survive.
-void Dispatcher::tellOthers(ProgressToken& token, const Watch::Finding& lost) {
+void Dispatcher::tellOthers(ProgressToken& token, const Watch::Finding& lost) try {
   const std::string body = writeLossNews({lost.rank, lost.text});
   for (int peer = 0; peer < transport_.size(); ++peer) {
     const bool touched = peer != members_.rank() && (peer != lost.rank || lost.kind == Watch::Kind::kSilent);
@@ -222,6 +228,7 @@ void Dispatcher::tellOthers(ProgressToken& token, const Watch::Finding& lost) {
       exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kLost, body));
     }
   }
+} catch (const std::bad_alloc&) { // they find out, or not; that this rank does comes first
 }
 
 void Dispatcher::onNews(ProgressToken& token, int source, ConstSpan body) {

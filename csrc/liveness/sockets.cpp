@@ -60,7 +60,12 @@ void closeOwn(int descriptor) {
 constexpr int kFlags = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
 
 Socket listenOn(const sockaddr* address, socklen_t bytes) {
-  Socket socket(::socket(address->sa_family, kFlags, 0));
+  Socket socket = Socket::from([&] { return ::socket(address->sa_family, kFlags, 0); });
+  const int no = 0;
+  if (address->sa_family == AF_INET6 &&
+      ::setsockopt(socket.descriptor(), IPPROTO_IPV6, IPV6_V6ONLY, &no, sizeof(no)) != 0) {
+    return {};
+  }
   if (!socket || ::bind(socket.descriptor(), address, bytes) != 0 || ::listen(socket.descriptor(), 64) != 0) {
     return {};
   }
@@ -79,10 +84,13 @@ std::string textOf(const sockaddr* address, const std::string& port) {
 
 } // namespace
 
-Socket::Socket(int descriptor) : descriptor_(descriptor) {
+std::mutex& Socket::beginOpening() {
+  closeInForkedChildren();
+  return openMutex();
+}
+
+void Socket::keep(int descriptor) {
   if (descriptor >= 0) {
-    closeInForkedChildren();
-    const std::lock_guard<std::mutex> lock(openMutex());
     openSockets().insert(descriptor);
   }
 }
@@ -151,7 +159,7 @@ std::vector<std::string> endpointsOf(const Socket& listener) {
 }
 
 Socket acceptOne(const Socket& listener) {
-  return Socket(::accept4(listener.descriptor(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+  return Socket::from([&] { return ::accept4(listener.descriptor(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC); });
 }
 
 Socket connectTo(const std::string& endpoint, int& error) {
@@ -176,7 +184,7 @@ Socket connectTo(const std::string& endpoint, int& error) {
   } else {
     return {};
   }
-  Socket socket(::socket(address->sa_family, kFlags, 0));
+  Socket socket = Socket::from([&] { return ::socket(address->sa_family, kFlags, 0); });
   if (socket && (::connect(socket.descriptor(), address, bytes) == 0 || errno == EINPROGRESS)) {
     error = 0;
     const int one = 1;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -13,7 +14,15 @@ namespace torch_rpc_mpi {
 class Socket {
  public:
   Socket() = default;
-  explicit Socket(int descriptor); // of a new socket; -1: none
+  // What `open` gives: the descriptor of a new socket, or -1. No fork comes between.
+  template <typename Open>
+  static Socket from(Open&& open) {
+    const std::lock_guard<std::mutex> lock(beginOpening());
+    Socket socket;
+    socket.descriptor_ = open();
+    keep(socket.descriptor_);
+    return socket;
+  }
   ~Socket();
   Socket(Socket&& other) noexcept;
   Socket& operator=(Socket&& other) noexcept;
@@ -26,6 +35,9 @@ class Socket {
   }
 
  private:
+  static std::mutex& beginOpening();
+  static void keep(int descriptor);
+
   int descriptor_ = -1;
 };
 

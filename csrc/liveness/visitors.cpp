@@ -25,7 +25,7 @@ void Visitors::begin(const Greeting& expected, std::chrono::milliseconds beat, s
 }
 
 void Visitors::addTo(std::vector<pollfd>& polled) const {
-  if (listener_ && visitors_.size() < kMostVisitors) {
+  if (listener_ && !full_ && visitors_.size() < kMostVisitors) {
     polled.push_back({listener_.descriptor(), POLLIN, 0});
   }
   for (const Visitor& visitor : visitors_) {
@@ -36,6 +36,7 @@ void Visitors::addTo(std::vector<pollfd>& polled) const {
 void Visitors::serve(Time now) {
   while (listener_ && visitors_.size() < kMostVisitors) {
     Socket socket = acceptOne(listener_);
+    full_ = !socket && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED;
     if (!socket) {
       break;
     }
@@ -93,11 +94,13 @@ bool Visitors::answer(Visitor& visitor) {
   return visitor.watches && sendNow(visitor.socket, Signal::kBeat);
 }
 
-void Visitors::leave() {
-  serve(Clock::now()); // those, too, that have just come
-  for (Visitor& visitor : visitors_) {
-    if (visitor.watches) {
-      (void)sendNow(visitor.socket, Signal::kLeaves);
+void Visitors::leave(bool says) {
+  if (says) {
+    serve(Clock::now()); // those, too, that have just come
+    for (Visitor& visitor : visitors_) {
+      if (visitor.watches) {
+        (void)sendNow(visitor.socket, Signal::kLeaves);
+      }
     }
   }
   visitors_.clear();

@@ -34,8 +34,8 @@ class Visitors {
   void addTo(std::vector<pollfd>& polled) const;
   // Serves all of them, as far as can be done now.
   void serve(Time now);
-  // Tells them that this rank leaves, and stops listening.
-  void leave();
+  // Stops listening; tells them that this rank leaves, if it says so.
+  void leave(bool says);
 
  private:
   struct Visitor {
@@ -55,6 +55,7 @@ class Visitors {
   std::function<bool(int rank)> hasEnded_;
   std::list<Visitor> visitors_;
   Time nextBeat_{};
+  bool full_ = false; // of the descriptors of this process: whoever wants to connect waits
 };
 
 } // namespace torch_rpc_mpi

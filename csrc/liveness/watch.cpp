@@ -63,7 +63,7 @@ Watch::~Watch() {
       thread_.detach(); // there is none here
     }
   } else {
-    leave();
+    end(/*says=*/false);
   }
   ::close(wake_);
 }
@@ -90,7 +90,7 @@ void Watch::start(Group group) {
   }
   std::ranges::copy(group_.secret, expected_.secret.begin());
   expected_.to = static_cast<uint32_t>(group_.self);
-  visitors_.begin(expected_, group_.heartbeatTimeout / 4, group_.hasEnded);
+  visitors_.begin(expected_, group_.heartbeatTimeout / 10, group_.hasEnded);
   ring_.emplace(group_.self, group_.hosts);
   sigset_t all;
   sigset_t before;
@@ -123,8 +123,13 @@ void Watch::forget(int rank) {
 }
 
 void Watch::leave() {
+  end(/*says=*/true);
+}
+
+void Watch::end(bool says) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    saysSo_ = saysSo_ || says;
     stopped_ = true;
   }
   wake();
@@ -140,28 +145,36 @@ void Watch::wake() const {
 void Watch::run() {
   pthread_setname_np(pthread_self(), "rpc_mpi_watch");
   lastTurn_ = Clock::now();
-  chooseWatched(lastTurn_);
-  for (;;) {
-    const Time now = Clock::now();
-    if (!takeOrders(now)) {
-      break;
+  bool goesOn = true;
+  while (goesOn) {
+    try {
+      goesOn = turn(Clock::now());
+    } catch (const std::exception&) { // no memory: what could not be done is done later
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    if (now - lastTurn_ > group_.heartbeatTimeout / 2) { // this rank was paused
-      for (Watched& watched : watched_) {
-        watched.heard = std::max(watched.heard, now - group_.heartbeatTimeout / 2);
-      }
-    }
-    lastTurn_ = now;
-    visitors_.serve(now);
-    for (Watched& watched : watched_) {
-      if (!watched.done) {
-        serve(watched, now);
-      }
-    }
-    await(now);
   }
   watched_.clear();
-  visitors_.leave();
+  visitors_.leave(saysSo_);
+}
+
+bool Watch::turn(Time now) {
+  if (!takeOrders(now)) {
+    return false;
+  }
+  if (now - lastTurn_ > group_.heartbeatTimeout / 2) { // this rank was paused
+    for (Watched& watched : watched_) {
+      watched.heard = std::max(watched.heard, now - group_.heartbeatTimeout / 2);
+    }
+  }
+  lastTurn_ = now;
+  visitors_.serve(now);
+  for (Watched& watched : watched_) {
+    if (!watched.done) {
+      serve(watched, now);
+    }
+  }
+  await(now);
+  return true;
 }
 
 // Until something comes, or it is time to look.
@@ -178,7 +191,7 @@ void Watch::await(Time now) {
   for (const Watched& watched : watched_) {
     add(watched.link);
     std::ranges::for_each(watched.questions, add);
-    if (!watched.done && !watched.link.socket) {
+    if (!watched.link.socket && !watched.done) {
       pause = std::min(pause, watched.nextAttempt - now);
     }
   }
@@ -201,9 +214,11 @@ bool Watch::takeOrders(Time now) {
   }
   for (const int rank : forgotten) {
     ring_->lose(rank);
+    chosen_ = false;
   }
-  if (!forgotten.empty()) {
+  if (!chosen_) {
     chooseWatched(now);
+    chosen_ = true;
   }
   return true;
 }
@@ -214,8 +229,8 @@ void Watch::chooseWatched(Time now) {
       watched_, [&](const Watched& watched) { return std::ranges::find(ranks, watched.rank) == ranks.end(); });
   for (const int rank : ranks) {
     if (std::ranges::none_of(watched_, [&](const Watched& watched) { return watched.rank == rank; })) {
-      // One that is taken over from another watcher, in a group whose ranks do connect, can be expected to answer.
-      watched_.push_back({.rank = rank, .heard = now, .nextAttempt = now, .answers = connects_});
+      // One that is taken over where others have fallen silent can be expected to answer, else it is silent as well.
+      watched_.push_back({.rank = rank, .heard = now, .nextAttempt = now, .answers = foundSilence_});
     }
   }
 }
@@ -285,14 +300,18 @@ void Watch::listen(Watched& watched, Time now) {
     return;
   }
   const std::optional<Signal> last = receiveLast(watched.link.socket, error);
-  if (last) {
+  if (last == Signal::kBeat || last == Signal::kLeaves) {
     watched.heard = now;
-    watched.known = watched.answers = connects_ = true;
+    watched.known = watched.answers = true;
     watched.questions.clear();
     watched.done = last == Signal::kLeaves;
   }
-  if (!watched.done && !pending(error)) {
+  if (watched.done) {
+    watched.link = {};
+  } else if (!pending(error)) {
     lose(watched, error, now);
+  } else if (watched.heard < watched.link.since && now - watched.link.since > kAttemptLimit) {
+    ++watched.endpoint; // whoever is there says nothing
   }
 }
 
@@ -371,12 +390,24 @@ void Watch::judge(Watched& watched, Time now) {
 }
 
 void Watch::find(Watched& watched, Kind kind, std::string text) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    findings_.push_back({watched.rank, kind, std::move(text)});
+    found_ = true;
+  }
+  foundSilence_ = foundSilence_ || kind == Kind::kSilent;
   watched.done = true;
   watched.link = {};
   watched.questions.clear();
-  const std::lock_guard<std::mutex> lock(mutex_);
-  findings_.push_back({watched.rank, kind, std::move(text)});
-  found_ = true;
+}
+
+bool Watch::speaksFor(int rank, const std::function<bool(int)>& lives) const {
+  for (int other = 0; other < static_cast<int>(group_.hosts.size()); ++other) {
+    if (other != rank && group_.hosts[other] == group_.hosts[rank] && (other == group_.self || lives(other))) {
+      return other == group_.self;
+    }
+  }
+  return false;
 }
 
 } // namespace torch_rpc_mpi

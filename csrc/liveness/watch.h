@@ -25,21 +25,22 @@ namespace torch_rpc_mpi {
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // MPI does not tell that a process of another host has died, or that the host is gone: what is sent is kept, and what
 // is waited for never comes. So each rank has a TCP connection to each rank that it watches (Note [Who watches whom]),
-// beside MPI, in a thread of its own, which needs neither the engine nor the GIL. The watched one sends a beat four
-// times in heartbeat_timeout. What is found:
+// beside MPI, in a thread of its own, which needs neither the engine nor the GIL. The watched one sends ten beats
+// in heartbeat_timeout. What is found:
 //   - Its process has ended: the system closes the connection, and refuses the next one.
 //   - It is silent for heartbeat_timeout: the host or the link is gone, or the process is stopped. Before it is given
 //     up, the others of its host are asked, who can see its process: one that is stopped is alive as long as somebody
 //     says so. And other connections are tried meanwhile: after an outage the system waits for up to as long again
 //     before it repeats what was lost on the old one.
 //   - It leaves: it says so, and that its process ends means nothing then.
-// A rank that was paused itself has heard of nobody meanwhile. It waits for two beats before it gives anyone up. Where
-// no connection could ever be made (a firewall), nobody is given up; that a rank is not watched is told once.
+// A rank that was paused itself has heard of nobody meanwhile. It waits for some beats before it gives anyone up. One
+// to which no connection could ever be made (a firewall) is not given up, unless others have fallen silent before: this
+// rank is then cut off, and has taken that one over from them. That a rank is not watched is told once.
 //
 // A connection begins with a greeting that holds a secret of the session. Whoever does not know it is cut off.
 //
-// Thread-safe once started: mutex_ guards findings_ (found_ is a hint), forgotten_ and stopped_; group_, expected_ and
-// endpoints_ are immutable then; the rest is for the thread alone.
+// Thread-safe once started: mutex_ guards findings_ (found_ is a hint), forgotten_, stopped_ and saysSo_; group_,
+// expected_ and endpoints_ are immutable then; the rest is for the thread alone.
 class Watch {
  public:
   enum class Kind { kEnded, kSilent, kUnreachable };
@@ -72,8 +73,10 @@ class Watch {
   std::vector<Finding> takeFindings();
   // It has left, or is lost: nobody needs to find that out any more.
   void forget(int rank);
-  // Tells those who watch this rank that it leaves, and ends the thread.
+  // Tells those who watch this rank that it leaves, and ends the thread. (The destructor does not tell.)
   void leave();
+  // Of a rank of this host: whether this one is the first of those beside it that live.
+  bool speaksFor(int rank, const std::function<bool(int)>& lives) const;
 
  private:
   using Time = Clock::time_point;
@@ -91,13 +94,15 @@ class Watch {
     Link link{};
     size_t endpoint = 0;           // the one to try
     bool known = false;            // it was heard of
-    bool answers = false;          // and so it will be as long as it lives; also one that connected to others
+    bool answers = false;          // if it lives
     bool done = false;             // what there is to find was found, or it leaves
     std::vector<Link> questions{}; // to those beside it
     Time nextQuestion{};
   };
 
   void run();
+  bool turn(Time now); // whether to go on
+  void end(bool says);
   bool takeOrders(Time now); // whether to go on
   void chooseWatched(Time now);
   void await(Time now);
@@ -122,13 +127,15 @@ class Watch {
   std::atomic<bool> found_{false};
   std::vector<int> forgotten_;
   bool stopped_ = false;
+  bool saysSo_ = false; // that it leaves
 
   Group group_;
   Greeting expected_;
   std::vector<std::vector<std::string>> endpoints_; // by rank
   std::optional<WatchRing> ring_;
   std::list<Watched> watched_;
-  bool connects_ = false; // to others, as one was heard of
+  bool chosen_ = false;       // who is in there
+  bool foundSilence_ = false; // of somebody
   std::vector<pollfd> polled_;
   Time lastTurn_{};
   std::thread thread_;

@@ -67,43 +67,48 @@ void MpiTransport::send(
     size_t bytes,
     Operation* op) {
   const Deferred send{channel, data, bytes, op};
-  if (deferred_.empty() || deferred_.count(peer) == 0) {
-    if (trySend(token, peer, send)) {
-      return;
-    }
-    nextAttempt_ = Clock::now() + kBetweenAttempts;
+  if (deferred_.count(peer) > 0) {
+    deferred_[peer].sends.push_back(send);
+    return;
   }
-  deferred_[peer].push_back(send);
+  const auto begin = Clock::now();
+  if (!trySend(token, peer, send)) {
+    deferred_[peer] = {{send}, pauseAfter(begin)};
+  }
+}
+
+// Where an attempt takes long, which it does if there is no connection, most of the time is the other peers'.
+Clock::time_point MpiTransport::pauseAfter(Clock::time_point begin) {
+  const auto now = Clock::now();
+  return now + std::max<Clock::duration>(kBetweenAttempts, 10 * (now - begin));
 }
 
 size_t MpiTransport::sendDeferred(ProgressToken& token) {
-  if (deferred_.empty() || Clock::now() < nextAttempt_) {
-    return 0;
-  }
-  std::vector<int> peers;
-  for (const auto& [peer, sends] : deferred_) {
-    peers.push_back(peer);
-  }
   size_t sent = 0;
-  for (const int peer : peers) {
-    // Looked up again each time: what a completion does may end a peer.
-    for (auto found = deferred_.find(peer); found != deferred_.end(); found = deferred_.find(peer)) {
-      const Deferred send = found->second.front();
-      if (!trySend(token, peer, send)) {
+  const auto now = deferred_.empty() ? Clock::time_point() : Clock::now();
+  for (auto next = deferred_.begin(); next != deferred_.end();) {
+    const int peer = next->first;
+    bool taken = now >= next->second.nextAttempt;
+    while (taken) {
+      const auto begin = Clock::now();
+      taken = trySend(token, peer, next->second.sends.front());
+      next = deferred_.find(peer); // what a completion does may end a peer
+      if (next == deferred_.end()) {
+        break;
+      }
+      if (!taken) {
+        next->second.nextAttempt = pauseAfter(begin);
         break;
       }
       ++sent;
-      found = deferred_.find(peer);
-      if (found == deferred_.end()) {
-        break;
-      }
-      found->second.pop_front();
-      if (found->second.empty()) {
-        deferred_.erase(found);
-      }
+      next->second.sends.pop_front();
+      taken = !next->second.sends.empty();
     }
+    if (next != deferred_.end() && next->second.sends.empty()) {
+      deferred_.erase(next);
+    }
+    next = deferred_.upper_bound(peer);
   }
-  nextAttempt_ = Clock::now() + kBetweenAttempts;
   return sent;
 }
 

@@ -77,6 +77,7 @@ class MpiTransport final : public Transport {
   }
   bool trySend(ProgressToken& token, int peer, const Deferred& send); // whether MPI has taken it, or has failed
   size_t sendDeferred(ProgressToken& token);
+  static Clock::time_point pauseAfter(Clock::time_point begin);
   size_t pollFrames(ProgressToken& token);
   size_t pollFramesOfEach(ProgressToken& token);
   size_t pollOthers(ProgressToken& token);
@@ -98,9 +99,12 @@ class MpiTransport final : public Transport {
   // Sends that did not complete at once and bulk receives: parallel arrays, as MPI_Testsome wants them.
   std::vector<trm_handle> requests_;
   std::vector<Posted> operations_;
-  std::map<int, std::deque<Deferred>> deferred_; // by peer, in their order
-  Clock::time_point nextAttempt_{};              // to send those
-  std::vector<trm_handle> heads_;                // of frames_, as MPI_Testsome wants them
+  struct DeferredSends {
+    std::deque<Deferred> sends; // in their order
+    Clock::time_point nextAttempt;
+  };
+  std::map<int, DeferredSends> deferred_; // by peer
+  std::vector<trm_handle> heads_;         // of frames_, as MPI_Testsome wants them
   std::vector<int> indices_;
   std::vector<trm_status> statuses_;
   size_t parkedFrames_ = 0;

@@ -201,7 +201,7 @@ TEST(watch_is_closed_in_forked_children) {
 
 TEST(watch_is_taken_over_from_one_that_is_lost) {
   OtherProcess other([] { pause(); }, std::chrono::hours(1), {0, 1, 2}); // 0 watches 1, 1 watches 2
-  other.watches[1].reset();
+  other.watches[1]->leave();
   other.watches[0]->forget(1);
   std::this_thread::sleep_for(milliseconds(300)); // till 0 is connected to 2
   kill(other.pid, SIGKILL);

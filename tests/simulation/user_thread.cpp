@@ -22,6 +22,7 @@ void UserThread::loop() {
     if (ends_) {
       return;
     }
+    interrupted_ = false; // of the run before, in which nobody was left to take it
     job_();
     job_ = nullptr;
     hasPaused_.release();
