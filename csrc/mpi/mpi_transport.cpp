@@ -71,9 +71,8 @@ void MpiTransport::send(
     deferred_[peer].sends.push_back(send);
     return;
   }
-  const auto begin = Clock::now();
   if (!trySend(token, peer, send)) {
-    deferred_[peer] = {{send}, pauseAfter(begin)};
+    deferred_[peer] = {{send}, Clock::now() + kBetweenAttempts};
   }
 }
 
