@@ -180,7 +180,7 @@ class Run {
     }
     const ConstSpan body{frame.data() + sizeof(FrameHeader), header->bodyBytes};
     if (header->kind == FrameKind::kLost) {
-      noteNews(body);
+      noteLoss(body);
     }
     ConstSpan rest = header->kind == FrameKind::kBatch ? body : ConstSpan{};
     while (rest.bytes > 0) {
@@ -189,13 +189,13 @@ class Run {
         return;
       }
       if (next->kind == FrameKind::kLost) {
-        noteNews({rest.data + sizeof(FrameHeader), next->bodyBytes});
+        noteLoss({rest.data + sizeof(FrameHeader), next->bodyBytes});
       }
       const size_t bytes = sizeof(FrameHeader) + next->bodyBytes;
       rest = {rest.data + bytes, rest.bytes - bytes};
     }
   }
-  void noteNews(ConstSpan body) {
+  void noteLoss(ConstSpan body) {
     try {
       const int rank = readLossNews(body, kSize).rank;
       if (rank == kSelf) { // given up by all
