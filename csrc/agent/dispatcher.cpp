@@ -8,6 +8,7 @@
 #include "agent/loss_news.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "host/other_process.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -24,8 +25,6 @@ constexpr auto kLastRequests = std::chrono::seconds(1);
 // verdict that is late: the rank that passes it on may be without a core. One that has crashed instead is told of by
 // those that still waited for its report.
 constexpr auto kLateVerdict = std::chrono::milliseconds(500);
-
-constexpr auto* kCrashed = "its process has ended without leaving (it crashed or was killed)";
 
 // Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.
 class ReleaseTask final : public Task {
@@ -197,9 +196,9 @@ void Dispatcher::watchNeighbours(ProgressToken& token, Clock::time_point now) {
     }
     if (watch_ != nullptr && exchange_.stateOf(ended.peer) == Peer::State::kOpen &&
         watch_->speaksFor(ended.peer, [&](int peer) { return exchange_.stateOf(peer) == Peer::State::kOpen; })) {
-      tellOthers(token, {ended.peer, Watch::Kind::kEnded, kCrashed});
+      tellOthers(token, {ended.peer, Watch::Kind::kEnded, kEndedWithoutLeaving});
     }
-    exchange_.fail(token, ended.peer, kCrashed);
+    exchange_.fail(token, ended.peer, kEndedWithoutLeaving);
     return true;
   });
 }

@@ -8,6 +8,9 @@
 
 namespace torch_rpc_mpi {
 
+// What has happened to one that is found to have ended, a clause about it.
+inline constexpr const char* kEndedWithoutLeaving = "its process has ended without leaving (it crashed or was killed)";
+
 // By a descriptor of the process. Where the system gives none (Linux before 5.3, a filter of system calls), by what
 // /proc says of the id and of when its process started, so that a later process of the same id is not taken for it.
 //

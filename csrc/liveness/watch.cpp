@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "host/fork_guard.h"
+#include "host/other_process.h"
 #include "host/resources.h"
 
 namespace torch_rpc_mpi {
@@ -321,7 +322,7 @@ void Watch::lose(Watched& watched, int error, Time now) {
       (watched.link.greeted && now - watched.link.since < kAttemptLimit && watched.heard < watched.link.since);
   watched.link = {};
   if (watched.known && refused) {
-    find(watched, Kind::kEnded, "its process has ended without leaving (it crashed or was killed)");
+    find(watched, Kind::kEnded, kEndedWithoutLeaving);
   } else if (watched.known && error == ECONNRESET) {
     watched.nextAttempt = now; // to see whether it is the process or the connection that has ended
   } else if (!watched.known) {
@@ -365,7 +366,7 @@ void Watch::listenToAnswers(Watched& watched, Time now) {
   if (answer == Signal::kLives) {
     watched.heard = now - group_.heartbeatTimeout / 4;
   } else if (answer == Signal::kEnded) {
-    find(watched, Kind::kEnded, "its process has ended without leaving (it crashed or was killed)");
+    find(watched, Kind::kEnded, kEndedWithoutLeaving);
   }
 }
 

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <thread>
 
+#include "host/other_process.h"
+
 namespace torch_rpc_mpi {
 
 namespace {
@@ -35,7 +37,7 @@ MpiTransport::MpiTransport(
 // An error of MPI's is often the first that is heard of a process that has ended: that is then what helps.
 std::string MpiTransport::failureText(int peer, const std::string& what) const {
   return peer != kAnySource && neighbours_->hasEnded(peer, kEndingLimit)
-      ? "its process has ended without leaving (it crashed or was killed): " + what
+      ? std::string(kEndedWithoutLeaving) + ": " + what
       : what;
 }
 

@@ -1,8 +1,6 @@
 #include "mpi/shim/retries.h"
 
-#include <dlfcn.h>
-#include <stddef.h>
-#include <string.h>
+#include "mpi/shim/find_call.h"
 
 /* Some milliseconds where there is no room, 0.1 s where there is no connection: each repetition then tries to make it.
  */
@@ -14,21 +12,16 @@ typedef struct variable* cvar_handle;
 static cvar_handle variable; /* NULL: there is nothing to bound */
 static int (*write_variable)(cvar_handle handle, const void* value);
 
-/* POSIX guarantees that a pointer from dlsym() may be used as a function; ISO C has no cast for it. */
-static int find(void* library, const char* name, void* slot) {
-  void* symbol = dlsym(library, name);
-  memcpy(slot, &symbol, sizeof(symbol));
-  return symbol != NULL;
-}
-
 void retries_find(void* library) {
   int (*init_thread)(int required, int* provided);
   int (*get_index)(const char* name, int* index);
   int (*handle_alloc)(int index, void* object, cvar_handle* handle, int* count);
   int (*read_variable)(cvar_handle handle, void* value);
-  if (!find(library, "MPI_T_init_thread", &init_thread) || !find(library, "MPI_T_cvar_get_index", &get_index) ||
-      !find(library, "MPI_T_cvar_handle_alloc", &handle_alloc) || !find(library, "MPI_T_cvar_read", &read_variable) ||
-      !find(library, "MPI_T_cvar_write", &write_variable))
+  if (!find_call(library, "MPI_T_init_thread", &init_thread) ||
+      !find_call(library, "MPI_T_cvar_get_index", &get_index) ||
+      !find_call(library, "MPI_T_cvar_handle_alloc", &handle_alloc) ||
+      !find_call(library, "MPI_T_cvar_read", &read_variable) ||
+      !find_call(library, "MPI_T_cvar_write", &write_variable))
     return;
   int provided = 0;
   int index = 0;

@@ -8,9 +8,9 @@
 
 #include TRM_ABI_HEADER
 #include "mpi/shim/calls.h"
+#include "mpi/shim/find_call.h"
 #include "mpi/shim/retries.h"
 
-#include <dlfcn.h>
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
@@ -369,17 +369,10 @@ static struct trm_mpi_table table = {
     .ialltoallv = shim_ialltoallv,
 };
 
-/* POSIX guarantees that a pointer from dlsym() may be used as a function; ISO C has no cast for it. */
-static int find(void* library, const char* name, void* slot) {
-  void* symbol = dlsym(library, name);
-  memcpy(slot, &symbol, sizeof(symbol));
-  return symbol != NULL;
-}
-
 /* Returns the name of what is missing, or NULL. */
 static const char* resolve(void* library, struct mpi_library* found) {
-#define FIND_CALL(result, name, parameters)       \
-  if (!find(library, "MPI_" #name, &found->name)) \
+#define FIND_CALL(result, name, parameters)            \
+  if (!find_call(library, "MPI_" #name, &found->name)) \
     return "MPI_" #name;
   MPI_CALLS(FIND_CALL)
 #define FIND_HANDLE(member, type, source)            \
