@@ -136,7 +136,8 @@ void World::checkAgreement(int rank) {
       wrong("another has not joined");
     }
     // Where there was no memory to wait for the future of a function, its caller has that error, and nobody waits.
-    if (!worker.dead && late == 0 && worker.service->held() > 0 && !oracle_.wordsFail()) {
+    const auto rank = static_cast<int>(&worker - workers_.data());
+    if (!worker.dead && late == 0 && worker.service->held() > 0 && !oracle_.isShortOfMemory(rank)) {
       wrong("another still serves a call");
     }
   }

@@ -20,6 +20,7 @@ Oracle::Oracle(int size)
       excused_(static_cast<size_t>(size) * size, false),
       dead_(size, false),
       stops_(size, false),
+      shortOfMemory_(size, false),
       reasons_(excused_.size()) {}
 
 std::string Oracle::describe(int rank) {

@@ -48,7 +48,11 @@ class Oracle {
   // A rank that was short of memory: its words may be cut, also those that others repeat.
   void shortOfMemory(int rank) {
     excuseRank(rank);
+    shortOfMemory_[rank] = true;
     wordsFail_ = true;
+  }
+  bool isShortOfMemory(int rank) const {
+    return shortOfMemory_[rank];
   }
   bool wordsFail() const {
     return wordsFail_;
@@ -101,7 +105,7 @@ class Oracle {
   bool needs(const Call& call, const std::function<bool(int rank)>& of) const;
 
   const int size_;
-  std::vector<bool> excused_, dead_, stops_;
+  std::vector<bool> excused_, dead_, stops_, shortOfMemory_;
   bool wordsFail_ = false;
   std::vector<std::string> reasons_;
   std::deque<Call> calls_;
