@@ -19,7 +19,7 @@ namespace torch_rpc_mpi {
 // Of the messages of one rank. Counted by the process whose page this is; `awaited` is set by that rank.
 struct alignas(32) Neighbours::Taken {
   std::array<std::atomic<uint64_t>, kKinds> messages;
-  std::atomic<uint32_t> awaited;
+  std::atomic<uint64_t> awaited; // how many of all kinds; 0: none
 };
 
 // Memory is taken for what is used of it alone: the ranks of this host have a few pages of 4 KiB.
@@ -158,7 +158,8 @@ void Neighbours::took(int rank, size_t kind) {
   }
   Taken& taken = own_->taken[rank];
   taken.messages[kind].fetch_add(1);
-  if (taken.awaited.load() != 0) {
+  const uint64_t awaited = taken.awaited.load();
+  if (awaited != 0 && taken.messages[0].load() + taken.messages[1].load() >= awaited) {
     taken.awaited = 0;
     ring(rank);
   }
@@ -172,10 +173,10 @@ std::optional<uint64_t> Neighbours::taken(int rank, size_t kind) const {
   return page->taken[self_].messages[kind].load();
 }
 
-void Neighbours::awaitTaking(int rank) {
+void Neighbours::awaitTaking(int rank, uint64_t messages) {
   Page* page = pages_[rank];
-  if (page != nullptr && static_cast<size_t>(self_) < Page::kRanks && page->taken[self_].awaited.load() == 0) {
-    page->taken[self_].awaited = 1;
+  if (page != nullptr && static_cast<size_t>(self_) < Page::kRanks && page->taken[self_].awaited.load() != messages) {
+    page->taken[self_].awaited = messages;
   }
 }
 

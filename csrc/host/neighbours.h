@@ -45,8 +45,8 @@ class Neighbours {
   void took(int rank, size_t kind);
   // How many messages of this rank that one has received; nothing if it is no neighbour.
   std::optional<uint64_t> taken(int rank, size_t kind) const;
-  // It rings when it receives the next message of this rank.
-  void awaitTaking(int rank);
+  // It rings when it has received so many messages of this rank, of all kinds together.
+  void awaitTaking(int rank, uint64_t messages);
   // A number that the ranks of this host have in common: the lowest rank among this one and its neighbours.
   int host() const;
   bool reaches(int rank) const {

@@ -35,8 +35,8 @@ class MpiTransport final : public Transport {
   std::optional<uint64_t> taken(ProgressToken&, int peer, Channel channel) override {
     return neighbours_->taken(peer, kindOf(channel));
   }
-  void awaitTaking(ProgressToken&, int peer) override {
-    neighbours_->awaitTaking(peer);
+  void awaitTaking(ProgressToken&, int peer, uint64_t messages) override {
+    neighbours_->awaitTaking(peer, messages);
   }
   std::vector<int> frameSources() const override;
   void receiveFrame(ProgressToken& token, int source, void* data, size_t capacity, Operation* op) override;

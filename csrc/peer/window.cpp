@@ -6,7 +6,7 @@ namespace torch_rpc_mpi {
 
 bool Window::fits(Channel channel) {
   const size_t untaken = of(channel).untaken();
-  return 4 * untaken + budget_.untaken_ < budget_.budget_ ||
+  return 2 * untaken + budget_.untaken_ < budget_.budget_ ||
       (untaken == 0 && budget_.untaken_ < budget_.budget_ + budget_.budget_ / 4);
 }
 
@@ -32,6 +32,12 @@ void Window::posted(Channel channel) {
     listed_ = true;
     budget_.windows_.push_back(this);
   }
+}
+
+void Window::await(ProgressToken& token) {
+  const auto& [frames, chunks] = counts_;
+  const size_t untaken = frames.untaken() + chunks.untaken();
+  transport_.awaitTaking(token, rank_, frames.taken + chunks.taken + (untaken + 1) / 2);
 }
 
 void Window::look(ProgressToken& token) {

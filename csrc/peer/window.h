@@ -6,9 +6,9 @@
 // all of its peers. A send is complete as soon as its message lies in one, and a peer that is stopped, killed or slow
 // keeps what it was sent. Once it has all cells, no other rank of the host can be reached. Unfinished sends therefore
 // bound nothing. Each rank counts what it has received of each neighbour, in memory that they share, and a sender posts
-// the next message only while four times what the peer has not taken, and what all neighbours together have not taken,
+// the next message only while twice what the peer has not taken, and what all neighbours together have not taken,
 // are less than the budget: a dynamic threshold, as switches have it for ports that share a buffer (Choudhury and
-// Hahne, 1998). So one peer that takes nothing holds 10 cells and four hold 29; the others go on, with 4 each. A peer
+// Hahne, 1998). So one peer that takes nothing holds 16 cells and four hold 39; the others go on, with 3 each. A peer
 // that has taken all may have one message until a quarter more is out, so that twenty such peers do no harm. What waits
 // does so in Outgoing, for that peer alone; when it may go, what is small goes in batches.
 // - Frames and chunks are compared with the threshold each for themselves, so that neither keeps the other waiting.
@@ -54,10 +54,8 @@ class Window {
   // Whether another message may be posted.
   bool allows(ProgressToken& token, Channel channel);
   void posted(Channel channel);
-  // The engine is woken when the peer takes something.
-  void await(ProgressToken& token) {
-    transport_.awaitTaking(token, rank_);
-  }
+  // The engine is woken when the peer has taken half of what it has: woken for each, it would take the core from it.
+  void await(ProgressToken& token);
 
  private:
   friend class WindowBudget;

@@ -54,8 +54,8 @@ class Transport {
   // How many messages on that channel the peer has received of this rank, where it can tell without a message: it
   // shares memory with this one.
   virtual std::optional<uint64_t> taken(ProgressToken& token, int peer, Channel channel) = 0;
-  // The peer rings this rank's bell when it receives the next one.
-  virtual void awaitTaking(ProgressToken& token, int peer) = 0;
+  // The peer rings this rank's bell when it has received so many, on both channels together.
+  virtual void awaitTaking(ProgressToken& token, int peer, uint64_t messages) = 0;
   // The sources that receives on kFrame are posted for: kAnySource alone, or each peer.
   virtual std::vector<int> frameSources() const = 0;
   // Those of one source complete in the order in which they were posted.

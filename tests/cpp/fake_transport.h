@@ -12,7 +12,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -63,7 +62,7 @@ class FakeNetwork {
   std::map<std::pair<int, int>, std::deque<Message>> bulk_; // (source, destination)
   std::map<int, std::deque<Message>> frames_;               // destination
   std::map<std::tuple<int, int, Channel>, uint64_t> taken_; // (source, destination, channel)
-  std::set<std::pair<int, int>> awaited_;                   // (source, destination)
+  std::map<std::pair<int, int>, uint64_t> awaited_;         // (source, destination)
 };
 
 class FakeTransport final : public Transport {
@@ -120,9 +119,9 @@ class FakeTransport final : public Transport {
     const std::lock_guard<std::mutex> lock(network_->mutex_);
     return network_->counts ? std::optional(network_->taken_[{rank_, peer, channel}]) : std::nullopt;
   }
-  void awaitTaking(ProgressToken&, int peer) override {
+  void awaitTaking(ProgressToken&, int peer, uint64_t messages) override {
     const std::lock_guard<std::mutex> lock(network_->mutex_);
-    network_->awaited_.emplace(rank_, peer);
+    network_->awaited_[{rank_, peer}] = messages;
   }
   std::vector<int> frameSources() const override {
     return sources;
@@ -230,7 +229,11 @@ class FakeTransport final : public Transport {
   };
   void took(int source, Channel channel) { // with the mutex
     ++network_->taken_[{source, rank_, channel}];
-    if (network_->awaited_.erase({source, rank_}) > 0) {
+    const uint64_t taken =
+        network_->taken_[{source, rank_, Channel::kFrame}] + network_->taken_[{source, rank_, Channel::kBulk}];
+    const auto awaited = network_->awaited_.find({source, rank_});
+    if (awaited != network_->awaited_.end() && taken >= awaited->second) {
+      network_->awaited_.erase(awaited);
       Doorbell::ring(network_->bells_[source]);
     }
   }

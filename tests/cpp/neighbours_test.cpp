@@ -102,14 +102,17 @@ TEST(neighbours_know_what_each_has_taken_of_the_other) {
   CHECK_EQUAL(first.taken(1, 1).value(), 1U);
   CHECK_EQUAL(second.taken(0, 0).value(), 0U);
   CHECK_THAT(!first.taken(2, 0));
-  first.awaitTaking(2); // nothing
+  first.awaitTaking(2, 1); // nothing
   Doorbell sleeper(first.bell());
   const uint32_t ticket = sleeper.prepare();
   second.took(0, 0);
   CHECK_THAT(!sleeper.wait(ticket, std::chrono::milliseconds(1)));
   const uint32_t next = sleeper.prepare();
-  first.awaitTaking(1);
+  first.awaitTaking(1, 6);
   second.took(0, 0);
+  CHECK_EQUAL(sleeper.prepare(), next);
+  sleeper.cancel();
+  second.took(0, 1);
   CHECK_THAT(sleeper.wait(next, std::chrono::hours(1)));
 }
 

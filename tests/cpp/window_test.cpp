@@ -56,11 +56,11 @@ struct Host {
 TEST(window_a_peer_that_takes_nothing_holds_few_messages_and_gets_the_rest_when_it_goes_on) {
   for (const FrameKind kind : {FrameKind::kRequest, FrameKind::kResponse}) {
     Host host(2);
-    CHECK_EQUAL(host.flood(1, kind), 10);
+    CHECK_EQUAL(host.flood(1, kind), 16);
     for (int i = 0; i < 5; ++i) {
       host.sender().poll();
     }
-    CHECK_EQUAL(host.sender().transport.sends, 10);
+    CHECK_EQUAL(host.sender().transport.sends, 16);
     CHECK_THAT(!host.sender().exchange.quiet(*host.sender().hold));
     host.settle();
     CHECK_THAT(host.hasAll(1));
@@ -70,12 +70,12 @@ TEST(window_a_peer_that_takes_nothing_holds_few_messages_and_gets_the_rest_when_
 
 TEST(window_peers_that_take_nothing_leave_enough_to_the_others) {
   Host host(8);
-  CHECK_EQUAL(host.flood(1), 10);
-  CHECK_EQUAL(host.flood(2), 8);
-  CHECK_EQUAL(host.flood(3), 6);
+  CHECK_EQUAL(host.flood(1), 16);
+  CHECK_EQUAL(host.flood(2), 11);
+  CHECK_EQUAL(host.flood(3), 7);
   CHECK_EQUAL(host.flood(4), 5);
   for (const int peer : {5, 6, 7}) {
-    CHECK_EQUAL(host.flood(peer), 4);
+    CHECK_EQUAL(host.flood(peer), 3);
     host.settle(5);
     CHECK_THAT(host.hasAll(peer));
   }
@@ -105,7 +105,7 @@ TEST(window_peers_that_have_taken_all_count_for_nothing) {
     host.sender().post(std::make_unique<TextMessage>(peer, FrameKind::kResponse, "x"));
     host.ranks[peer]->poll();
   }
-  CHECK_EQUAL(host.flood(63), 10);
+  CHECK_EQUAL(host.flood(63), 16);
 }
 
 TEST(window_a_dead_peer_keeps_what_it_has_and_its_waiting_messages_fail) {
@@ -113,10 +113,10 @@ TEST(window_a_dead_peer_keeps_what_it_has_and_its_waiting_messages_fail) {
   host.flood(1);
   host.sender().exchange.fail(*host.sender().hold, 1, "it crashed");
   host.sender().poll();
-  CHECK_EQUAL(host.sender().failures, kFlood - 10);
+  CHECK_EQUAL(host.sender().failures, kFlood - 16);
   CHECK_EQUAL(TextMessage::lastFailure, "peer 1: it crashed");
   CHECK_THAT(host.sender().exchange.quiet(*host.sender().hold));
-  CHECK_EQUAL(host.flood(2), 8);
+  CHECK_EQUAL(host.flood(2), 11);
   host.settle(2);
   CHECK_THAT(host.hasAll(2));
 }
@@ -128,7 +128,7 @@ TEST(window_bounds_chunks_that_are_complete_at_once) {
       std::make_unique<TextMessage>(
           1, FrameKind::kResponse, "x", std::vector<std::string>{pattern(50000, 1)})); // of 1000
   host.sender().poll();
-  CHECK_EQUAL(host.sender().transport.sends, 1 + 10);
+  CHECK_EQUAL(host.sender().transport.sends, 1 + 16);
   host.settle();
   CHECK_THAT(host.ranks[1]->parts[0][0] == pattern(50000, 1));
 }
@@ -141,7 +141,7 @@ TEST(window_requests_and_answers_that_wait_take_turns) {
   }
   host.settle();
   const auto& bodies = host.ranks[1]->bodies;
-  const auto answers = std::count(bodies.begin() + 10, bodies.begin() + 110, "answer");
+  const auto answers = std::count(bodies.begin() + 16, bodies.begin() + 116, "answer");
   CHECK_EQUAL(answers, 50);
   CHECK_EQUAL(bodies.size(), 2U * kFlood);
 }
@@ -151,7 +151,7 @@ TEST(window_what_waited_goes_in_batches) {
   host.flood(1);
   host.ranks[1]->poll();
   host.sender().poll();
-  CHECK_THAT(host.sender().transport.sends < 10 + 10);
+  CHECK_THAT(host.sender().transport.sends < 16 + 10);
   host.ranks[1]->poll();
   CHECK_THAT(host.hasAll(1));
   CHECK_EQUAL(host.sender().exchange.counters().framesSent, static_cast<uint64_t>(kFlood));
@@ -191,8 +191,8 @@ TEST(window_a_request_that_nobody_waits_for_is_not_sent) {
   const OutboundPtr unsent = host.sender().exchange.forget(*host.sender().hold, 1, 7);
   CHECK_THAT(unsent != nullptr);
   host.sender().poll();
-  CHECK_EQUAL(host.sender().sent, 10U);
-  CHECK_EQUAL(host.sender().exchange.counters().waitingForCredit, kFlood - 11U);
+  CHECK_EQUAL(host.sender().sent, 16U);
+  CHECK_EQUAL(host.sender().exchange.counters().waitingForCredit, kFlood - 17U);
   host.settle();
   CHECK_EQUAL(host.ranks[1]->bodies.size(), kFlood - 1U);
 }
@@ -212,7 +212,7 @@ TEST(window_a_goodbye_reaches_also_a_peer_that_takes_nothing) {
   host.sender().post(std::make_unique<TextMessage>(1, FrameKind::kGoodbye, "bye"));
   host.sender().exchange.close(*host.sender().hold, /*agreed=*/false);
   host.ranks[1]->poll();
-  CHECK_EQUAL(host.ranks[1]->bodies.size(), 11U);
+  CHECK_EQUAL(host.ranks[1]->bodies.size(), 17U);
   CHECK_EQUAL(host.ranks[1]->bodies.back(), "bye");
 }
 

@@ -28,7 +28,7 @@ class SimTransport final : public Transport {
   }
   void send(ProgressToken& token, int peer, Channel channel, const void* data, size_t bytes, Operation* op) override;
   std::optional<uint64_t> taken(ProgressToken& token, int peer, Channel channel) override;
-  void awaitTaking(ProgressToken&, int) override {} // all poll for ever
+  void awaitTaking(ProgressToken&, int, uint64_t) override {} // all poll for ever
   std::vector<int> frameSources() const override;
   void receiveFrame(ProgressToken& token, int source, void* data, size_t capacity, Operation* op) override;
   void receiveBulk(ProgressToken& token, int peer, void* data, size_t bytes, Operation* op) override;
