@@ -187,6 +187,43 @@ void OutboundRpc::failed(const std::string& reason) noexcept {
   listener_.onSendFailed(header().kind, peer(), header().callId, reason);
 }
 
+OutboundPtr OutboundRpc::releaseSource() {
+  struct Source final : OutboundMessage {
+    using OutboundMessage::OutboundMessage;
+    bool light() const override {
+      return false;
+    }
+    void failed(const std::string&) noexcept override {}
+    size_t planBody(std::vector<ConstSpan>&) override {
+      return 0;
+    }
+    void writeBody(char*) override {}
+    RpcMessage message;
+    std::unique_ptr<TensorWriter> tensors;
+  };
+  auto source = std::make_unique<Source>(peer(), header().kind, header().callId);
+  storages_ = tensors_->storages();
+  payload_ = std::move(*message_).movePayload(); // which stays where it lies
+  source->message = std::move(message_);
+  source->tensors = std::move(tensors_);
+  return source;
+}
+
+bool OutboundRpc::giveBackMemory() noexcept {
+  (void)OutboundMessage::giveBackMemory();
+  giveBack(payload_.data(), payload_.size());
+  const auto done = [&](const c10::Storage& storage) {
+    if (storage.use_count() > 1) {
+      return false;
+    }
+    if (isOfStorageAlone(storage.data_ptr())) {
+      giveBack(storage.mutable_data(), storage.nbytes());
+    }
+    return true;
+  };
+  return std::ranges::count_if(storages_, done) == std::ssize(storages_);
+}
+
 // ---- receiving ----
 
 std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body) {

@@ -34,9 +34,11 @@ class OutboundRpc final : public OutboundMessage {
   // After encode(): lets go of the message if everything was copied into the frame.
   void dropSource();
   bool light() const override {
-    return message_ == nullptr;
+    return message_ == nullptr && storages_.empty();
   }
   void failed(const std::string& reason) noexcept override;
+  OutboundPtr releaseSource() override;
+  bool giveBackMemory() noexcept override;
 
  protected:
   size_t planBody(std::vector<ConstSpan>& parts) override;
@@ -48,6 +50,9 @@ class OutboundRpc final : public OutboundMessage {
   RpcMessage message_;
   std::unique_ptr<TensorWriter> tensors_;
   bool anyBulk_ = false;
+  // Once the source is released: in what its parts lie.
+  std::vector<c10::Storage> storages_;
+  std::vector<char> payload_;
 };
 
 // A control frame (goodbye, drain): a short text or struct as the body.

@@ -48,6 +48,8 @@ class TensorWriter {
   const std::string& descriptions() const {
     return descriptions_;
   }
+  // Those in which the slices lie, each once.
+  std::vector<c10::Storage> storages() const;
 
  private:
   // Of a part in its storage.
@@ -112,5 +114,7 @@ std::vector<at::Tensor> readTensors(
 
 // Memory for a storage of so many bytes: from the receive pool when large, from torch's allocator otherwise.
 at::DataPtr allocateStorage(size_t bytes, bool large);
+// Whether it is from one of these, and so nobody's but the storage's.
+bool isOfStorageAlone(const at::DataPtr& memory);
 
 } // namespace torch_rpc_mpi

@@ -287,23 +287,32 @@ std::vector<at::Tensor> readTensors(
   return tensors;
 }
 
+namespace {
+
+struct PoolBlock {
+  void* data;
+  size_t bytes;
+};
+
+void releaseBlock(void* context) {
+  const std::unique_ptr<PoolBlock> owned(static_cast<PoolBlock*>(context));
+  ReceivePool::instance().release(owned->data, owned->bytes);
+}
+
+} // namespace
+
 at::DataPtr allocateStorage(size_t bytes, bool large) {
   if (!large) {
     return c10::GetCPUAllocator()->allocate(bytes);
   }
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-  auto block = std::make_unique<Block>(Block{nullptr, bytes});
+  auto block = std::make_unique<PoolBlock>(PoolBlock{nullptr, bytes});
   void* data = block->data = ReceivePool::instance().allocate(bytes);
-  return {
-      data, block.release(),
-      [](void* context) {
-        const std::unique_ptr<Block> owned(static_cast<Block*>(context));
-        ReceivePool::instance().release(owned->data, owned->bytes);
-      },
-      c10::Device(c10::kCPU)};
+  return {data, block.release(), &releaseBlock, c10::Device(c10::kCPU)};
+}
+
+bool isOfStorageAlone(const at::DataPtr& memory) {
+  const c10::DeleterFnPtr deleter = memory.get_deleter();
+  return deleter == &releaseBlock || deleter == c10::GetCPUAllocator()->raw_deleter();
 }
 
 } // namespace torch_rpc_mpi

@@ -1,5 +1,6 @@
 #include <limits>
 #include <unordered_map>
+#include <unordered_set>
 
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
@@ -153,6 +154,17 @@ void TensorWriter::groupByStorage() {
     }
     place.slice = group.slice;
   }
+}
+
+std::vector<c10::Storage> TensorWriter::storages() const {
+  std::vector<c10::Storage> storages;
+  std::unordered_set<const c10::StorageImpl*> known;
+  for (const at::Tensor& part : parts_) {
+    if (known.insert(part.storage().unsafeGetStorageImpl()).second) {
+      storages.push_back(part.storage());
+    }
+  }
+  return storages;
 }
 
 void TensorWriter::describe(const at::Tensor& tensor) {

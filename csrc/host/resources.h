@@ -10,6 +10,9 @@
 #include <thread>
 #include <utility>
 
+#include <pthread.h>
+#include <signal.h>
+
 namespace torch_rpc_mpi {
 
 // The tightest limits of this process's cgroup and of those that it lies in, of version 2 and version 1; nothing where
@@ -39,6 +42,24 @@ std::thread startThread(const char* what, Body&& body) {
   } catch (const std::system_error&) {
     throw std::runtime_error(noThreadText(what));
   }
+}
+
+// The same, of a thread that serves no signals: they are left to those threads that would serve them without it.
+template <typename Body>
+std::thread startThreadWithoutSignals(const char* what, Body&& body) {
+  struct Blocked {
+    Blocked() {
+      sigset_t all;
+      sigfillset(&all);
+      pthread_sigmask(SIG_SETMASK, &all, &before);
+    }
+    ~Blocked() {
+      pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+    sigset_t before{};
+  };
+  const Blocked blocked; // a new thread begins with its maker's mask
+  return startThread(what, std::forward<Body>(body));
 }
 
 } // namespace torch_rpc_mpi

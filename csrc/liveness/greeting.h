@@ -21,7 +21,6 @@ constexpr size_t kSecretBytes = 32;
 struct Greeting {
   std::array<char, 8> magic{'T', 'R', 'M', 'W', 'A', 'T', 'C', '1'};
   std::array<char, kSecretBytes> secret{};
-  uint32_t from = 0;
   uint32_t to = 0;
   Purpose purpose = Purpose::kWatch;
   uint32_t about = 0;
@@ -35,6 +34,6 @@ struct Greeting {
     return magic == expected.magic && different == 0 && to == expected.to;
   }
 };
-static_assert(sizeof(Greeting) == 56);
+static_assert(sizeof(Greeting) == 52);
 
 } // namespace torch_rpc_mpi

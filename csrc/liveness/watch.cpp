@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <csignal>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -93,17 +92,7 @@ void Watch::start(Group group) {
   expected_.to = static_cast<uint32_t>(group_.self);
   visitors_.begin(expected_, group_.heartbeatTimeout / 10, group_.hasEnded);
   ring_.emplace(group_.self, group_.hosts);
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before); // the new thread serves none
-  try {
-    thread_ = startThread("what watches other hosts", [this] { run(); });
-  } catch (const std::runtime_error&) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    throw;
-  }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  thread_ = startThreadWithoutSignals("what watches other hosts", [this] { run(); });
 }
 
 std::vector<Watch::Finding> Watch::takeFindings() {
@@ -271,7 +260,6 @@ bool Watch::greet(Link& link, int to, Purpose purpose, int about, int& error) co
   error = connectError(link.socket);
   if (error == 0) {
     Greeting greeting = expected_;
-    greeting.from = static_cast<uint32_t>(group_.self);
     greeting.to = static_cast<uint32_t>(to);
     greeting.purpose = purpose;
     greeting.about = static_cast<uint32_t>(about);

@@ -53,7 +53,7 @@ Exchange::Exchange(Transport& transport, ExchangeListener& listener, const Excha
       options_(options),
       frames_(std::make_shared<FramePool>(options.frameBytes())),
       windows_(options.untakenBudget, transport.size()),
-      context_{transport, listener, options_, *frames_, counters_, done_, windows_, blocked_} {
+      context_{transport, listener, options_, *frames_, counters_, done_, windows_, kept_, blocked_} {
   blocked_.reserve(transport.size());
   wereBlocked_.reserve(transport.size());
   for (int rank = 0; rank < transport.size(); ++rank) {
@@ -313,6 +313,13 @@ void Exchange::look(ProgressToken& token, Time now) {
     }
   }
   reportCredit(token, stale);
+  giveBackMemory();
+}
+
+// Of what was posted to peers that have ended.
+void Exchange::giveBackMemory() {
+  std::erase_if(
+      kept_, [&](OutboundMessage* message) { return peers_[message->peer()]->ended() && message->giveBackMemory(); });
 }
 
 DoneMessages Exchange::takeDone(ProgressToken&) {

@@ -53,7 +53,8 @@ class Exchange : private PeerFailureListener {
   bool receives(ProgressToken& token, int rank) const;
   // One bounded turn; returns whether anything moved. Throws when the transport is broken.
   bool poll(ProgressToken& token);
-  // What depends on time: tells peers of credit that no frame has told them of for a while, and lets peers go.
+  // What depends on time: tells peers of credit that no frame has told them of for a while, lets peers go, and gives
+  // back the memory of what they were sent.
   void look(ProgressToken& token, Time now);
   // See Note [States of a peer]. The cause is put into words by the listener.
   void leaves(ProgressToken& token, int rank, const std::string& cause, Time now);
@@ -93,6 +94,7 @@ class Exchange : private PeerFailureListener {
   void reportCredit(ProgressToken& token, const std::vector<int>& ranks);
   std::vector<int> takeDue();
   void failRefused(ProgressToken& token);
+  void giveBackMemory();
   bool sendBlocked(ProgressToken& token); // whether there was something that could be sent
   void onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status);
   void onFrameOf(ProgressToken& token, int source, FrameBuffer frame, size_t bytes);
@@ -107,6 +109,7 @@ class Exchange : private PeerFailureListener {
   ExchangeCounters counters_;
   DoneMessages done_;
   WindowBudget windows_;
+  std::vector<OutboundMessage*> kept_;
   std::vector<int> blocked_, wereBlocked_; // peers, see PeerContext
   PeerContext context_;
   std::vector<std::unique_ptr<Peer>> peers_; // this rank's own is never used

@@ -7,6 +7,7 @@
 
 #include "base/error_text.h"
 #include "host/no_memory.h"
+#include "host/pages.h"
 
 namespace torch_rpc_mpi {
 
@@ -51,7 +52,9 @@ struct Incoming::ChunkReceive final : Operation {
 Incoming::Incoming(int rank, PeerContext& context, PeerFailureListener& owner)
     : rank_(rank),
       context_(context),
-      owner_(owner) {}
+      owner_(owner) {
+  receiving_.reserve(kChunksIn);
+}
 
 Incoming::~Incoming() = default;
 
@@ -133,6 +136,9 @@ void Incoming::pump(ProgressToken& token) {
       message->offset = 0;
       ++message->span;
     }
+    if (message->chunks == 0) {
+      receiving_.push_back(message);
+    }
     ++message->chunks;
     ++chunksIn_;
     if (message->allPosted() && message->state == Message::State::kParts) {
@@ -146,7 +152,9 @@ void Incoming::pump(ProgressToken& token) {
 
 void Incoming::chunkReceived(ProgressToken& token, Message* message, size_t expected, const OperationStatus& status) {
   --chunksIn_;
-  --message->chunks;
+  if (--message->chunks == 0) {
+    std::erase(receiving_, message);
+  }
   if (abandoned_) {
     if (message->chunks == 0) {
       delete message;
@@ -201,6 +209,11 @@ void Incoming::abandon() noexcept {
     }
   }
   messages_.clear();
+  for (const Message* message : receiving_) {
+    for (const MutableSpan& span : message->spans) {
+      giveBackPages(span.data, message->discard ? 0 : span.bytes);
+    }
+  }
   context_.counters.partsIn.fetch_sub(std::exchange(unfinished_, 0), std::memory_order_relaxed);
 }
 

@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "peer/peer_context.h"
 
@@ -19,7 +20,7 @@ class Incoming {
   // Receives the rest of a message whose frame has arrived; the listener gets it then. Frames come here in their order.
   // Throws when nothing can be received any more.
   void receive(ProgressToken& token, InboundMessage message);
-  // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever.
+  // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever, but without its pages.
   void abandon() noexcept;
   // Whether not all of a message of this kind and id is here.
   bool lacksPartOf(FrameKind kind, uint64_t callId) const;
@@ -41,7 +42,8 @@ class Incoming {
   PeerContext& context_;
   PeerFailureListener& owner_;
   std::deque<std::unique_ptr<Message>> messages_; // those not all of which is posted, in the order of their frames
-  size_t chunksIn_ = 0;                           // posted and not complete
+  std::vector<Message*> receiving_;               // with chunks that are posted and not complete
+  size_t chunksIn_ = 0;                           // those
   size_t unfinished_ = 0;
   bool abandoned_ = false;
 };

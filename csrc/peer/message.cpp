@@ -1,5 +1,6 @@
 #include "peer/message.h"
 
+#include "host/pages.h"
 #include "peer/outgoing.h"
 
 namespace torch_rpc_mpi {
@@ -25,6 +26,23 @@ void OutboundMessage::encode(FramePool& pool) {
   writeBody(body + sizesBytes);
   parts_.insert(parts_.end(), parts.begin(), parts.end());
   frame_ = std::move(frame);
+}
+
+bool OutboundMessage::giveBackMemory() noexcept {
+  giveBack(separateBody_.get(), separateBody_ != nullptr ? header_.bodyBytes : 0);
+  return true;
+}
+
+void OutboundMessage::giveBack(void* data, size_t bytes) const noexcept {
+  char* begin = static_cast<char*>(data);
+  const char* const end = begin + bytes;
+  for (const ConstSpan& chunk : posted_) {
+    if (chunk.data >= begin && chunk.data < end) {
+      giveBackPages(begin, static_cast<size_t>(chunk.data - begin));
+      begin += chunk.data - begin + static_cast<ptrdiff_t>(chunk.bytes);
+    }
+  }
+  giveBackPages(begin, static_cast<size_t>(end - begin));
 }
 
 void OutboundMessage::complete(ProgressToken& token, const OperationStatus& status) noexcept {

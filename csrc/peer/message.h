@@ -16,7 +16,7 @@ namespace torch_rpc_mpi {
 //
 // Life: made by any thread; given to the exchange, from then on touched by the token's holder alone; destroyed by
 // whoever takes the exchange's finished or failed messages, outside the token, because what it owns may need the GIL.
-// One of which MPI may still read parts, to a peer that has failed, is kept for ever.
+// One of which MPI may still read parts, to a peer that has failed, is kept for ever, but not its memory.
 class OutboundMessage : public Operation {
  public:
   OutboundMessage(int peer, FrameKind kind, uint64_t callId) : peer_(peer) {
@@ -51,6 +51,14 @@ class OutboundMessage : public Operation {
   }
   // Whether destroying it frees nothing but its own buffers.
   virtual bool light() const = 0;
+  // It is kept because MPI may still read chunks of it, to a peer that has ended. What it owns but their memory; null
+  // for nothing. May throw std::bad_alloc.
+  virtual std::unique_ptr<OutboundMessage> releaseSource() {
+    return nullptr;
+  }
+  // After that: the pages of that memory that are not read go back to the system, unless somebody else has that memory
+  // as well; returns false if so, and is called again. With the token.
+  virtual bool giveBackMemory() noexcept;
   // It will not be sent. Called outside the token.
   virtual void failed(const std::string& reason) noexcept = 0;
 
@@ -61,6 +69,8 @@ class OutboundMessage : public Operation {
   virtual size_t planBody(std::vector<ConstSpan>& parts) = 0;
   // … then writes exactly that many bytes.
   virtual void writeBody(char* body) = 0;
+  // Whole pages without what is posted.
+  void giveBack(void* data, size_t bytes) const noexcept;
 
  private:
   friend class Outgoing;
@@ -75,7 +85,8 @@ class OutboundMessage : public Operation {
   std::vector<ConstSpan> parts_;         // on the bulk channel, a separate body first
   // Bookkeeping of what goes out, token only.
   class Outgoing* outgoing_ = nullptr;
-  size_t unfinished_ = 0; // operations still to complete: the frame, and each chunk
+  size_t unfinished_ = 0;         // operations still to complete: the frame, and each chunk
+  std::vector<ConstSpan> posted_; // once it is kept: the chunks that MPI may read, by address
 };
 using OutboundPtr = std::unique_ptr<OutboundMessage>;
 

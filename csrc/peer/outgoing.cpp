@@ -35,15 +35,16 @@ class BareMessage final : public OutboundMessage {
 } // namespace
 
 struct Outgoing::ChunkSend final : Operation {
-  ChunkSend(Outgoing& owner, OutboundMessage& sent) : outgoing(owner), message(sent) {}
+  ChunkSend(Outgoing& owner, OutboundMessage& sent, ConstSpan bytes) : outgoing(owner), message(sent), chunk(bytes) {}
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
-    --outgoing.chunksOut_;
+    std::erase(outgoing.chunks_, this);
     outgoing.operationDone(token, message, 1, status.error);
     outgoing.pump(token);
     delete this;
   }
   Outgoing& outgoing;
   OutboundMessage& message;
+  const ConstSpan chunk;
 };
 
 Outgoing::Outgoing(int rank, Credit& credit, PeerContext& context, PeerFailureListener& owner)
@@ -52,7 +53,9 @@ Outgoing::Outgoing(int rank, Credit& credit, PeerContext& context, PeerFailureLi
       context_(context),
       owner_(owner),
       window_(rank, context.transport, context.windows),
-      waiting_(credit, context.counters) {}
+      waiting_(credit, context.counters) {
+  chunks_.reserve(kChunksOut);
+}
 
 size_t Outgoing::chunksOf(size_t bytes) const {
   return (bytes + context_.options.bulkChunk - 1) / context_.options.bulkChunk;
@@ -216,13 +219,15 @@ void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
   message.outgoing_ = this;
   message.unfinished_ = 1 + chunks;
   ExchangeCounters& counters = context_.counters;
+  if (chunks > 0) {
+    withParts_.push_back(&message);
+  }
   count(header);
   counters.bytesSent.fetch_add(bytes + bulkBytes, std::memory_order_relaxed);
   counters.unfinishedSends.fetch_add(1, std::memory_order_relaxed);
   ++unfinished_;
   if (chunks > 0) {
     counters.partsOut.fetch_add(1, std::memory_order_relaxed);
-    ++partsOut_;
     streams_.push_back({&message, 0, 0});
   }
   window_.posted(Channel::kFrame);
@@ -237,7 +242,7 @@ bool Outgoing::pump(ProgressToken& token) {
   }
   bool any = false;
   try {
-    while (chunksOut_ < kChunksOut && !streams_.empty() && windowAllows(token, Channel::kBulk)) {
+    while (chunks_.size() < kChunksOut && !streams_.empty() && windowAllows(token, Channel::kBulk)) {
       sendChunk(token);
       any = true;
     }
@@ -251,20 +256,19 @@ bool Outgoing::pump(ProgressToken& token) {
 void Outgoing::sendChunk(ProgressToken& token) {
   Stream& stream = streams_.front();
   OutboundMessage& message = *stream.message;
-  auto operation = std::make_unique<ChunkSend>(*this, message); // first: with what throws nothing has changed
   const ConstSpan part = message.parts_[stream.part];
-  const char* data = part.data + stream.offset;
-  const size_t bytes = std::min(context_.options.bulkChunk, part.bytes - stream.offset);
-  stream.offset += bytes;
+  const ConstSpan chunk{part.data + stream.offset, std::min(context_.options.bulkChunk, part.bytes - stream.offset)};
+  auto operation = std::make_unique<ChunkSend>(*this, message, chunk); // first: with what throws nothing has changed
+  stream.offset += chunk.bytes;
   if (stream.offset == part.bytes) {
     stream.offset = 0;
     if (++stream.part == message.parts_.size()) {
       streams_.pop_front();
     }
   }
-  ++chunksOut_;
+  chunks_.push_back(operation.get());
   window_.posted(Channel::kBulk);
-  context_.transport.send(token, rank_, Channel::kBulk, data, bytes, operation.release());
+  context_.transport.send(token, rank_, Channel::kBulk, chunk.data, chunk.bytes, operation.release());
 }
 
 void Outgoing::operationDone(
@@ -279,12 +283,14 @@ void Outgoing::operationDone(
   if (message.unfinished_ > 0) {
     return;
   }
+  if (!message.parts_.empty()) {
+    std::erase(abandoned_ ? context_.kept : withParts_, &message);
+  }
   if (!abandoned_) {
     context_.counters.unfinishedSends.fetch_sub(1, std::memory_order_relaxed);
     --unfinished_;
     if (!message.parts_.empty()) {
       context_.counters.partsOut.fetch_sub(1, std::memory_order_relaxed);
-      --partsOut_;
     }
   }
   letGo(OutboundPtr(&message));
@@ -310,8 +316,26 @@ void Outgoing::abandon(ProgressToken& token, const std::string& reason) {
   ExchangeCounters& counters = context_.counters;
   // Nobody waits for these any more, whether they complete or not.
   counters.unfinishedSends.fetch_sub(std::exchange(unfinished_, 0), std::memory_order_relaxed);
-  counters.partsOut.fetch_sub(std::exchange(partsOut_, 0), std::memory_order_relaxed);
+  counters.partsOut.fetch_sub(withParts_.size(), std::memory_order_relaxed);
+  keep();
   cutStreams(token);
+}
+
+// What MPI may still read, unless it completes after all.
+void Outgoing::keep() {
+  std::ranges::sort(chunks_, {}, [](const ChunkSend* send) { return send->chunk.data; });
+  for (const ChunkSend* send : chunks_) {
+    send->message.posted_.push_back(send->chunk);
+  }
+  for (OutboundMessage* message : std::exchange(withParts_, {})) {
+    try {
+      if (OutboundPtr source = message->releaseSource()) {
+        letGo(std::move(source));
+      }
+      context_.kept.push_back(message);
+    } catch (const std::bad_alloc&) { // then it keeps its memory
+    }
+  }
 }
 
 // The chunks that were not posted never will be.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <string>
+#include <vector>
 
 #include "peer/credit.h"
 #include "peer/peer_context.h"
@@ -61,6 +62,7 @@ class Outgoing {
   // So many of a message's operations are complete, or will never be posted; `error`: the transport's, if they failed.
   void operationDone(ProgressToken& token, OutboundMessage& message, size_t operations, const std::string& error);
   void letGo(OutboundPtr message); // nothing more is to be done for it
+  void keep();
   void cutStreams(ProgressToken& token);
 
   const int rank_;
@@ -72,10 +74,10 @@ class Outgoing {
   bool framesBlocked_ = false; // by the window: the next ones get in line
   bool blocked_ = false;       // named in PeerContext::blocked
   std::deque<Stream> streams_;
-  size_t chunksOut_ = 0;
-  size_t unfinished_ = 0; // messages
-  size_t partsOut_ = 0;   // messages with bulk parts
-  bool pumping_ = false;  // an operation that completes inside send() must not recurse
+  std::vector<const ChunkSend*> chunks_;    // posted and not complete
+  size_t unfinished_ = 0;                   // messages
+  std::vector<OutboundMessage*> withParts_; // of the unfinished ones
+  bool pumping_ = false;                    // an operation that completes inside send() must not recurse
   bool abandoned_ = false;
 };
 

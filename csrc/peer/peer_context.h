@@ -64,7 +64,8 @@ struct PeerContext {
   ExchangeCounters& counters;
   DoneMessages& done;
   WindowBudget& windows;
-  std::vector<int>& blocked; // peers for which something waits until they take more; room for all
+  std::vector<OutboundMessage*>& kept; // see OutboundMessage::giveBackMemory()
+  std::vector<int>& blocked;           // peers for which something waits until they take more; room for all
 };
 
 // Whom the parts of a peer tell that it has failed.

@@ -137,22 +137,15 @@ SecondInterrupt::SecondInterrupt(std::string text, Waits waits, EndJob endJob) {
   ending = false;
   made = asked; // of an earlier object, which nobody waits for
   sem_init(&interrupts, 0, 0);
-  // The thread takes no signals itself, and so leaves them to those that did without it.
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
-    watcher = new std::thread(startThread(
+    watcher = new std::thread(startThreadWithoutSignals(
         "what ends this process at a second Ctrl-C", [text, waits, endJob] { watch(text, waits, endJob); }));
   } catch (const std::exception& error) { // it does without
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     active_ = false;
     inUse = false;
     LOG(WARNING) << "A second Ctrl-C will not end this process: " << error.what();
     return;
   }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   sigaction(SIGINT, nullptr, &pythonsHandler);
   struct sigaction ours = pythonsHandler;
   ours.sa_flags |= SA_SIGINFO;

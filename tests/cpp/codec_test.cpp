@@ -323,6 +323,29 @@ std::vector<Arrival> arrivals(bool together) {
 
 } // namespace
 
+// Memory of torch's and of the receive pool, not what others may know of; not while somebody else has the tensor.
+TEST(codec_what_a_lost_peer_was_sent_gives_its_memory_back) {
+  class Nobody final : public SendFailureListener {
+    void onSendFailed(FrameKind, int, uint64_t, const std::string&) noexcept override {}
+  } listener;
+  constexpr int64_t kSize = 1 << 20;
+  std::vector<float> foreign(kSize, 1);
+  at::Tensor kept = at::ones({kSize});
+  std::vector<at::Tensor> tensors{kept.slice(0, 1), at::from_blob(foreign.data(), {kSize})};
+  auto message = c10::make_intrusive<rpc::Message>(std::vector<char>(), std::move(tensors), rpc::SCRIPT_CALL);
+  OutboundRpc out(1, FrameKind::kRequest, 3, std::move(message), 1000, listener);
+  out.encode(*std::make_shared<FramePool>(1 << 16));
+  CHECK_THAT(out.releaseSource() != nullptr);
+  CHECK_THAT(!out.light());
+  CHECK_THAT(!out.giveBackMemory());
+  CHECK_EQUAL(kept.sum().item<float>(), kSize);
+  const float* memory = kept.data_ptr<float>();
+  kept = at::Tensor();
+  CHECK_THAT(out.giveBackMemory());
+  CHECK_EQUAL(memory[kSize / 2], 0); // it is still mapped
+  CHECK_EQUAL(foreign[kSize / 2], 1);
+}
+
 TEST(codec_says_who_and_what_when_a_message_ends_early) {
   for (Arrival& arrival : arrivals(/*together=*/false)) {
     CHECK_THAT(!arrival.decode()->payload().empty());

@@ -345,6 +345,97 @@ TEST(exchange_a_peer_that_fails_leaves_nothing_to_wait_for) {
 
 namespace {
 
+// One part of 64 pages, of which somebody else may have a share.
+class SharedMessage final : public OutboundMessage {
+ public:
+  static constexpr size_t kPage = 4096;
+  static constexpr size_t kBytes = 64 * kPage;
+  explicit SharedMessage(char* memory) : OutboundMessage(1, FrameKind::kRequest, 7), memory_(memory) {}
+  bool light() const override {
+    return false;
+  }
+  void failed(const std::string&) noexcept override {}
+  bool giveBackMemory() noexcept override {
+    if (!shared) {
+      giveBack(memory_, kBytes);
+    }
+    return !shared;
+  }
+  static inline bool shared = false;
+
+ protected:
+  size_t planBody(std::vector<ConstSpan>& parts) override {
+    parts.push_back({memory_, kBytes});
+    return 0;
+  }
+  void writeBody(char*) override {}
+
+ private:
+  char* const memory_;
+};
+
+} // namespace
+
+// But for the four chunks that may still be read.
+TEST(exchange_what_a_failed_peer_was_sent_gives_its_memory_back_when_nobody_else_has_it) {
+  auto options = Pair::smallOptions();
+  options.bulkChunk = 2 * SharedMessage::kPage;
+  Pair pair(options);
+  pair.network->eagerBytes = 0;
+  const std::unique_ptr<char, decltype(&std::free)> memory(
+      static_cast<char*>(std::aligned_alloc(SharedMessage::kPage, SharedMessage::kBytes)), &std::free);
+  std::fill_n(memory.get(), SharedMessage::kBytes, 'x');
+  const auto kept = [&](size_t bytes) {
+    return static_cast<size_t>(std::count(memory.get(), memory.get() + bytes, 'x'));
+  };
+  SharedMessage::shared = true;
+  pair.a.post(std::make_unique<SharedMessage>(memory.get()));
+  auto now = Clock::now();
+  const auto look = [&] { pair.a.exchange.look(*pair.a.hold, now += std::chrono::seconds(1)); };
+  look();
+  pair.a.exchange.fail(*pair.a.hold, 1, "it crashed");
+  look();
+  CHECK_EQUAL(kept(SharedMessage::kBytes), SharedMessage::kBytes);
+  SharedMessage::shared = false;
+  look();
+  CHECK_EQUAL(kept(SharedMessage::kBytes), 4 * options.bulkChunk);
+  CHECK_EQUAL(kept(4 * options.bulkChunk), 4 * options.bulkChunk);
+}
+
+TEST(exchange_what_a_failed_peer_had_sent_in_part_takes_no_memory) {
+  struct PagesTarget final : BulkTarget {
+    PagesTarget() : memory(SharedMessage::kBytes + SharedMessage::kPage, 'x') {
+      parts.push_back({memory.data(), SharedMessage::kBytes});
+    }
+    std::vector<char> memory;
+  };
+  struct PagesRank final : Rank {
+    using Rank::Rank;
+    std::unique_ptr<BulkTarget> makeTarget(int, const FrameHeader&, ConstSpan) override {
+      auto made = std::make_unique<PagesTarget>();
+      target = made.get();
+      return made;
+    }
+    PagesTarget* target = nullptr;
+  };
+  const auto network = std::make_shared<FakeNetwork>(2);
+  network->eagerBytes = 0;
+  auto options = Pair::smallOptions();
+  options.bulkChunk = 2 * SharedMessage::kPage;
+  Rank sender(network, 0, options);
+  PagesRank receiver(network, 1, options);
+  const std::vector<char> memory(SharedMessage::kBytes, 'y');
+  sender.post(std::make_unique<SharedMessage>(const_cast<char*>(memory.data())));
+  receiver.poll();
+  receiver.poll();
+  CHECK_THAT(std::count(receiver.target->memory.begin(), receiver.target->memory.end(), 'y') > 0);
+  receiver.exchange.fail(*receiver.hold, 0, "it crashed");
+  const std::vector<char>& left = receiver.target->memory; // kept for ever: MPI may still write to it
+  CHECK_THAT(std::count(left.begin(), left.end(), '\0') > static_cast<ptrdiff_t>(62 * SharedMessage::kPage));
+}
+
+namespace {
+
 // Rank 0's goodbye has come, but not all of the parts of its last response.
 struct LeavingPair : Pair {
   LeavingPair() {
