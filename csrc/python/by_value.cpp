@@ -20,12 +20,12 @@ ByValue::ByValue(const py::object& how, const std::string& pickled, const std::v
     first_ = std::make_shared<const First>(First{pickled, tensors});
     return;
   }
-  const py::gil_scoped_acquire gil;
+  const Gil gil;
   function_ = shared(how);
 }
 
 torch::distributed::rpc::SerializedPyObj ByValue::pickle() const {
-  const py::gil_scoped_acquire gil;
+  const Gil gil;
   const UserCode code;
   try {
     const py::object again = function_ != nullptr

@@ -1,4 +1,5 @@
 #include "python/call_arguments.h"
+#include "python/interpreter.h"
 
 #include <stdexcept>
 #include <string>
@@ -99,7 +100,7 @@ void checkArguments(const c10::FunctionSchema& schema, const torch::jit::Stack& 
 
 void checkResult(const c10::IValue& result) {
   if (!canBeSent(result, Place::kResult)) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     throw std::runtime_error(whyNotSent(result, Place::kResult, "result"));
   }
 }

@@ -58,7 +58,7 @@ PythonFunction::PythonFunction(
 
 PythonFunction::~PythonFunction() {
   if (function) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     function = py::object();
   }
 }

@@ -10,6 +10,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "agent/mpi_agent.h"
+#include "python/interpreter.h"
 #include "python/pickle/plain_pickle.h"
 
 namespace torch_rpc_mpi {
@@ -20,7 +21,7 @@ class TimedGil {
   explicit TimedGil(MpiAgent* agent);
 
  private:
-  std::optional<pybind11::gil_scoped_acquire> gil_;
+  std::optional<Gil> gil_;
 };
 
 // A Python function that was unpickled, and for rpc.remote where its result belongs.

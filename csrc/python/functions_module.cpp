@@ -7,6 +7,7 @@
 
 #include "codec/sendable.h"
 #include "python/builtin_operator.h"
+#include "python/interpreter.h"
 #include "python/pickle/plain_pickle.h"
 #include "python/pickle/plain_pickle_format.h"
 #include "python/python_functions.h"
@@ -17,7 +18,7 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using WithoutGil = py::call_guard<NoGil>;
 using PyFuture = std::shared_ptr<torch::jit::PythonFutureWrapper>;
 using Tensors = std::vector<torch::Tensor>;
 
@@ -94,14 +95,14 @@ void bindPythonUdf(py::module_& module) {
         return wrap(pyRpcPythonUdf(dst, pickled, tensors, timeout, isAsync, ByValue(byValue, pickled, tensors)));
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"), py::arg("by_value"), NoGil());
+      py::arg("is_async_execution"), py::arg("by_value"), WithoutGil());
   module.def(
       "send_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync) {
         return wrap(sendPythonUdf(dst, pickled, tensors, timeout, isAsync));
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"), NoGil());
+      py::arg("is_async_execution"), WithoutGil());
   module.def(
       "py_remote_python_udf",
       [](const WorkerInfo& dst, std::string& pickled, Tensors& tensors, float timeout, bool isAsync,
@@ -109,7 +110,7 @@ void bindPythonUdf(py::module_& module) {
         return pyRemotePythonUdf(dst, pickled, tensors, timeout, isAsync, ByValue(byValue, pickled, tensors));
       },
       py::arg("dst"), py::arg("pickled_python_udf"), py::arg("tensors"), py::arg("rpc_timeout_seconds"),
-      py::arg("is_async_execution"), py::arg("by_value"), NoGil());
+      py::arg("is_async_execution"), py::arg("by_value"), WithoutGil());
 }
 
 void bindTorchscript(py::module_& module) {
@@ -118,20 +119,20 @@ void bindTorchscript(py::module_& module) {
       [](const std::string& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout,
          bool isAsync) { return wrap(pyRpcTorchscript(dst, name, args, kwargs, timeout, isAsync)); },
       py::arg("dst_worker_name"), py::arg("qualified_name"), py::arg("args"), py::arg("kwargs"),
-      py::arg("rpc_timeout_seconds"), py::arg("is_async_execution"), NoGil());
+      py::arg("rpc_timeout_seconds"), py::arg("is_async_execution"), WithoutGil());
   module.def(
       "send_torchscript",
       [](const std::string& dst, const std::string& name, const py::tuple& args, const py::dict& kwargs, float timeout,
          bool isAsync) { return wrap(sendTorchscript(dst, name, args, kwargs, timeout, isAsync)); },
       py::arg("dst_worker_name"), py::arg("qualified_name"), py::arg("args"), py::arg("kwargs"),
-      py::arg("rpc_timeout_seconds"), py::arg("is_async_execution"), NoGil());
+      py::arg("rpc_timeout_seconds"), py::arg("is_async_execution"), WithoutGil());
   module.def(
       "py_remote_torchscript",
       [](const std::string& dst, const std::string& name, float timeout, bool isAsync, const py::tuple& args,
          const py::dict& kwargs) {
         const py::args positionals = positional(args);
         const py::kwargs named = keywords(kwargs);
-        const py::gil_scoped_release noGil;
+        const NoGil noGil;
         return pyRemoteTorchscript(dst, name, timeout, isAsync, positionals, named);
       },
       py::arg("dst_worker_name"), py::arg("qualified_name"), py::arg("rpc_timeout_seconds"),
@@ -151,7 +152,7 @@ void bindFunctions(py::module_& module) {
       [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {
         return wrap(toPyJitFuture(messageFuture.fut, hasValue));
       },
-      py::arg("message_future"), py::arg("has_value"), NoGil());
+      py::arg("message_future"), py::arg("has_value"), WithoutGil());
   module.attr("RESENDABLE") = py::bytes(std::string(plain_pickle::kResendable));
   py::class_<PlainPickler>(module, "PlainPickler")
       .def(py::init<std::vector<py::dict>>(), py::arg("reducers"))
@@ -188,7 +189,7 @@ void bindFunctions(py::module_& module) {
       [](std::string pickled, Tensors tensors) {
         return plainResult({std::move(pickled), std::move(tensors)}).has_value();
       },
-      py::arg("pickled"), py::arg("tensors"), NoGil());
+      py::arg("pickled"), py::arg("tensors"), WithoutGil());
 }
 
 } // namespace torch_rpc_mpi

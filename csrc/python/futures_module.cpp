@@ -18,7 +18,7 @@ using PyFuture = std::shared_ptr<torch::jit::PythonFutureWrapper>;
 
 // Runs a callback of Python's. What it raises is thrown as a C++ exception, which needs no GIL to be let go of.
 c10::IValue call(const PythonFunctionGuard& callback, const PyFuture& future) {
-  const py::gil_scoped_acquire gil;
+  const Gil gil;
   const UserCode code;
   try {
     return torch::jit::toIValue(callToTheEndOfPython(callback.func_, py::cast(future)), c10::PyObjectType::get());
@@ -30,7 +30,7 @@ c10::IValue call(const PythonFunctionGuard& callback, const PyFuture& future) {
 // As torch's, but that the callback is a UserCode.
 PyFuture then(const PyFuture& self, py::function callback) {
   auto guarded = std::make_shared<PythonFunctionGuard>(std::move(callback));
-  const py::gil_scoped_release noGil; // a complete future runs it here and now
+  const NoGil noGil; // a complete future runs it here and now
   auto child = self->fut->then(
       [self, guarded = std::move(guarded)](c10::ivalue::Future& /*completed*/) {
         try {
@@ -46,7 +46,7 @@ PyFuture then(const PyFuture& self, py::function callback) {
 
 void addDoneCallback(const PyFuture& self, py::function callback) {
   auto guarded = std::make_shared<PythonFunctionGuard>(std::move(callback));
-  const py::gil_scoped_release noGil;
+  const NoGil noGil;
   self->fut->addCallback([self, guarded = std::move(guarded)](c10::ivalue::Future& /*completed*/) {
     try {
       call(*guarded, self);

@@ -1,7 +1,9 @@
 // Whether there is a Python to run anything in.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <optional>
 
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/pythoncapi_compat.h>
@@ -17,12 +19,39 @@ inline bool interpreterRuns() {
 // the GIL.
 std::shared_ptr<const pybind11::object> shared(pybind11::object object);
 
-// Note [Functions that outlive Python]
-// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-// A process may leave while a function that a peer called, or a callback, is still running. Until version 3.14, Python
-// ends such a thread when it next asks for the GIL: the stack is unwound as if by an exception, through destructors
-// that then use an interpreter that is gone, and the process crashes. This frame, the innermost that is ours, catches
-// the unwinding and keeps the thread where it is until the process has ended, as Python 3.14 does.
+// Note [Threads that outlive Python]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// A process may leave while a function that a peer called, or a callback, is still running, or while a daemon thread of
+// the user's waits for an answer. Until version 3.14, Python ends such a thread when it next asks for the GIL: the
+// stack is unwound as if by an exception, through functions and destructors that throw nothing, which ends the process,
+// or that use an interpreter that is gone. What follows catches the unwinding in the innermost frame that is ours, and
+// keeps the thread where it is until the process has ended, as Python 3.14 does. It stands wherever the GIL is taken.
+
+// As pybind11::gil_scoped_acquire.
+class Gil {
+ public:
+  Gil();
+
+ private:
+  std::optional<pybind11::gil_scoped_acquire> gil_;
+};
+
+// As pybind11::gil_scoped_release.
+class NoGil {
+ public:
+  NoGil() : state_(PyEval_SaveThread()) {}
+  ~NoGil();
+  NoGil(const NoGil&) = delete;
+  NoGil& operator=(const NoGil&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
+// With the GIL.
 pybind11::object callToTheEndOfPython(const pybind11::object& function, const pybind11::object& argument);
+
+// Runs `body`, an engine thread's life, with a Python thread state but without the GIL.
+void withPythonThreadState(const std::function<void()>& body);
 
 } // namespace torch_rpc_mpi

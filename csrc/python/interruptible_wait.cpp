@@ -10,6 +10,7 @@
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
 #include "engine/threaded_engine.h"
+#include "python/interpreter.h"
 #include "python/signals.h"
 
 namespace py = pybind11;
@@ -98,8 +99,7 @@ py::object toHere(const rpc::PyRRef& rref, float timeout) {
 // A method for a class that another module has made. Python finds it as it finds those, so that it costs the same.
 template <typename Function, typename... Extra>
 py::object methodOf(const py::handle& type, const char* name, Function function, const Extra&... extra) {
-  return py::cpp_function(
-      function, py::name(name), py::is_method(type), py::call_guard<py::gil_scoped_release>(), extra...);
+  return py::cpp_function(function, py::name(name), py::is_method(type), py::call_guard<NoGil>(), extra...);
 }
 
 } // namespace

@@ -34,24 +34,6 @@ namespace {
 
 namespace rpc = torch::distributed::rpc;
 
-// Note [Python thread state]
-// Engine threads acquire the GIL for every call that runs Python. Making and destroying a thread state each time costs
-// more than the call, so each thread gets one when it starts and keeps it, without holding the GIL. What users' code
-// sets in it ends with that code: see user_code.h.
-void withPythonThreadState(const std::function<void()>& body) {
-  const PyGILState_STATE gil = PyGILState_Ensure();
-  PyThreadState* state = PyEval_SaveThread();
-  {
-    const EngineWork work;
-    body();
-  }
-  // At interpreter shutdown the state is gone already, and asking for the GIL would end the thread.
-  if (interpreterRuns()) {
-    PyEval_RestoreThread(state);
-    PyGILState_Release(gil);
-  }
-}
-
 // AgentOptions as Python sees them: seconds.
 struct PyAgentOptions {
   int numWorkerThreads = AgentOptions().numWorkerThreads;
@@ -102,7 +84,7 @@ struct PyAgentOptions {
 AgentOptions::OnWorkerLost lossListener(py::object function) {
   return [held = shared(std::move(function))](int rank, const std::string& reason) {
     if (interpreterRuns()) {
-      const py::gil_scoped_acquire gil;
+      const Gil gil;
       const UserCode code;
       (void)callToTheEndOfPython(*held, py::make_tuple(rank, reason));
     }
@@ -206,7 +188,7 @@ rpc::WorkerInfo ownWorkerInfo(const MpiAgent& agent) {
 }
 
 void bindAgent(py::module_& module) {
-  using NoGil = py::call_guard<py::gil_scoped_release>;
+  using WithoutGil = py::call_guard<NoGil>;
   py::class_<Neighbours, std::shared_ptr<Neighbours>>(module, "Neighbours")
       .def(py::init<>())
       .def_property_readonly("address", &Neighbours::address)
@@ -245,10 +227,10 @@ void bindAgent(py::module_& module) {
           py::init(&makeAgent), py::arg("communicator"), py::arg("names"), py::arg("hosts"), py::arg("neighbours"),
           py::arg("addresses"), py::arg("options"), py::arg("run_function"), py::arg("serialize"), py::arg("pass_on"),
           py::arg("plain_pickler"), py::arg("on_worker_lost"))
-      .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, NoGil())
-      .def("shutdown", &shutdownAgent, NoGil())
-      .def("sync", &MpiAgent::sync, NoGil())
-      .def("leave", &leave, py::arg("farewell"), NoGil())
+      .def("join", &MpiAgent::join, py::arg("shutdown") = false, py::arg("timeout") = 0, WithoutGil())
+      .def("shutdown", &shutdownAgent, WithoutGil())
+      .def("sync", &MpiAgent::sync, WithoutGil())
+      .def("leave", &leave, py::arg("farewell"), WithoutGil())
       .def(
           "expect_answer", [](MpiAgent& self, bool expected) { self.caller().expectAnswer(expected); },
           py::arg("expected"))
@@ -259,14 +241,15 @@ void bindAgent(py::module_& module) {
             waitServingSignals(*future.fut);
             return future.wait(); // takes the GIL for what it returns
           },
-          py::arg("future"), NoGil())
-      .def("get_worker_info", &ownWorkerInfo, NoGil())
+          py::arg("future"), WithoutGil())
+      .def("get_worker_info", &ownWorkerInfo, WithoutGil())
       .def(
           "get_worker_info", [](const MpiAgent& self, const std::string& name) { return self.getWorkerInfo(name); },
-          NoGil())
+          WithoutGil())
       .def(
-          "get_worker_info", [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); }, NoGil())
-      .def("get_worker_infos", &MpiAgent::getWorkerInfos, NoGil())
+          "get_worker_info", [](const MpiAgent& self, rpc::worker_id_t id) { return self.getWorkerInfo(id); },
+          WithoutGil())
+      .def("get_worker_infos", &MpiAgent::getWorkerInfos, WithoutGil())
       .def(
           "lost_workers",
           [](const MpiAgent& self) {
@@ -276,13 +259,13 @@ void bindAgent(py::module_& module) {
             }
             return lost;
           },
-          NoGil())
+          WithoutGil())
       .def(
           "watch_other_hosts", &watchOtherHosts, py::arg("watch"), py::arg("neighbours"), py::arg("addresses"),
-          py::arg("hosts"), py::arg("secret"), py::arg("heartbeat_timeout"), NoGil())
-      .def("write_flight_record", &MpiAgent::writeFlightRecord, py::arg("path"), NoGil())
-      .def("get_metrics", &MpiAgent::getMetrics, NoGil())
-      .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+          py::arg("hosts"), py::arg("secret"), py::arg("heartbeat_timeout"), WithoutGil())
+      .def("write_flight_record", &MpiAgent::writeFlightRecord, py::arg("path"), WithoutGil())
+      .def("get_metrics", &MpiAgent::getMetrics, WithoutGil())
+      .def("get_debug_info", &MpiAgent::getDebugInfo, WithoutGil());
   module.def(
       "end_job_at_exit", &endJobAtExit, py::arg("runtime"), py::arg("world"), py::arg("text"), py::arg("status"),
       py::arg("limit"));
@@ -290,7 +273,7 @@ void bindAgent(py::module_& module) {
       .def(
           py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"), py::arg("job"),
           py::arg("world"))
-      .def("cancel", &SecondInterrupt::cancel, NoGil());
+      .def("cancel", &SecondInterrupt::cancel, WithoutGil());
   module.def("message_type_names", &messageTypeNames);
   module.def("forks_made", [](const std::vector<std::pair<rpc::worker_id_t, rpc::local_id_t>>& ids) {
     std::vector<HeldByPeers::ForkId> forks;
@@ -299,7 +282,7 @@ void bindAgent(py::module_& module) {
     }
     HeldByPeers::made(std::move(forks));
   });
-  module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), NoGil());
+  module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), WithoutGil());
   module.def("usable_cores", [] { return usableCores(); });
   module.def("usable_memory", [] { return usableMemory(); });
 }

@@ -10,6 +10,7 @@
 #include "launch/pmi_server.h"
 #include "mpi/communicator.h"
 #include "mpi/mpi_library.h"
+#include "python/interpreter.h"
 #include "python/signals.h"
 #include "python/watchdog.h"
 
@@ -48,14 +49,14 @@ const SignalService kSignalsAndCompanions{
 } // namespace
 
 void bindMpi(py::module_& module) {
-  using NoGil = py::call_guard<py::gil_scoped_release>;
+  using WithoutGil = py::call_guard<NoGil>;
   py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
       .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
       .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })
       .def("initialized", &MpiLibrary::initialized)
       .def("finalized", &MpiLibrary::finalized)
       .def("thread_level", &MpiLibrary::threadLevel)
-      .def("initialize", &MpiLibrary::initialize, NoGil())
+      .def("initialize", &MpiLibrary::initialize, WithoutGil())
       .def("library_version", &MpiLibrary::libraryVersion);
   py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
       .def_static(
@@ -64,8 +65,8 @@ void bindMpi(py::module_& module) {
             const Watch watch(companions);
             return Communicator::duplicate(std::move(mpi), parent, timeout, kSignalsAndCompanions);
           },
-          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), py::arg("companions"), NoGil())
-      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), NoGil())
+          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), py::arg("companions"), WithoutGil())
+      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), WithoutGil())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
       .def(
@@ -74,7 +75,7 @@ void bindMpi(py::module_& module) {
             const std::string mine = data;
             std::vector<std::string> all;
             {
-              const py::gil_scoped_release noGil;
+              const NoGil noGil;
               const Watch watch(companions);
               all = self.allgather(mine, timeout, kSignalsAndCompanions);
             }
@@ -82,7 +83,7 @@ void bindMpi(py::module_& module) {
             return result;
           },
           py::arg("data"), py::arg("timeout"), py::arg("companions"))
-      .def("free", &Communicator::free, NoGil());
+      .def("free", &Communicator::free, WithoutGil());
   py::module_::import("torch._C._distributed_c10d"); // holds the class of stores
   // Never destroyed: a child made by fork() would hang up for its parent.
   py::class_<PmiServer, std::unique_ptr<PmiServer, py::nodelete>>(module, "PMIServer")
@@ -98,10 +99,10 @@ void bindMpi(py::module_& module) {
           py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("world"), py::arg("mapping"), py::arg("timeout"),
           py::arg("companions"))
       .def_property_readonly("client_socket", &PmiServer::clientSocket)
-      .def("stop", &PmiServer::stop, NoGil())
+      .def("stop", &PmiServer::stop, WithoutGil())
       .def(
           "serve_alone", [](PmiServer& self, const std::string& whereabouts) { self.serveAlone(whereabouts); },
-          py::arg("whereabouts"), NoGil());
+          py::arg("whereabouts"), WithoutGil());
   py::class_<Companions, std::shared_ptr<Companions>>(module, "Companions")
       .def(
           py::init([](const std::vector<std::pair<pid_t, std::string>>& members) {
@@ -114,12 +115,12 @@ void bindMpi(py::module_& module) {
           py::arg("members"))
       .def(
           "check", [](Companions& self, double limit) { self.check(durationOf<std::chrono::milliseconds>(limit)); },
-          py::arg("limit") = 0.0, NoGil());
+          py::arg("limit") = 0.0, WithoutGil());
   py::class_<InitWatchdog>(module, "InitWatchdog")
       .def(
           py::init<std::string, double, double, std::shared_ptr<Companions>, std::string>(), py::arg("what"),
           py::arg("warn_after"), py::arg("abort_after"), py::arg("companions") = nullptr, py::arg("world") = "")
-      .def("cancel", &InitWatchdog::cancel, NoGil());
+      .def("cancel", &InitWatchdog::cancel, WithoutGil());
 }
 
 } // namespace torch_rpc_mpi

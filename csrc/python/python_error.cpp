@@ -33,7 +33,7 @@ std::optional<std::string> textOf(const std::exception& error) {
   if (thrown == nullptr || thrown->type == nullptr || !interpreterRuns()) {
     return std::nullopt;
   }
-  const py::gil_scoped_acquire gil;
+  const Gil gil;
   try {
     return utf8(shortText(*thrown));
   } catch (const py::error_already_set&) {

@@ -14,6 +14,7 @@
 
 #include "python/builtin_operator.h"
 #include "python/call_arguments.h"
+#include "python/interpreter.h"
 #include "python/repeatable_call.h"
 #include "python/response.h"
 #include "torch_compat/autograd.h"
@@ -96,7 +97,7 @@ void settleOwner(JitFuture& response, rpc::OwnerRRef& rref) {
     unused = rpc::RRefContext::getInstance().delForkOfOwner(rref.rrefId(), rref.rrefId());
   }
   if (unused && unused->isPyObj()) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     unused.reset();
   }
 }
@@ -145,7 +146,7 @@ struct ScriptFunctionCall {
   ScriptFunctionCall(const std::string& qualifiedName, const py::tuple& args, const py::dict& kwargs)
       : name(qualifiedName),
         schema(rpc::PythonRpcHandler::getInstance().jitCompilationUnit()->get_function(name).getSchema()) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     stack = torch::jit::createStackForSchema(
         schema, py::reinterpret_borrow<py::args>(args), py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
     checkArguments(schema, stack, args.size());
@@ -183,7 +184,7 @@ JitFuturePtr sendBuiltin(
     const py::kwargs& kwargs,
     float rpcTimeoutSeconds) {
   auto call = matchBuiltin(opName, args, kwargs);
-  const py::gil_scoped_release noGil;
+  const NoGil noGil;
   return sendBuiltin(dst, std::move(call), rpcTimeoutSeconds);
 }
 
@@ -216,7 +217,7 @@ JitFuturePtr pyRpcBuiltin(
     const py::kwargs& kwargs,
     float rpcTimeoutSeconds) {
   auto call = matchBuiltin(opName, args, kwargs);
-  const py::gil_scoped_release noGil;
+  const NoGil noGil;
   return toPyJitFuture(sendBuiltin(dst, std::move(call), rpcTimeoutSeconds));
 }
 
@@ -268,7 +269,7 @@ PyRRef pyRemoteBuiltin(
     const py::args& args,
     const py::kwargs& kwargs) {
   auto call = matchBuiltin(opName, args, kwargs);
-  const py::gil_scoped_release noGil;
+  const NoGil noGil;
   const c10::TypePtr type = call.op->schema().returns().at(0).type();
   return createRemotely(dst, type, [&](const rpc::RRefId& rrefId, const rpc::ForkId& forkId) {
     auto message = scriptRemoteCall(*call.name, std::move(call.stack), rrefId, forkId);

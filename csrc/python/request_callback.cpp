@@ -74,7 +74,7 @@ struct PythonRequestCallback::PythonSide {
         plainPickler(plainPicklerObject.is_none() ? nullptr : &plainPicklerObject.cast<const PlainPickler&>()) {}
   ~PythonSide() {
     if (interpreterRuns()) {
-      const py::gil_scoped_acquire gil;
+      const Gil gil;
       runFunction = py::object();
       serializeFunction = py::object();
       passOnFunction = py::object();
@@ -113,7 +113,7 @@ struct PythonRequestCallback::PythonSide {
     } catch (const PythonError& error) {
       failure = error;
     }
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     try {
       return serialize(failure ? passOnFunction(failure->remote()) : torch::jit::toPyObject(std::move(value)));
     } catch (const py::error_already_set& error) {

@@ -15,7 +15,7 @@ class MpiAgent;
 
 // As torch's, a Python function is unpickled, run, and its result pickled. Three things differ: from the call to the
 // pickled result the GIL is held once, not taken again for each step; results are pickled as the session says; and a
-// function that is still running when the interpreter ends stops where it is (see Note [Functions that outlive
+// function that is still running when the interpreter ends stops where it is (see Note [Threads that outlive
 // Python]). Calls of builtin operators and of TorchScript functions are read in our way (see Note [Schemas in
 // messages]), and what in their results cannot be sent is named. Whatever a request leaves behind in its thread ends
 // with it.

@@ -12,6 +12,7 @@
 #include "agent/engine_work.h"
 #include "base/error_text.h"
 #include "codec/not_run.h"
+#include "python/interpreter.h"
 #include "python/pickle/plain_pickle.h"
 #include "python/python_error.h"
 #include "python/user_code.h"
@@ -45,7 +46,7 @@ c10::IValue toPyIValue(const rpc::Message& response) {
       if (value.isTensor()) {
         return value;
       }
-      const py::gil_scoped_acquire gil;
+      const Gil gil;
       return torch::jit::toIValue(torch::jit::toPyObject(std::move(value)), c10::PyObjectType::get());
     }
     case rpc::MessageType::PYTHON_RET: {
@@ -54,7 +55,7 @@ c10::IValue toPyIValue(const rpc::Message& response) {
         return std::move(*plain);
       }
       auto& handler = rpc::PythonRpcHandler::getInstance(); // refuses to be called with the GIL
-      const py::gil_scoped_acquire gil;
+      const Gil gil;
       py::object object = loadPlainResult(value);
       if (!object) {
         const UserCode code; // of the classes of what it holds
@@ -73,7 +74,7 @@ c10::IValue toPyIValue(const rpc::Message& response) {
 // A Python exception as one that may be rethrown in any thread, any number of times, without the GIL.
 template <typename Error>
 std::exception_ptr withoutPython(const Error& error) {
-  const py::gil_scoped_acquire gil;
+  const Gil gil;
   return std::make_exception_ptr(PythonError::of(error));
 }
 

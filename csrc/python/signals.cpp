@@ -23,7 +23,7 @@ void runHandlers() {
   if (!interpreterRuns()) {
     return;
   }
-  const py::gil_scoped_acquire gil;
+  const Gil gil;
   if (PyErr_CheckSignals() != 0) {
     throw py::error_already_set();
   }

@@ -108,7 +108,7 @@ MaybeUserCode::MaybeUserCode() : engineWork_(EngineWork::underWay()) {
     return;
   }
   if (somethingHeld() && interpreterRuns()) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     code_.emplace();
   } else {
     torch_.emplace();
@@ -121,10 +121,10 @@ MaybeUserCode::~MaybeUserCode() {
     return;
   }
   if (code_.has_value()) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     code_.reset();
   } else if (somethingHeld()) {
-    const py::gil_scoped_acquire gil;
+    const Gil gil;
     UserCode::end(UserCode::Held{newThreadId()}, /*traced=*/false, /*profiled=*/false);
   }
 }

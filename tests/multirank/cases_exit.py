@@ -527,6 +527,22 @@ def exit_from_within_a_session_thread(world: World) -> None:
     sys.exit(0)
 
 
+@program(size=2, forbid=CRASHED, tensorpipe=ABORTS)
+def exit_while_daemon_threads_call(world: World) -> None:
+    """Python is gone when some of them have their answers, or want to call again."""
+    world.init()
+    for _ in range(16):
+        threading.Thread(target=call_and_ignore, args=(world,), daemon=True).start()
+    world.barrier()
+    sys.exit(0)
+
+
+def call_and_ignore(world: World) -> None:
+    while True:
+        with contextlib.suppress(RuntimeError):
+            rpc.rpc_sync(world.next, identity, args=(1,))
+
+
 def wait_and_ignore(world: World, never: Event) -> None:
     with contextlib.suppress(RuntimeError):
         rpc.rpc_sync(world.next, signal_and_wait, args=(world.event("started"), never))
