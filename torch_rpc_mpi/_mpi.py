@@ -152,7 +152,7 @@ def open_library() -> LoadedMPI:
     refuse_forked_child()
     if _loaded is None:
         extension = load_extension()
-        mpi4py = _import_mpi4py()
+        mpi4py = import_mpi4py()
         _left_uninitialized = mpi4py.rc.initialize
         mpi4py.rc.initialize = False
         _loaded = _open(extension, _import_mpi())
@@ -207,7 +207,7 @@ def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _import_mpi4py() -> ModuleType:
+def import_mpi4py() -> ModuleType:
     """The package, which does not load MPI yet."""
     try:
         import mpi4py
@@ -225,7 +225,7 @@ def _import_mpi4py() -> ModuleType:
 
 def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
     """Imports mpi4py.MPI, which runs MPI_Init unless the user has told mpi4py otherwise."""
-    mpi4py = _import_mpi4py()
+    mpi4py = import_mpi4py()
     if "mpi4py.MPI" in sys.modules:
         return sys.modules["mpi4py.MPI"]
     mpi4py.rc.threads = True

@@ -27,6 +27,7 @@ import torch
 import torch.distributed.rpc as rpc
 
 from .. import MPIRpcBackendOptions, _mpi
+from .._system import how_it_ended
 from .._torch_api import PrefixStore, TCPStore
 from .case import Case
 from .cases import CASES, call_all
@@ -169,11 +170,6 @@ def _measure(case: Case, place: Worker) -> list[float]:
     if callers > 1:
         place.meet(callers)
     return case.run(place, case.samples)
-
-
-def how_it_ended(status: int) -> str:
-    """What became of a process, as Popen has its status."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
 
 
 def _memory(what: str) -> int | None:
