@@ -10,10 +10,7 @@ from typing import Any
 
 import torch.distributed.rpc as rpc
 
-from .. import _mpi, _torch_api, _world
-
-# What says how many ranks a host has, by launcher.
-_RANKS_HERE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+from .. import _launchers, _torch_api, _world
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,13 @@ class Place:
     @classmethod
     def find(cls, environ: Mapping[str, str] = os.environ) -> Place:
         rank, size = _world.complete(-1, -1, environ)
+        torchrun, launcher = _launchers.find_torchrun(environ), _launchers.find_launcher(environ)
         if 0 <= rank < size:
-            return cls("torchrun", rank, size, _number(environ.get("LOCAL_WORLD_SIZE")), by_store=True)
-        launcher = _mpi.find_launcher(environ)
+            by = torchrun or launcher
+            return cls(by.name if by else "", rank, size, by.local_size if by else None, by_store=True)
         if launcher is None:
             return cls()
-        counts = [_number(environ.get(variable)) for variable in _RANKS_HERE]
-        here = next(filter(None, counts), 1 if launcher.size == 1 else None)
+        here = 1 if launcher.size == 1 else launcher.local_size
         return cls(launcher.name, launcher.rank or 0, launcher.size, here)
 
     @contextlib.contextmanager
@@ -62,7 +59,3 @@ def worker_names() -> list[str]:
     """Those of the session, by rank."""
     infos = _torch_api.get_current_rpc_agent().get_worker_infos()
     return [info.name for info in sorted(infos, key=lambda info: info.id)]
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdigit() else None
