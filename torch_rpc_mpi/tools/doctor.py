@@ -90,8 +90,19 @@ class _Examination:
         self._hosts = [rank["host"] for rank in done.found.get("ranks", [])]
         found = self_test.facts_of(done, self._place)
         self._add(found)
-        if done.step == "init_rpc" and not self._reports:  # rank 0 has nobody to ask
-            print(f"rank {self._place.rank} on {socket.gethostname()}: {found[-1].value}", file=sys.stderr, flush=True)
+        if done.failure and not self._reports:
+            if done.step == "init_rpc":  # rank 0 has nobody to ask
+                where = f"rank {self._place.rank} on {socket.gethostname()}"
+                print(f"{where}: {found[-1].value}", file=sys.stderr, flush=True)
+            self._wait_for_the_report()
+
+    def _wait_for_the_report(self) -> None:
+        """Until the launcher ends this process, as it does when rank 0 has reported a problem and ended.
+
+        The other way round it would end rank 0 before that: this rank's MPI has not said goodbye to it.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.sigtimedwait({signal.SIGTERM}, self_test.limit_of(self._place, self._arguments.timeout))
 
     def finish(self) -> int:
         if not self._reports:

@@ -31,8 +31,12 @@ _facts: list[Fact] = []  # of this rank, which its child has from the fork
 def run(place: Place, facts: Sequence[Fact], init_timeout: float) -> Trial:
     """The session in a child of this rank."""
     _facts[:] = facts
-    limit = init_timeout + 30 + _SECONDS_A_ROUND * (place.size or 1)
-    return trial.run(lambda tell: _session(tell, place, init_timeout), limit)
+    return trial.run(lambda tell: _session(tell, place, init_timeout), limit_of(place, init_timeout))
+
+
+def limit_of(place: Place, init_timeout: float) -> float:
+    """Seconds that it may take."""
+    return init_timeout + 30 + _SECONDS_A_ROUND * (place.size or 1)
 
 
 def _session(tell: Tell, place: Place, init_timeout: float) -> None:

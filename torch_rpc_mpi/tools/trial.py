@@ -18,7 +18,9 @@ from typing import Any, Protocol
 from .._system import how_it_ended
 
 _PR_SET_PDEATHSIG = 1  # of prctl
-_LAST_LINES = 6  # of what a child that failed has printed
+_LAST_LINES, _FRAMES = 6, 3  # of what a child that failed has printed, and of where it was
+_STACK = "(most recent call first):"  # faulthandler's
+_STACK_LIMIT = 5.0  # seconds, to print it
 
 
 class Tell(Protocol):
@@ -38,10 +40,13 @@ class Trial:
 
     @property
     def said(self) -> str:
-        """What it has printed at last, or where it was when its time was over."""
-        text, hangs, stack = self.output.partition("(most recent call first):")
-        lines = [line.strip() for line in (stack or text).splitlines() if line.strip()]
-        return " | ".join(lines[:_LAST_LINES] if hangs else lines[-_LAST_LINES:])
+        """What it has printed at last, and where it was, if it was killed."""
+        text, _, stack = self.output.partition(_STACK)
+        return " | ".join(_lines(text)[-_LAST_LINES:] + _lines(stack)[:_FRAMES])
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def run(body: Callable[[Tell], None], limit: float) -> Trial:
@@ -58,11 +63,13 @@ def run(body: Callable[[Tell], None], limit: float) -> Trial:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _be_child(body, writer, output.fileno(), parent, limit)
+            _be_child(body, writer, output.fileno(), parent)
         os.close(writer)
         expired = not _read(trial, pipe.fileno(), time.monotonic() + limit)
         if expired:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGABRT)  # at which faulthandler shows where it hangs
+            if not _read(trial, pipe.fileno(), time.monotonic() + _STACK_LIMIT):
+                os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         output.seek(0)
         trial.output = output.read().decode(errors="replace")
@@ -91,7 +98,7 @@ def _read(trial: Trial, pipe: int, deadline: float) -> bool:
             trial.step = next_step or trial.step
 
 
-def _be_child(body: Callable[[Tell], None], writer: int, output: int, parent: int, limit: float) -> None:
+def _be_child(body: Callable[[Tell], None], writer: int, output: int, parent: int) -> None:
     """Never returns."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -99,8 +106,7 @@ def _be_child(body: Callable[[Tell], None], writer: int, output: int, parent: in
             os._exit(1)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
-        # Shows where it hangs.
-        faulthandler.dump_traceback_later(max(limit - 1, limit / 2), file=sys.__stderr__ or sys.stderr)
+        faulthandler.enable(2)
 
         def tell(found: dict[str, Any], next_step: str) -> None:
             data = json.dumps([found, next_step]).encode() + b"\n"
