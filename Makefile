@@ -8,7 +8,8 @@
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
-# make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
+# make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root. Then
+#                        one for every torch of that table that can be had, tried, dist/wheels/*.whl
 # make format            rewrite sources in the project's format
 #
 # Needs Python >= 3.10 with venv, a C++20 compiler and make; the rest comes from PyPI into .venv and .venv-*.
@@ -71,6 +72,7 @@ release:
 	ci/debian_openmpi.sh
 	ci/debian_mpich.sh
 	ci/intel_mpi.sh
+	ci/torch_versions.sh --wheels dist/wheels
 
 wheel: dist/.built
 wheel-release: dist/release/.built
@@ -97,13 +99,9 @@ dist/.built: .venv/.torch $(SOURCES)
 	.venv/bin/pip wheel --verbose --no-deps --wheel-dir dist .
 	touch $@
 
-# The same wheel for others: a platform tag that says what it needs of a system, and a check that it needs no more. The
-# libraries left out are those that come with torch; the shims find MPI at run time. "none": so nothing is patched in.
 dist/release/.built: dist/.built
 	rm -rf $(@D)
-	.venv/bin/pip install "auditwheel>=6.8"
-	.venv/bin/auditwheel repair --patcher none --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libmpi*' \
-	  --wheel-dir $(@D) dist/*.whl
+	ci/tag_wheel.sh .venv dist/*.whl $(@D)
 	touch $@
 
 $(OTHER_MPIS:%=.venv-%/.venv): .venv/.requirement
