@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ Environment = Mapping[str, str]
 PMI, PMIX = "PMI", "PMIx"
 
 SLURM = "Slurm's srun"
+
+_DEFAULT_PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ def find_launcher(environ: Environment = os.environ) -> Launcher | None:
 def find_torchrun(environ: Environment = os.environ) -> Launcher | None:
     """torchrun, if it started this process or a parent of it, which may be in a task of ``find_launcher``'s."""
     return _TORCHRUN.read(environ)
+
+
+def master_port(launcher: Launcher) -> int:
+    """A port for MASTER_PORT where it is unset, the same for all ranks of a launch, and another for another's.
+
+    Below those that Linux gives to whoever asks for any. Torch's own default where the launch has no name.
+    """
+    return _DEFAULT_PORT if launcher.job is None else 20_000 + zlib.crc32(launcher.job.encode()) % 12_000
 
 
 def first_of(hosts: str) -> str:
@@ -192,7 +203,7 @@ _LAUNCHERS = (
         sure=_has("FLUX_JOB_SIZE"),
     ),
     _Row(
-        "PMI (mpirun of MPICH or Intel MPI)",
+        "mpirun of MPICH or Intel MPI",
         "PMI_RANK",
         "PMI_SIZE",
         "MPI_LOCALRANKID",

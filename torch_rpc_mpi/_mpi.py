@@ -6,7 +6,9 @@ in which that can fail (nothing installed, wrong ABI, too low a thread level, no
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.util
 import multiprocessing.util
 import os
 import re
@@ -39,6 +41,8 @@ _INSTALL_MPI = (
     "`python -m mpi4py --mpi-lib-version` must work."
 )
 
+_LONGEST_LIBRARY_TEXT = 8192  # MPI_MAX_LIBRARY_VERSION_STRING, of MPICH; Open MPI has 256
+
 # MPI_Init says nothing while it waits for late ranks; a user should know before losing patience.
 _WARN_AFTER = 10.0
 
@@ -62,7 +66,7 @@ class LoadedMPI:
 
     def library(self) -> str:
         """The MPI library's name and version, without the build details that follow."""
-        return " ".join(self.runtime.library_version().split("\n")[0].split(",")[0].split())
+        return short_name(self.runtime.library_version())
 
     def takes_any_source(self, nodes: int) -> bool:
         """Whether receives from any source can be trusted among so many nodes.
@@ -112,6 +116,40 @@ def open_library() -> LoadedMPI:
         mpi4py.rc.initialize = False
         _loaded = _open(extension, _import_mpi())
     return _loaded
+
+
+def short_name(library: str) -> str:
+    """The MPI library's name and version, of the whole text of MPI_Get_library_version."""
+    return " ".join(library.split("\n")[0].split(",")[0].split())
+
+
+_library: str | None = None
+
+
+def find_library() -> str:
+    """The whole text of MPI_Get_library_version, without importing mpi4py.MPI, which would run MPI_Init.
+
+    Empty where that cannot be had: the import then says what is wrong.
+    """
+    global _library
+    if _library is None:
+        _library = _ask_library()
+    return _library
+
+
+def _ask_library() -> str:
+    text, length = ctypes.create_string_buffer(_LONGEST_LIBRARY_TEXT), ctypes.c_int()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the import repeats them
+            extension = importlib.util.find_spec("mpi4py.MPI")
+        if extension is None or extension.origin is None:
+            return ""
+        # As the import will load it, without running its initialisation.
+        ctypes.CDLL(extension.origin).MPI_Get_library_version(text, ctypes.byref(length))
+    except (ImportError, OSError, RuntimeError, AttributeError, ValueError):
+        return ""
+    return text.value.decode(errors="replace")
 
 
 def is_initialized() -> bool:

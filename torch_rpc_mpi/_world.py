@@ -10,17 +10,16 @@ A world lasts as long as its processes: MPI is never finalised in it, because th
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _launchers, _meeting, _mpi, _system
+from . import _meeting, _mpi, _system
 from ._meeting import Member, Membership
 from ._torch_api import FileStore, PrefixStore, Store
 
@@ -39,43 +38,6 @@ _ABOUT_A_PARENT = re.compile(
 
 _membership: Membership | None = None
 _kept_file: FileStore | None = None
-
-
-def wanted(rank: int, world_size: int) -> bool:
-    """Whether the ranks come together through a store, because no launcher brings this process into MPI's world.
-
-    Args:
-        rank, world_size: as given to ``init_rpc``, completed by :func:`complete`; -1 = unknown.
-    """
-    if _membership is not None:
-        return True
-    if _mpi.is_initialized():
-        return False
-    several = max(world_size, rank + 1) > 1
-    launcher = _launchers.find_launcher()
-    if launcher is None:
-        return several
-    if _is_about_a_parent():
-        return several or (rank, world_size) == (0, 1)
-    # A task of one rank: an interactive shell or a notebook under srun, a driver that starts the ranks itself.
-    return several and launcher.expected_size == 1
-
-
-def complete(rank: int, world_size: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Rank and world size; where unknown (-1), what torchrun says, if it started this process."""
-    torchrun = _launchers.find_torchrun(environ)
-    if torchrun is None:
-        return rank, world_size
-    return _or(rank, torchrun.rank), _or(world_size, torchrun.size)
-
-
-def _or(given: int, told: int | None) -> int:
-    return told if given == -1 and told is not None else given
-
-
-def _is_about_a_parent() -> bool:
-    """Whether what the environment tells of an MPI launcher is not about this process."""
-    return _launchers.find_torchrun() is not None or multiprocessing.parent_process() is not None
 
 
 def is_formed() -> bool:

@@ -132,6 +132,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh_mpi(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MPI as not loaded yet, now and after the test."""
     monkeypatch.setattr(_mpi, "_loaded", None)
+    monkeypatch.setattr(_mpi, "_library", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
         monkeypatch.delitem(sys.modules, name)
     yield

@@ -46,7 +46,7 @@ FLUX = {
     "PMI_SIZE": "8",
     "PMI_FD": "9",
 }
-MPIRUN = "PMI (mpirun of MPICH or Intel MPI)"
+MPIRUN = "mpirun of MPICH or Intel MPI"
 
 
 @pytest.mark.parametrize(
