@@ -75,15 +75,36 @@ class TestSoftware:
         assert (failure.key, failure.status) == (key, PROBLEM)
         assert all(word in f"{failure.value} {failure.remedy}" for word in words), failure
 
+    def test_a_launcher_of_another_mpi(self) -> None:
+        library = software.Library(Trial({**FOUND, **OPENED, "refusal": "MPI will not learn of it. Start it with x"}))
+        (fact,) = software.launch_facts(Place("mpirun", 0, 2), library, {})
+        assert fact == Fact("launcher", "MPI will not learn of it. Start it with x", PROBLEM)
+
+    def test_how_the_world_would_form(self) -> None:
+        library = software.Library(Trial({**FOUND, **OPENED}))
+        address = {"MASTER_ADDR": "north", "MASTER_PORT": "29500"}
+        for place, environ, world, method in (
+            (Place("mpirun", 0, 2), {}, "the launcher's", "needs no address"),
+            (Place("torchrun", 0, 2, by_store=True), address, "through torch's store", "north:29500"),
+            (Place(), {}, "this process alone", "MASTER_ADDR is not set"),
+            (Place(), address, "this process alone", "north:29500"),
+        ):
+            facts = {fact.key: fact for fact in software.launch_facts(place, library, environ)}
+            assert world in facts["world"].value
+            assert method in facts["init_method"].value
+
 
 def test_places() -> None:
     mpirun = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-    assert Place.find({}) == Place()
-    assert Place.find({}).alone
-    under_mpirun = Place.find(mpirun)
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    assert Place.find(environ={}) == Place()
+    assert Place.find(environ={}).alone
+    under_mpirun = Place.find(environ=mpirun)
     assert (under_mpirun.rank, under_mpirun.size, under_mpirun.ranks_here, under_mpirun.by_store) == (1, 4, 2, False)
-    assert Place.find({**mpirun, **torchrun}) == Place("torchrun", 2, 3, 3, by_store=True)
+    assert Place.find(environ={**mpirun, **torchrun}) == Place("torchrun", 2, 3, 3, by_store=True)
+    assert Place.find(environ=slurm) == Place("Slurm's srun", 1, 2, 2)
+    assert Place.find((1, 2), environ=slurm) == Place("Slurm's srun", 1, 2, 2, by_store=True)
 
 
 TRIALS = """

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .. import _launch
 from . import __doc__ as description
 from . import doctor, first_contact
 from .place import Place
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "doctor":
         return doctor.main(parsed)
     command, _ = _FIRST_CONTACT[parsed.command]
-    command(Place.find())
+    command(Place.find(_launch.complete(-1, -1)))
     return 0
 
 

@@ -21,6 +21,7 @@ from .software import Library, launch_facts, package_facts
 from .trial import Tell
 
 _READ_LIMIT = 10.0  # seconds
+_NEEDED = ("torch", "backend", "options", "extension", "mpi4py", "mpi_library", "launcher")  # for a session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,8 @@ class _Examination:
         self._add(package_facts())
         library = Library.open()
         self._add(library.facts())
-        self._look_with(lambda: launch_facts(self._place, library.text), "launcher")
+        self._place = Place.find(library.place)
+        self._look_with(lambda: launch_facts(self._place, library), "launcher")
         self._look_with(lambda: host_facts(self._place, library.text, library.resources, _children_read()), "host")
         self._look_with(lambda: network_facts(self._place, library.text), "network")
         return self._facts
@@ -82,7 +84,7 @@ class _Examination:
     def try_it(self, facts: Sequence[Fact]) -> None:
         """A session of all ranks, if there can be one."""
         keys = [fact.key for fact in facts if fact.status is Status.PROBLEM]
-        if any(key in ("torch", "backend", "options", "extension", "mpi4py", "mpi_library") for key in keys):
+        if any(key in _NEEDED for key in keys):
             self._add([Fact("session", f"not tried, because of {', '.join(keys)}", Status.NOTE)])
             return
         done = self_test.run(self._place, facts, self._arguments.timeout)

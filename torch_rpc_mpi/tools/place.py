@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed.rpc as rpc
 
-from .. import _launchers, _torch_api, _world
+from .. import _launchers, _torch_api
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,22 @@ class Place:
         return f"worker{self.rank}"
 
     @classmethod
-    def find(cls, environ: Mapping[str, str] = os.environ) -> Place:
-        rank, size = _world.complete(-1, -1, environ)
+    def find(cls, told: tuple[int, int] = (-1, -1), environ: Mapping[str, str] = os.environ) -> Place:
+        """As the environment has it.
+
+        Args:
+            told: what ``_launch.complete`` says for rank and size -1, which may load MPI; without it, a world that MPI
+                does not learn of from Slurm is taken for one that it does.
+        """
         torchrun, launcher = _launchers.find_torchrun(environ), _launchers.find_launcher(environ)
-        if 0 <= rank < size:
-            by = torchrun or launcher
-            return cls(by.name if by else "", rank, size, by.local_size if by else None, by_store=True)
+        if torchrun is not None:
+            return cls(torchrun.name, torchrun.rank or 0, torchrun.size, torchrun.local_size, by_store=True)
         if launcher is None:
             return cls()
         here = 1 if launcher.size == 1 else launcher.local_size
+        rank, size = told
+        if 0 <= rank < size:
+            return cls(launcher.name, rank, size, here, by_store=True)
         return cls(launcher.name, launcher.rank or 0, launcher.size, here)
 
     @contextlib.contextmanager

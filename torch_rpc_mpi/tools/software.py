@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _mpi, _register
+from .. import __version__, _launch, _mpi, _register
 from ..options import MPIRpcBackendOptions
 from . import trial
 from .facts import Fact, Status
@@ -82,6 +82,9 @@ class Library:
         self._trial, found = opened, opened.found
         self.text: str = found.get("library", "")  # of MPI_Get_library_version; empty: not known
         self.resources = Resources(*found.get("resources", ()))
+        rank, size = found.get("place", (-1, -1))
+        self.place: tuple[int, int] = (rank, size)  # as _launch.complete has it
+        self.refusal: str = found.get("refusal", "")  # why MPI would not learn of the launcher's world
 
     @classmethod
     def open(cls) -> Library:
@@ -116,7 +119,12 @@ def _open(tell: Tell) -> None:
     resources = [extension.usable_cores(), extension.usable_memory(), *extension.cgroup_limits()]
     tell({"built_for": extension.__torch_version__, "resources": resources}, "mpi4py")
     mpi4py = _mpi.import_mpi4py()
-    tell({"mpi4py": f"{mpi4py.__version__} in {Path(mpi4py.__file__ or '').parent}"}, "library")
+    place = _launch.complete(-1, -1)
+    try:
+        _launch.refuse()
+    except RuntimeError as error:
+        tell({"refusal": str(error)}, "")
+    tell({"place": place, "mpi4py": f"{mpi4py.__version__} in {Path(mpi4py.__file__ or '').parent}"}, "library")
     loaded = _mpi.open_library()
     maps = Path("/proc/self/maps").read_text()
     # The shims and mpi4py's own library have such names, too.
@@ -130,13 +138,15 @@ def _first_line(library: str) -> str:
     return " ".join(library.split("\n")[0].split(",")[0].split())
 
 
-def launch_facts(place: Place, library: str, environ: Mapping[str, str] = os.environ) -> list[Fact]:
+def launch_facts(place: Place, library: Library, environ: Mapping[str, str] = os.environ) -> list[Fact]:
     """What has started this process, and how it would come together with others."""
+    if library.refusal:
+        return [Fact("launcher", library.refusal, Status.PROBLEM)]
     size = "?" if place.size is None else place.size
     started = f"{place.launcher}, as rank {place.rank} of {size}" if place.launcher else "none has started this process"
     if place.launcher:
         return [Fact("launcher", started), *_world_facts(place, environ)]
-    return [Fact("launcher", started), launcher_on_path(library, _mpirun_says()), *_world_facts(place, environ)]
+    return [Fact("launcher", started), launcher_on_path(library.text, _mpirun_says()), *_world_facts(place, environ)]
 
 
 def _world_facts(place: Place, environ: Mapping[str, str]) -> list[Fact]:
