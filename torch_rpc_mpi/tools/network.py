@@ -25,6 +25,8 @@ _BRIDGE_NAMES = re.compile(r"(docker|br-|virbr|veth|vnet|cni|flannel|cali|podman
 # With what users tell MPI which interface to take.
 _CHOOSES_INTERFACE = ("FI_TCP_IFACE", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude")
 _OF_MPI = re.compile(r"(UCX|FI|MPIR_CVAR|MPICH|OMPI_MCA|PRTE_MCA|I_MPI|TORCH_RPC_MPI|TP|GLOO)_")
+# What Open MPI's mpirun sets for each rank, whatever the user has chosen.
+_OF_MPIRUN = {f"OMPI_MCA_{name}" for name in ("PREFIXES", "cpu_type", "initial_wdir", "num_procs")}
 _LOOKUP_LIMIT = 5.0  # seconds
 
 
@@ -89,7 +91,9 @@ def network(library: str, limits: Limits, fast: bool) -> Fact:
 
 def settings(environ: Mapping[str, str]) -> Fact:
     """Those of the environment that MPI, its network libraries or this package take."""
-    found = [f"{name}={text}" for name, text in sorted(environ.items()) if _OF_MPI.match(name)]
+    found = [
+        f"{name}={text}" for name, text in sorted(environ.items()) if _OF_MPI.match(name) and name not in _OF_MPIRUN
+    ]
     return Fact("settings", " ".join(found) or "none", Status.NOTE if found else Status.OK)
 
 

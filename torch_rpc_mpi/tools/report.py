@@ -39,29 +39,24 @@ def _plain(fact: Fact) -> str:
 
 
 def printer(parsable: bool) -> Callable[[Sequence[Fact]], None]:
-    """What prints facts: a table for a terminal, if rich is installed, else lines."""
-    if not parsable and sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            return lambda facts: show(facts, parsable)
+    """What prints facts, in colours if rich is installed and a terminal reads them."""
+    if parsable or not sys.stdout.isatty():
+        return lambda facts: show(facts, parsable)
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        return lambda facts: show(facts, parsable)
+    console = Console()
 
-        def print_table(facts: Sequence[Fact]) -> None:
-            table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-            table.add_column(width=8)
-            table.add_column(width=17)
-            table.add_column(overflow="fold")
-            for fact in facts:
-                text = Text(_one_line(fact.value))
-                if fact.remedy:
-                    text.append(f"\n{_one_line(fact.remedy)}", style="italic")
-                table.add_row(Text(fact.status.value, style=_COLORS[fact.status]), _key(fact), text)
-            Console().print(table)
+    def print_in_colours(facts: Sequence[Fact]) -> None:
+        for fact in facts:
+            line = Text(_plain(fact))
+            line.stylize(_COLORS[fact.status], 0, len(fact.status.value))
+            line.highlight_regex(r" -- .*$", "italic")
+            console.print(line, soft_wrap=True)
 
-        return print_table
-    return lambda facts: show(facts, parsable)
+    return print_in_colours
 
 
 def print_matrices(pairs: Sequence[Pair], hosts: Sequence[str]) -> None:
