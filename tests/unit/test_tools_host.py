@@ -12,7 +12,7 @@ from tools_check import MPICH, OPEN_MPI, check
 
 from torch_rpc_mpi._system import Limits
 from torch_rpc_mpi.tools import host, network
-from torch_rpc_mpi.tools.facts import Status
+from torch_rpc_mpi.tools.facts import Fact, Status
 from torch_rpc_mpi.tools.host import Resources
 from torch_rpc_mpi.tools.network import Interface
 from torch_rpc_mpi.tools.place import Place
@@ -206,7 +206,7 @@ class TestNetwork:
         assert network.resolve("north") == []
 
     def test_settings(self) -> None:
-        check(network.settings({"OMPI_MCA_num_procs": "2", "UCX_TLS": "tcp"}), NOTE, "UCX_TLS=tcp")
+        assert network.settings({"OMPI_MCA_num_procs": "2", "UCX_TLS": "tcp"}) == Fact("settings", "UCX_TLS=tcp", NOTE)
         check(network.settings({"PATH": "/bin"}), OK, "none")
 
     def test_network(self) -> None:

@@ -21,7 +21,7 @@ from .place import Place
 
 _SIOCGIFADDR, _SIOCGIFFLAGS, _IFF_UP = 0x8915, 0x8913, 1
 # What containers and virtual machines are behind. Every host may have such, all with the same addresses.
-_BRIDGE_NAMES = re.compile(r"(docker|br-|virbr|veth|vnet|cni|flannel|cali|podman|lxc|lxd|tap)")
+_BRIDGE_NAMES = re.compile(r"(docker|br-|virbr|cni|flannel|podman|lxcbr|lxdbr)")
 # With what users tell MPI which interface to take.
 _CHOOSES_INTERFACE = ("FI_TCP_IFACE", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude")
 _OF_MPI = re.compile(r"(UCX|FI|MPIR_CVAR|MPICH|OMPI_MCA|PRTE_MCA|I_MPI|TORCH_RPC_MPI|TP|GLOO)_")
