@@ -7,6 +7,7 @@
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
+# make sdist             the sources as an archive, dist/sdist/*.tar.gz
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
 # make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root. Then
 #                        one for every torch of that table that can be had, tried, dist/wheels/*.whl
@@ -31,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel sdist wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -75,6 +76,9 @@ release:
 	ci/torch_versions.sh --wheels dist/wheels
 
 wheel: dist/.built
+sdist: .venv/.torch
+	.venv/bin/pip install build
+	.venv/bin/python -m build --sdist --outdir dist/sdist
 wheel-release: dist/release/.built
 env-mpich: .venv/.test
 $(OTHER_MPIS:%=env-%): env-%: .venv-%/.test
