@@ -92,7 +92,7 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
     global _store
     if _store is not None and _world.is_formed():
         return _store
-    where = _environments_url(rank, world_size)
+    where = environments_url(rank, world_size)
     try:
         _store, _, _ = _meet_interruptibly(where, rank, world_size)
         return _store
@@ -105,7 +105,7 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
         ) from error
 
 
-def _environments_url(rank: int, world_size: int) -> str:
+def environments_url(rank: int, world_size: int) -> str:
     """``env://``, or the same place for all tasks of a step of Slurm's where nobody has named one."""
     step = _launchers.find_launcher()
     if step is None or step.name != _launchers.SLURM or step.first_host is None:

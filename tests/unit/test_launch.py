@@ -165,18 +165,18 @@ class TestSlurmWithoutPmi:
         assert not _launch.through_store(1, 2)
 
     def test_names_the_place_to_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        host, port = _rendezvous._environments_url(1, 2).rsplit(":", 1)
+        host, port = _rendezvous.environments_url(1, 2).rsplit(":", 1)
         assert host == "tcp://n09"
         assert 20_000 <= int(port) < 32_000
         monkeypatch.setenv("SLURM_STEP_ID", "3")
-        assert _rendezvous._environments_url(1, 2) != f"tcp://n09:{port}"
+        assert _rendezvous.environments_url(1, 2) != f"tcp://n09:{port}"
         monkeypatch.setenv("MASTER_PORT", "7")
-        assert _rendezvous._environments_url(1, 2) == "tcp://n09:7"
-        assert _rendezvous._environments_url(3, 4) == "env://"  # of several steps: nobody knows where rank 0 is
+        assert _rendezvous.environments_url(1, 2) == "tcp://n09:7"
+        assert _rendezvous.environments_url(3, 4) == "env://"  # of several steps: nobody knows where rank 0 is
         monkeypatch.setenv("MASTER_ADDR", "n11")
-        assert _rendezvous._environments_url(1, 2) == "env://"
+        assert _rendezvous.environments_url(1, 2) == "env://"
         monkeypatch.delenv("MASTER_PORT")
-        assert _rendezvous._environments_url(3, 4).startswith("tcp://n11:")
+        assert _rendezvous.environments_url(3, 4).startswith("tcp://n11:")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import pytest
 from tools_check import MPICH, OPEN_MPI, check
 from unit_fakes import RunPython
 
-from torch_rpc_mpi.tools import heat_map, host, pairs, report, self_test, software
-from torch_rpc_mpi.tools.facts import Fact, Status, size_text
-from torch_rpc_mpi.tools.host import Resources
+from torch_rpc_mpi.tools import heat_map, memory, pairs, report, self_test, software
+from torch_rpc_mpi.tools.facts import Fact, Resources, Status, size_text
 from torch_rpc_mpi.tools.pairs import Pair
 from torch_rpc_mpi.tools.place import Place
 from torch_rpc_mpi.tools.trial import Trial
@@ -24,7 +23,7 @@ OK, NOTE, WARNING, PROBLEM = Status
 FOUND = {"built_for": "2.13.0", "resources": [2, GIB, None, 1.5, None], "mpi4py": "4.1.2 in /env"}
 OPENED = {"library": MPICH, "file": "/env/lib/libmpi.so.12", "abi": "mpich", "shim": "_mpi_shim_mpich.so"}
 # What one tells that was in a session.
-NO_HUGE_PAGES = host.huge_pages("[never]").as_json()
+NO_HUGE_PAGES = memory.huge_pages("[never]").as_json()
 RANKS = [
     {"host": "north", "cores": [0, 1], "files": 40, "threads": 8, "facts": []},
     {"host": "south", "cores": [0], "files": 41, "threads": 9, "facts": [NO_HUGE_PAGES]},

@@ -11,9 +11,8 @@ import pytest
 from tools_check import MPICH, OPEN_MPI, check
 
 from torch_rpc_mpi._system import Limits
-from torch_rpc_mpi.tools import host, network
-from torch_rpc_mpi.tools.facts import Fact, Status
-from torch_rpc_mpi.tools.host import Resources
+from torch_rpc_mpi.tools import host, memory, network
+from torch_rpc_mpi.tools.facts import Fact, Resources, Status
 from torch_rpc_mpi.tools.network import Interface
 from torch_rpc_mpi.tools.place import Place
 
@@ -37,10 +36,17 @@ class TestHost:
         ],
     )
     def test_shared_memory(self, free: int | None, place: Place, status: Status, words: list[str]) -> None:
-        check(host.shared_memory(Limits(free), MPICH, place, 8), status, *words)
+        check(memory.shared_memory(Limits(free), MPICH, place, 8), status, *words)
 
     def test_shared_memory_of_an_mpi_of_which_nothing_is_known(self) -> None:
-        check(host.shared_memory(Limits(MIB), OPEN_MPI, Place("mpirun", 0, 4, 4), 8), OK, "1.0 MiB free")
+        check(memory.shared_memory(Limits(MIB), OPEN_MPI, Place("mpirun", 0, 4, 4), 8), OK, "1.0 MiB free")
+
+    def test_leftovers(self) -> None:
+        files = {Path("/dev/shm/mpich_shm_1"): 3 * MIB, Path("/dev/shm/mpich_shm_2"): 2 * MIB}
+        check(memory.leftovers(files, lambda file: True), OK, "none")
+        check(memory.leftovers(files, files.keys().__contains__), OK, "none")
+        left = memory.leftovers(files, lambda file: file.name.endswith("1"))
+        check(left, NOTE, "1 file of MPI processes that have ended, 2.0 MiB, such as /dev/shm/mpich_shm_2", "remove")
 
     @pytest.mark.parametrize(
         ("own", "others", "yama", "filtered", "status", "words"),
@@ -55,7 +61,7 @@ class TestHost:
     def test_memory_reading(
         self, own: bool, others: bool, yama: str, filtered: bool, status: Status, words: list[str]
     ) -> None:
-        check(host.memory_reading(own, others, yama, filtered), status, *words)
+        check(memory.memory_reading(own, others, yama, filtered), status, *words)
 
     @pytest.mark.parametrize(
         ("setting", "status", "words"),
@@ -66,7 +72,7 @@ class TestHost:
         ],
     )
     def test_huge_pages(self, setting: str, status: Status, words: list[str]) -> None:
-        check(host.huge_pages(setting), status, *words)
+        check(memory.huge_pages(setting), status, *words)
 
     @pytest.mark.parametrize(
         ("allowed", "before", "environ", "launched", "status", "words"),
@@ -95,7 +101,7 @@ class TestHost:
         check(host.cores(Resources(), 64), NOTE, "not known")
 
     @pytest.mark.parametrize(
-        ("memory", "available", "ranks", "status", "words"),
+        ("usable", "available", "ranks", "status", "words"),
         [
             (8 * GIB, 7 * GIB, 4, OK, ["8.0 GiB may be used of the host's 16.0 GiB (cgroup)"]),
             (GIB, 7 * GIB, 4, WARNING, ["256.0 MiB a rank", "--memory"]),
@@ -104,9 +110,9 @@ class TestHost:
         ],
     )
     def test_memory(
-        self, memory: int | None, available: int | None, ranks: int | None, status: Status, words: list[str]
+        self, usable: int | None, available: int | None, ranks: int | None, status: Status, words: list[str]
     ) -> None:
-        check(host.memory(Resources(8, memory), 16 * GIB, available, ranks), status, *words)
+        check(memory.usable_memory(Resources(8, usable), 16 * GIB, available, ranks), status, *words)
 
     @pytest.mark.parametrize(
         ("soft", "hard", "here", "others", "status", "words"),
@@ -135,9 +141,9 @@ class TestHost:
         check(host.threads(of_user, used, cgroup, 30, ranks), status, *words)
 
     def test_locked_memory(self) -> None:
-        check(host.locked_memory(64 << 10, fast_network=False), OK, "64.0 KiB")
-        check(host.locked_memory(UNLIMITED, fast_network=True), OK, "unlimited")
-        check(host.locked_memory(64 << 10, fast_network=True), WARNING, "ulimit -l unlimited")
+        check(memory.locked_memory(64 << 10, fast_network=False), OK, "64.0 KiB")
+        check(memory.locked_memory(UNLIMITED, fast_network=True), OK, "unlimited")
+        check(memory.locked_memory(64 << 10, fast_network=True), WARNING, "ulimit -l unlimited")
 
     def test_container(self, tmp_path: Path) -> None:
         check(host.container({}, tmp_path), OK, "none seen")
@@ -150,7 +156,7 @@ class TestHost:
 
     def test_this_host(self) -> None:
         found = host.host_facts(Place(), MPICH, Resources(2, GIB), others_read=True, environ={})
-        assert len({fact.key for fact in found}) == len(found) == 10
+        assert len({fact.key for fact in found}) == len(found) == 11
 
 
 class TestNetwork:

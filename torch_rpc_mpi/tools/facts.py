@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Status(str, enum.Enum):
@@ -45,3 +46,29 @@ def size_text(size: float) -> str:
 
 def count_text(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+class Resources(NamedTuple):
+    """What may be used of the host, as csrc/host/resources.h finds it; None: not known, or no limit."""
+
+    cores: int | None = None
+    memory: int | None = None  # bytes
+    cgroup_memory: int | None = None
+    cgroup_cores: float | None = None
+    cgroup_tasks: int | None = None
+
+
+def text_of(path: Path) -> str:
+    """Of a file, empty if it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def field_of(path: Path, name: str) -> str:
+    """Of a file of lines "Name: value", as /proc has many; empty if it is not there."""
+    for line in text_of(path).splitlines():
+        if line.startswith(f"{name}:"):
+            return line.partition(":")[2].strip()
+    return ""

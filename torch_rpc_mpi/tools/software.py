@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _launch, _mpi, _register
+from .. import __version__, _launch, _mpi, _register, _rendezvous
 from ..options import MPIRpcBackendOptions
 from . import trial
-from .facts import Fact, Status
-from .host import Resources
+from .facts import Fact, Resources, Status
 from .place import Place
 from .trial import Tell, Trial
 
@@ -120,10 +119,11 @@ def _open(tell: Tell) -> None:
     tell({"built_for": extension.__torch_version__, "resources": resources}, "mpi4py")
     mpi4py = _mpi.import_mpi4py()
     place = _launch.complete(-1, -1)
-    try:
-        _launch.refuse()
-    except RuntimeError as error:
-        tell({"refusal": str(error)}, "")
+    if not _launch.through_store(*place):
+        try:
+            _launch.refuse()
+        except RuntimeError as error:
+            tell({"refusal": str(error)}, "")
     tell({"place": place, "mpi4py": f"{mpi4py.__version__} in {Path(mpi4py.__file__ or '').parent}"}, "library")
     loaded = _mpi.open_library()
     maps = Path("/proc/self/maps").read_text()
@@ -152,9 +152,10 @@ def launch_facts(place: Place, library: Library, environ: Mapping[str, str] = os
 def _world_facts(place: Place, environ: Mapping[str, str]) -> list[Fact]:
     address = ":".join(environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     if place.by_store:
+        url = _rendezvous.environments_url(place.rank, place.size or 1)
         return [
             Fact("world", f"{place.size} ranks, brought together through torch's store; no MPI launcher is needed"),
-            Fact("init_method", f"mpi://, which is env:// here: {address}"),
+            Fact("init_method", f"mpi://, which is {url} here" + (f": {address}" if url == "env://" else "")),
         ]
     if place.launcher and not place.alone:
         return [
