@@ -119,8 +119,8 @@ class TestHost:
         [
             (1024, 4096, 4, 0, OK, ["1024 (at most 4096)"]),
             (UNLIMITED, UNLIMITED, 128, 4096, OK, ["unlimited"]),
-            (64, 4096, 4, 0, PROBLEM, ["ulimit -n 76"]),
-            (1024, 1024, 64, 192, PROBLEM, ["a rank needs about 1852", "the administrator"]),
+            (64, 4096, 4, 0, PROBLEM, ["ulimit -n 82"]),
+            (1024, 1024, 64, 192, PROBLEM, ["a rank needs about 1978", "the administrator"]),
         ],
     )
     def test_open_files(self, soft: int, hard: int, here: int, others: int, status: Status, words: list[str]) -> None:

@@ -19,8 +19,8 @@ from . import memory
 from .facts import Fact, Resources, Status, count_text, field_of, text_of
 from .place import Place
 
-# Of a rank by itself, for each other rank of its host, and for each of other hosts. MPICH 5 takes about 30, 2 and 4.
-_FILES, _FILES_A_NEIGHBOUR, _FILES_A_STRANGER = 64, 4, 8
+# Of a rank by itself, and for each other rank of its host and of other hosts. MPICH 5.0.2 was seen to take 25, and 4 or 5.
+_FILES, _FILES_A_NEIGHBOUR, _FILES_A_STRANGER = 64, 6, 8
 # Beside the worker threads and torch's own: progress, liveness, the signal service, MPI's.
 _FURTHER_THREADS = 8
 _THREAD_VARIABLES = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
