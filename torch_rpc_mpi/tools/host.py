@@ -19,7 +19,7 @@ from . import memory
 from .facts import Fact, Resources, Status, count_text, field_of, text_of
 from .place import Place
 
-# Of a rank by itself, and for each other rank of its host and of other hosts. MPICH 5.0.2 was seen to take 25, and 4 or 5.
+# Of a rank by itself, and for each other rank of its host and of others. MPICH 5.0.2 was seen to take 25, and 4 or 5.
 _FILES, _FILES_A_NEIGHBOUR, _FILES_A_STRANGER = 64, 6, 8
 # Beside the worker threads and torch's own: progress, liveness, the signal service, MPI's.
 _FURTHER_THREADS = 8
