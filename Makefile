@@ -7,8 +7,10 @@
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
+# make sdist             the sources as an archive, dist/sdist/*.tar.gz
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
-# make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
+# make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root. Then
+#                        one for every torch of that table that can be had, tried, dist/wheels/*.whl
 # make format            rewrite sources in the project's format
 #
 # Needs Python >= 3.10 with venv, a C++20 compiler and make; the rest comes from PyPI into .venv and .venv-*.
@@ -30,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel sdist wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -71,8 +73,12 @@ release:
 	ci/debian_openmpi.sh
 	ci/debian_mpich.sh
 	ci/intel_mpi.sh
+	ci/torch_versions.sh --wheels dist/wheels
 
 wheel: dist/.built
+sdist: .venv/.torch
+	.venv/bin/pip install build
+	.venv/bin/python -m build --sdist --outdir dist/sdist
 wheel-release: dist/release/.built
 env-mpich: .venv/.test
 $(OTHER_MPIS:%=env-%): env-%: .venv-%/.test
@@ -97,13 +103,9 @@ dist/.built: .venv/.torch $(SOURCES)
 	.venv/bin/pip wheel --verbose --no-deps --wheel-dir dist .
 	touch $@
 
-# The same wheel for others: a platform tag that says what it needs of a system, and a check that it needs no more. The
-# libraries left out are those that come with torch; the shims find MPI at run time. "none": so nothing is patched in.
 dist/release/.built: dist/.built
 	rm -rf $(@D)
-	.venv/bin/pip install "auditwheel>=6.8"
-	.venv/bin/auditwheel repair --patcher none --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libmpi*' \
-	  --wheel-dir $(@D) dist/*.whl
+	ci/tag_wheel.sh .venv dist/*.whl $(@D)
 	touch $@
 
 $(OTHER_MPIS:%=.venv-%/.venv): .venv/.requirement

@@ -32,6 +32,15 @@ class Torch(NamedTuple):
         return ".".join(self.version.split(".")[:2])
 
 
+def version_label(torch: Torch | None) -> str:
+    """What the version of a wheel says of its torch, "+torch2.13" say, if $TORCH_RPC_MPI_VERSION_LABEL asks for it.
+
+    Wheels for several torch series have the same name and tags otherwise, and could not lie in one place.
+    """
+    wanted = os.environ.get("TORCH_RPC_MPI_VERSION_LABEL", "0") not in ("", "0")
+    return f"+torch{torch.minor}" if torch and wanted else ""
+
+
 def _sees_base_packages() -> bool:
     if sys.prefix == sys.base_prefix:
         return True

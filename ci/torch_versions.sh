@@ -5,6 +5,8 @@
 #     ci/torch_versions.sh                    all of them
 #     ci/torch_versions.sh 2.6.0 3.13         those lines that have one of the words
 #     ci/torch_versions.sh --all-tests 2.6.0  `make test` with these
+#     ci/torch_versions.sh --wheels DIR       leaves a wheel for each there, whose version has its torch as a label; it is
+#                                             no failure if a torch or a Python cannot be had
 #
 # An environment with a CUDA build takes 6 GB while it is under test, with --all-tests twice that. Those that failed, and
 # all with KEEP=1, stay in build/torch-versions for the next time. PYTHON3_10 and so on name Pythons that are not on PATH
@@ -26,6 +28,13 @@ all_tests=
 if [ "${1-}" = --all-tests ]; then
   all_tests=1
   shift
+fi
+wheels=
+if [ "${1-}" = --wheels ]; then
+  mkdir -p "$2"
+  wheels=$(realpath "$2")
+  export TORCH_RPC_MPI_VERSION_LABEL=1
+  shift 2
 fi
 lines=$(sed '/^$/d' <<<"$TABLE")
 for word in "$@"; do
@@ -66,9 +75,16 @@ try() { # with $python and $TORCH_RPC_MPI_BUILD_TORCH in directory $here; stops 
   [ -x "$bin/python" ] || step environment 300 "$python" -m venv "$here/environment" || return
   step pip 300 "$bin/pip" install --upgrade pip || return
   # Before the package, as `make` does it: the build takes the torch that it finds.
-  step "can be had" 3600 "$bin/pip" install "$TORCH_RPC_MPI_BUILD_TORCH" || return
+  step "can be had" 3600 "$bin/pip" install "$TORCH_RPC_MPI_BUILD_TORCH" || { not_here; return 1; }
   "$bin/pip" uninstall --yes torch_rpc_mpi # of the last time
-  step build 3600 "$bin/pip" install --verbose "$here/source[mpich]" || return
+  local what=$here/source
+  if [ -n "$wheels" ]; then
+    rm -rf "$here/built" "$here/tagged"
+    step wheel 3600 "$bin/pip" wheel --verbose --no-deps --wheel-dir "$here/built" "$what" || return
+    step tag 300 ci/tag_wheel.sh "$here/environment" "$here"/built/*.whl "$here/tagged" || return
+    what=$(echo "$here"/tagged/*.whl)
+  fi
+  step build 3600 "$bin/pip" install --verbose "${what}[mpich]" || return
   found=$("$bin/python" -c "import torch; print(torch.__version__, torch.version.cuda or torch.version.hip or 'CPU')")
   step check 300 "$bin/pip" check || return
   # Here, not in the sources, which are a package of the same name without an extension.
@@ -76,6 +92,11 @@ try() { # with $python and $TORCH_RPC_MPI_BUILD_TORCH in directory $here; stops 
   step alone 300 "$bin/python" "$smoke" || return
   step "mpirun -n 2" 300 "$bin/mpirun" -n 2 "$bin/python" "$smoke" --launched || return
   step "spawn of 2" 300 "$bin/python" "$smoke" --spawn 2 || return
+  [ -z "$wheels" ] || cp "$here"/tagged/*.whl "$wheels"
+}
+
+not_here() { # of the machine that makes wheels, this line asks for something that it has not
+  [ -z "$wheels" ] || result=" not to be had here, no wheel"
 }
 
 while read -r version TORCH_RPC_MPI_BUILD_TORCH; do
@@ -87,6 +108,7 @@ while read -r version TORCH_RPC_MPI_BUILD_TORCH; do
   result= found=
   if ! "$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')"; then
     result=" no $python: install it or set $variable; FAILED"
+    not_here
   else
     try && [ -z "${KEEP-}" ] && rm -rf "$here"
   fi

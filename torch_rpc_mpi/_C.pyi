@@ -158,6 +158,8 @@ def message_type_names() -> list[str]: ...
 # What this process may use, see csrc/host/resources.h.
 def usable_cores() -> int: ...
 def usable_memory() -> int: ...  # bytes
+def cgroup_limits() -> tuple[int | None, float | None, int | None]:
+    """Memory in bytes, CPU time per time, and tasks that the cgroup allows; None for what it does not limit."""
 
 # The entry points; documented in functions.py.
 

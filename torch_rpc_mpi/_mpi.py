@@ -6,14 +6,15 @@ in which that can fail (nothing installed, wrong ABI, too low a thread level, no
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.util
 import multiprocessing.util
 import os
 import re
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _exit, _system
+from . import _exit, _launchers, _system
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,56 +41,14 @@ _INSTALL_MPI = (
     "`python -m mpi4py --mpi-lib-version` must work."
 )
 
+_LONGEST_LIBRARY_TEXT = 8192  # MPI_MAX_LIBRARY_VERSION_STRING, of MPICH; Open MPI has 256
+
 # MPI_Init says nothing while it waits for late ranks; a user should know before losing patience.
 _WARN_AFTER = 10.0
 
 # trm_thread_level in csrc/mpi/mpi_table.h; MPI's own constants differ between ABIs.
 _THREAD_SERIALIZED, _THREAD_MULTIPLE = 2, 3
 _THREAD_LEVEL_NAMES = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE")
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What started this process as a rank, as far as the environment tells."""
-
-    name: str
-    rank: int | None
-    size: int | None
-
-    @property
-    def expected_size(self) -> int:
-        """The least number of ranks that the launcher started."""
-        return max(self.size or 1, (self.rank or 0) + 1)
-
-
-# In this order: what is inside comes before what it runs in (Open MPI's mpirun starts daemons through srun, PALS and
-# Flux set PMI_* as well). SLURM_STEP_NUM_TASKS and not SLURM_NTASKS, which a batch script has outside any srun.
-_LAUNCHERS = (
-    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
-    ("PALS", "PALS_RANKID", None),
-    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
-    ("PMI (mpirun of MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE"),
-    ("Slurm's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ("PMIx", "PMIX_RANK", None),
-)
-
-
-def find_launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """The launcher that started this process, or None."""
-    for name, rank_variable, size_variable in _LAUNCHERS:
-        rank = _number(environ.get(rank_variable))
-        size = _number(environ.get(size_variable)) if size_variable else None
-        if rank is not None and (size is not None or size_variable is None):
-            return Launcher(name, rank, size)
-    return None
-
-
-def _number(text: str | None) -> int | None:
-    try:
-        return None if text is None else int(text)
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -107,7 +66,7 @@ class LoadedMPI:
 
     def library(self) -> str:
         """The MPI library's name and version, without the build details that follow."""
-        return " ".join(self.runtime.library_version().split("\n")[0].split(",")[0].split())
+        return short_name(self.runtime.library_version())
 
     def takes_any_source(self, nodes: int) -> bool:
         """Whether receives from any source can be trusted among so many nodes.
@@ -152,11 +111,45 @@ def open_library() -> LoadedMPI:
     refuse_forked_child()
     if _loaded is None:
         extension = load_extension()
-        mpi4py = _import_mpi4py()
+        mpi4py = import_mpi4py()
         _left_uninitialized = mpi4py.rc.initialize
         mpi4py.rc.initialize = False
         _loaded = _open(extension, _import_mpi())
     return _loaded
+
+
+def short_name(library: str) -> str:
+    """The MPI library's name and version, of the whole text of MPI_Get_library_version."""
+    return " ".join(library.split("\n")[0].split(",")[0].split())
+
+
+_library: str | None = None
+
+
+def find_library() -> str:
+    """The whole text of MPI_Get_library_version, without importing mpi4py.MPI, which would run MPI_Init.
+
+    Empty where that cannot be had: the import then says what is wrong.
+    """
+    global _library
+    if _library is None:
+        _library = _ask_library()
+    return _library
+
+
+def _ask_library() -> str:
+    text, length = ctypes.create_string_buffer(_LONGEST_LIBRARY_TEXT), ctypes.c_int()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the import repeats them
+            extension = importlib.util.find_spec("mpi4py.MPI")
+        if extension is None or extension.origin is None:
+            return ""
+        # As the import will load it, without running its initialisation.
+        ctypes.CDLL(extension.origin).MPI_Get_library_version(text, ctypes.byref(length))
+    except (ImportError, OSError, RuntimeError, AttributeError, ValueError):
+        return ""
+    return text.value.decode(errors="replace")
 
 
 def is_initialized() -> bool:
@@ -207,7 +200,7 @@ def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _import_mpi4py() -> ModuleType:
+def import_mpi4py() -> ModuleType:
     """The package, which does not load MPI yet."""
     try:
         import mpi4py
@@ -225,12 +218,12 @@ def _import_mpi4py() -> ModuleType:
 
 def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
     """Imports mpi4py.MPI, which runs MPI_Init unless the user has told mpi4py otherwise."""
-    mpi4py = _import_mpi4py()
+    mpi4py = import_mpi4py()
     if "mpi4py.MPI" in sys.modules:
         return sys.modules["mpi4py.MPI"]
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "multiple"
-    launcher = find_launcher()
+    launcher = _launchers.find_launcher()
     who = f"rank {launcher.rank} of {launcher.size or '?'} " if launcher else ""
     # The watchdog runs without the GIL, which mpi4py holds for as long as MPI_Init waits for late ranks.
     watchdog = extension.InitWatchdog(

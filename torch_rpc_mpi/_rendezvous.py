@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
 
-from . import _waiting, _world
+from . import _launch, _launchers, _waiting, _world
 from ._torch_api import RENDEZVOUS_TCP_STORE, HashStore, Replacements, Store
 from .options import OPTIONS, MPIRpcBackendOptions
 
@@ -35,7 +36,7 @@ def rendezvous(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
             'init_method="mpi://" serves torch.distributed.rpc.init_rpc(backend="MPI") only. Give '
             "init_process_group a store that the ranks share (env://, tcp://host:port or file:///path)."
         )
-    if world_size > 1 and _world.wanted(rank, world_size):
+    if world_size > 1 and _launch.through_store(rank, world_size):
         yield _store_of_environment(rank, world_size), rank, world_size
     else:
         yield HashStore(), rank, world_size
@@ -91,8 +92,9 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
     global _store
     if _store is not None and _world.is_formed():
         return _store
+    where = environments_url(rank, world_size)
     try:
-        _store, _, _ = _meet_interruptibly("env://", rank, world_size)
+        _store, _, _ = _meet_interruptibly(where, rank, world_size)
         return _store
     except ValueError as error:
         raise RuntimeError(
@@ -101,6 +103,20 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
             "script.py` or with torchrun, set MASTER_ADDR and MASTER_PORT, or give init_method (tcp://host:port or "
             "file:///path) in the options."
         ) from error
+
+
+def environments_url(rank: int, world_size: int) -> str:
+    """``env://``, or the same place for all tasks of a step of Slurm's where nobody has named one."""
+    step = _launchers.find_launcher()
+    if step is None or step.name != _launchers.SLURM or step.first_host is None:
+        return "env://"
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    # Who has ranks of his own makes them of several steps, of which none knows where rank 0 is.
+    if host is None and (rank, world_size) != (step.rank, step.size):
+        return "env://"
+    if host is not None and port is not None:
+        return "env://"
+    return f"tcp://{host or step.first_host}:{port or _launchers.master_port(step)}"
 
 
 def made_interruptible(options: MPIRpcBackendOptions) -> MPIRpcBackendOptions:

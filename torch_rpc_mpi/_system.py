@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +60,11 @@ def process_space() -> str:
         return ""
 
 
+def how_it_ended(status: int) -> str:
+    """What became of a process, as Popen has its status."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
+
+
 def all_ranks_are_here(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher of the MPICH family has started all ranks on this host."""
     ranks_here = environ.get("MPI_LOCALNRANKS")
@@ -80,8 +86,13 @@ class Limits:
             shared_memory = state.f_bavail * state.f_frsize
         except OSError:
             shared_memory = None
-        fast = any(True for pattern in _FAST_NETWORKS for _ in root.glob(pattern))
-        return cls(shared_memory, can_read_memory(), fast or any(map(_CHOOSES_NETWORK.match, environ)))
+        chooses = has_fast_network(root) or any(map(_CHOOSES_NETWORK.match, environ))
+        return cls(shared_memory, can_read_memory(), chooses)
+
+
+def has_fast_network(root: Path = Path("/")) -> bool:
+    """Whether this host has a faster one than Ethernet."""
+    return any(True for pattern in _FAST_NETWORKS for _ in root.glob(pattern))
 
 
 def mpi_settings(library: str, ranks: Sequence[Limits], nodes: int) -> dict[str, str]:
@@ -108,20 +119,26 @@ def _network_modules(library: str) -> list[str]:
     return re.split(r"[, ]+", device[1].strip()) if device else []
 
 
-def can_read_memory() -> bool:
+_source = ctypes.create_string_buffer(1)  # at the same address in a process and those that it forks
+
+
+def can_read_memory(process: int | None = None) -> bool:
     """Whether process_vm_readv is allowed, by which MPICH 5.0 reads large messages of a host; it does not look itself.
 
     Filters of system calls, as containers have them, refuse it even for the process itself. Where the kernel's Yama
     refuses it for other processes, MPICH finds out by itself.
+
+    Args:
+        process: this one (None), or its parent, which has forked it.
     """
-    source, target = ctypes.create_string_buffer(1), ctypes.create_string_buffer(1)
+    target = ctypes.create_string_buffer(1)
 
     def vector(buffer: ctypes.Array[ctypes.c_char]) -> ctypes.Array[ctypes.c_size_t]:
         return (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 1)  # struct iovec: address and bytes
 
     read = ctypes.CDLL(None).process_vm_readv
     read.restype = ctypes.c_ssize_t
-    return bool(read(os.getpid(), ctypes.byref(vector(target)), 1, ctypes.byref(vector(source)), 1, 0) == 1)
+    return bool(read(process or os.getpid(), ctypes.byref(vector(target)), 1, ctypes.byref(vector(_source)), 1, 0) == 1)
 
 
 def host_name_problem(library: str, host: str) -> str | None:

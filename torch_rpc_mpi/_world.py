@@ -10,12 +10,11 @@ A world lasts as long as its processes: MPI is never finalised in it, because th
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,41 +38,6 @@ _ABOUT_A_PARENT = re.compile(
 
 _membership: Membership | None = None
 _kept_file: FileStore | None = None
-
-
-def wanted(rank: int, world_size: int) -> bool:
-    """Whether the ranks come together through a store, because no launcher brings this process into MPI's world.
-
-    Args:
-        rank, world_size: as given to ``init_rpc``, completed by :func:`complete`; -1 = unknown.
-    """
-    if _membership is not None:
-        return True
-    if _mpi.is_initialized():
-        return False
-    several = max(world_size, rank + 1) > 1
-    launcher = _mpi.find_launcher()
-    if launcher is None:
-        return several
-    if _is_about_a_parent():
-        return several or (rank, world_size) == (0, 1)
-    # A task of one rank: an interactive shell or a notebook under srun, a driver that starts the ranks itself.
-    return several and launcher.expected_size == 1
-
-
-def complete(rank: int, world_size: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Rank and world size; where unknown (-1), what torchrun says, if it started this process."""
-    if "TORCHELASTIC_RUN_ID" not in environ:
-        return rank, world_size
-    return (
-        int(environ.get("RANK", -1)) if rank == -1 else rank,
-        int(environ.get("WORLD_SIZE", -1)) if world_size == -1 else world_size,
-    )
-
-
-def _is_about_a_parent() -> bool:
-    """Whether what the environment tells of an MPI launcher is not about this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
 
 
 def is_formed() -> bool:

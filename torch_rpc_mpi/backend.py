@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _exit, _mpi, _rendezvous, _torch_api, _world
+from . import __version__, _agreement, _exit, _launch, _mpi, _rendezvous, _torch_api, _world
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
 from .options import MPIRpcBackendOptions
 
@@ -89,7 +89,7 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
 def _complete_place(name: str, options: MPIRpcBackendOptions, rank: int, world_size: int) -> tuple[int, int]:
     """Rank and world size, checked against what MPI or torchrun says."""
     if options.comm is None:
-        rank, world_size = _world.complete(rank, world_size)
+        rank, world_size = _launch.complete(rank, world_size)
     if _without_launcher(options, rank, world_size):
         if not 0 <= rank < world_size:
             raise ValueError(
@@ -98,13 +98,14 @@ def _complete_place(name: str, options: MPIRpcBackendOptions, rank: int, world_s
             )
         _exit.watch_errors(_whereabouts(name, rank), job=None)
         return rank, world_size
+    _launch.refuse()
     mpi = _mpi.load(options.init_timeout)
     comm = _communicator(mpi, options)
     _exit.watch_errors(
         _whereabouts(name, comm.Get_rank()),
         job=mpi if mpi.MPI.COMM_WORLD.Get_size() > 1 and not _world.is_formed() else None,
     )
-    _check_launch(mpi, options, rank, world_size, comm.Get_size())
+    _launch.check(mpi, rank, world_size, alone_on_purpose=options.comm is not None or world_size == 1)
     _check_place(rank, world_size, comm.Get_rank(), comm.Get_size(), options)
     return comm.Get_rank(), comm.Get_size()
 
@@ -114,7 +115,7 @@ def _whereabouts(name: str, rank: int) -> str:
 
 
 def _without_launcher(options: MPIRpcBackendOptions, rank: int, world_size: int) -> bool:
-    return options.comm is None and _world.wanted(rank, world_size)
+    return options.comm is None and _launch.through_store(rank, world_size)
 
 
 def init_backend(
@@ -248,36 +249,6 @@ def _integer(what: str, value: Any) -> int:
 def _communicator(mpi: _mpi.LoadedMPI, options: MPIRpcBackendOptions) -> Any:
     comm = options.checked_comm()
     return mpi.MPI.COMM_WORLD if comm is None else comm
-
-
-def _check_launch(
-    mpi: _mpi.LoadedMPI, options: MPIRpcBackendOptions, rank: int, world_size: int, actual_size: int
-) -> None:
-    """Raises RuntimeError when this process is alone in MPI's world and nobody asked for that."""
-    alone_on_purpose = options.comm is not None or world_size == 1
-    if actual_size > 1 or alone_on_purpose:
-        return
-    launcher = _mpi.find_launcher()
-    if launcher is not None and launcher.expected_size > 1:
-        raise RuntimeError(
-            f"{launcher.name} started this process as rank {launcher.rank} of {launcher.size or 'several'}, but MPI "
-            f"({mpi.library()}) sees this process alone: the launcher belongs to another MPI than the one that mpi4py "
-            "has loaded. Use the mpirun of that MPI (if pip installed it: the one in this environment's bin), or "
-            "under Slurm `srun --mpi=pmi2` for the MPICH family and `srun --mpi=pmix` for Open MPI."
-        )
-    wanted = max(world_size, rank + 1)
-    if wanted > 1:
-        raise RuntimeError(
-            f"init_rpc was asked for {wanted} ranks, but this process is alone in MPI's world, which it entered before "
-            f"init_rpc. Start the program with an MPI launcher: `mpirun -n {wanted} python script.py`. Without one, "
-            "import mpi4py.MPI only after init_rpc, which then brings the ranks together."
-        )
-    if launcher is None:
-        raise RuntimeError(
-            "this process was started without an MPI launcher, so it is alone in MPI's world. Start the program with "
-            "one: `mpirun -n 4 python script.py`. Without one, pass rank and world_size to init_rpc, which then brings "
-            "the ranks together through init_method. If a single process is meant, pass rank=0, world_size=1."
-        )
 
 
 def _check_place(rank: int, world_size: int, actual_rank: int, actual_size: int, options: MPIRpcBackendOptions) -> None:

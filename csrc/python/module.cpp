@@ -285,6 +285,10 @@ void bindAgent(py::module_& module) {
   module.def("forget_autograd_worker_id", &forgetAutogradWorkerId, py::arg("worker_id"), WithoutGil());
   module.def("usable_cores", [] { return usableCores(); });
   module.def("usable_memory", [] { return usableMemory(); });
+  module.def("cgroup_limits", [] {
+    const CgroupLimits limits = cgroupLimits();
+    return std::make_tuple(limits.memoryBytes, limits.cores, limits.tasks);
+  });
 }
 
 void translateExceptions() {

@@ -15,7 +15,7 @@ import unit_fakes
 from unit_fakes import RunPython
 
 import torch_rpc_mpi
-from torch_rpc_mpi import _mpi
+from torch_rpc_mpi import _launchers, _mpi
 
 HERE = Path(__file__).parent
 MULTIRANK = HERE.parent / "multirank"  # has what starts processes
@@ -123,8 +123,8 @@ def _no_engine_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests themselves may run under srun or mpirun."""
-    for _, *variables in _mpi._LAUNCHERS:
-        for variable in filter(None, variables):
+    for row in (*_launchers._LAUNCHERS, _launchers._TORCHRUN):
+        for variable in (row.rank, *row.job):
             monkeypatch.delenv(variable, raising=False)
 
 
@@ -132,6 +132,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh_mpi(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MPI as not loaded yet, now and after the test."""
     monkeypatch.setattr(_mpi, "_loaded", None)
+    monkeypatch.setattr(_mpi, "_library", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
         monkeypatch.delitem(sys.modules, name)
     yield

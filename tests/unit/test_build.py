@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "_build_backend"))
 import build_check
 from build_check import check_extension, compiler_of
 from build_length import announcement
+from setuptools.dist import Distribution
+from torch_location import Torch, version_label
 
 SHARED = "# libstdc++.so.6\n"  # what the check looks for in the file
 GOOD = """
@@ -109,3 +111,25 @@ def test_length_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert announcement(tmp_path).startswith("torch_rpc_mpi: 60 files to compile, about 5 minutes on 2 cores;")
     monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "10")
     assert "about 2 minutes on 8 cores" in announcement(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch", "version"),
+    [
+        (None, "2.13.0", "0.1.0"),
+        ("0", "2.13.0", "0.1.0"),
+        ("1", "2.13.0", "0.1.0+torch2.13"),
+        ("1", "2.6.0", "0.1.0+torch2.6"),
+        ("1", None, "0.1.0"),  # a source distribution
+    ],
+)
+def test_a_wheel_is_labelled_with_its_torch_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, torch: str | None, version: str
+) -> None:
+    monkeypatch.delenv("TORCH_RPC_MPI_VERSION_LABEL", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_RPC_MPI_VERSION_LABEL", asked)
+    label = version_label(Torch(Path("/torch"), torch) if torch else None)
+    # As setup.py gives it to setuptools.
+    built = Distribution({"name": "torch_rpc_mpi", "version": "0.1.0", "options": {"egg_info": {"tag_build": label}}})
+    assert built.get_command_obj("egg_info").tagged_version() == version

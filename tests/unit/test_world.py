@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import FileStore, HashStore, PrefixStore
 
-from torch_rpc_mpi import _mpi, _world
+from torch_rpc_mpi import _world
 from torch_rpc_mpi._meeting import Member, Membership
-
-pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 def member(name: str = "worker", **changes: Any) -> Member:
@@ -26,69 +23,6 @@ def member(name: str = "worker", **changes: Any) -> Member:
         "fresh": "f",
     }
     return Member(name, **{**fields, **changes})
-
-
-class TestWanted:
-    @pytest.fixture(autouse=True)
-    def _unloaded(self, fresh_mpi: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-
-    def test_for_several_ranks_without_a_launcher(self) -> None:
-        assert _world.wanted(0, 2)
-        assert _world.wanted(1, -1)
-
-    @pytest.mark.parametrize(("rank", "size"), [(-1, -1), (0, 1), (0, -1)])
-    def test_not_for_a_single_rank(self, rank: int, size: int) -> None:
-        assert not _world.wanted(rank, size)
-
-    def test_not_under_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PMI_RANK", "0")
-        monkeypatch.setenv("PMI_SIZE", "2")
-        assert not _world.wanted(0, 2)
-
-    @pytest.mark.parametrize("starter", ["torchrun", "multiprocessing"])
-    def test_where_a_launcher_started_only_a_parent(self, monkeypatch: pytest.MonkeyPatch, starter: str) -> None:
-        monkeypatch.setenv("PMI_RANK", "0")
-        monkeypatch.setenv("PMI_SIZE", "2")
-        if starter == "torchrun":
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-        else:
-            monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
-        assert _world.wanted(0, 2)
-
-    def test_for_several_ranks_in_a_task_of_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SLURM_PROCID", "0")
-        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-        assert _world.wanted(0, 2)
-        assert not _world.wanted(0, 1)
-
-    def test_for_one_rank_whose_launcher_started_only_a_parent(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PMI_RANK", "1")
-        monkeypatch.setenv("PMI_SIZE", "2")
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-        assert _world.wanted(0, 1)
-
-    def test_not_where_mpi_was_initialized(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_mpi, "is_initialized", lambda: True)
-        assert not _world.wanted(0, 2)
-
-    def test_where_a_world_was_formed_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_mpi, "is_initialized", lambda: True)
-        monkeypatch.setattr(_world, "_membership", Membership("world", 0))
-        assert _world.wanted(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("given", "environment", "completed"),
-    [
-        ((-1, -1), {}, (-1, -1)),
-        ((-1, -1), {"RANK": "1", "WORLD_SIZE": "2"}, (-1, -1)),
-        ((-1, -1), {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, (1, 2)),
-        ((0, -1), {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, (0, 2)),
-    ],
-)
-def test_torchrun_tells_the_place(given: tuple[int, int], environment: dict[str, str], completed: object) -> None:
-    assert _world.complete(*given, environment) == completed
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
+from .._system import how_it_ended
 from .._torch_api import PrefixStore, TCPStore
-from .worker import how_it_ended
 
 START_LIMIT = 600.0  # seconds, for all ranks to import torch
 END_LIMIT = 30.0  # seconds

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 import torch.distributed.rpc as rpc
 
-from .. import MPIRpcBackendOptions, _mpi
+from .. import MPIRpcBackendOptions, _launchers, _mpi
+from .._system import how_it_ended
 from .._torch_api import PrefixStore, TCPStore
 from .case import Case
 from .cases import CASES, call_all
@@ -171,11 +172,6 @@ def _measure(case: Case, place: Worker) -> list[float]:
     return case.run(place, case.samples)
 
 
-def how_it_ended(status: int) -> str:
-    """What became of a process, as Popen has its status."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
-
-
 def _memory(what: str) -> int | None:
     """Bytes, as /proc/self/status has them; None where there is no such file."""
     with suppress(OSError):
@@ -247,7 +243,7 @@ def _serve_as_child(address: str, backend: str, rank: int, size: int, parent: in
 
 def _rank() -> int:
     """As the launcher says, so that MPI is initialised by the first init_rpc, as in most programs."""
-    launcher = _mpi.find_launcher()
+    launcher = _launchers.find_launcher()
     if launcher is not None and launcher.rank is not None:
         return launcher.rank
     from mpi4py import MPI
