@@ -13,7 +13,6 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _exit, _system
+from . import _exit, _launchers, _system
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -46,50 +45,6 @@ _WARN_AFTER = 10.0
 # trm_thread_level in csrc/mpi/mpi_table.h; MPI's own constants differ between ABIs.
 _THREAD_SERIALIZED, _THREAD_MULTIPLE = 2, 3
 _THREAD_LEVEL_NAMES = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE")
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What started this process as a rank, as far as the environment tells."""
-
-    name: str
-    rank: int | None
-    size: int | None
-
-    @property
-    def expected_size(self) -> int:
-        """The least number of ranks that the launcher started."""
-        return max(self.size or 1, (self.rank or 0) + 1)
-
-
-# In this order: what is inside comes before what it runs in (Open MPI's mpirun starts daemons through srun, PALS and
-# Flux set PMI_* as well). SLURM_STEP_NUM_TASKS and not SLURM_NTASKS, which a batch script has outside any srun.
-_LAUNCHERS = (
-    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
-    ("PALS", "PALS_RANKID", None),
-    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
-    ("PMI (mpirun of MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE"),
-    ("Slurm's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ("PMIx", "PMIX_RANK", None),
-)
-
-
-def find_launcher(environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """The launcher that started this process, or None."""
-    for name, rank_variable, size_variable in _LAUNCHERS:
-        rank = _number(environ.get(rank_variable))
-        size = _number(environ.get(size_variable)) if size_variable else None
-        if rank is not None and (size is not None or size_variable is None):
-            return Launcher(name, rank, size)
-    return None
-
-
-def _number(text: str | None) -> int | None:
-    try:
-        return None if text is None else int(text)
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -230,7 +185,7 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         return sys.modules["mpi4py.MPI"]
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "multiple"
-    launcher = find_launcher()
+    launcher = _launchers.find_launcher()
     who = f"rank {launcher.rank} of {launcher.size or '?'} " if launcher else ""
     # The watchdog runs without the GIL, which mpi4py holds for as long as MPI_Init waits for late ranks.
     watchdog = extension.InitWatchdog(

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _meeting, _mpi, _system
+from . import _launchers, _meeting, _mpi, _system
 from ._meeting import Member, Membership
 from ._torch_api import FileStore, PrefixStore, Store
 
@@ -52,7 +52,7 @@ def wanted(rank: int, world_size: int) -> bool:
     if _mpi.is_initialized():
         return False
     several = max(world_size, rank + 1) > 1
-    launcher = _mpi.find_launcher()
+    launcher = _launchers.find_launcher()
     if launcher is None:
         return several
     if _is_about_a_parent():
@@ -63,17 +63,19 @@ def wanted(rank: int, world_size: int) -> bool:
 
 def complete(rank: int, world_size: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Rank and world size; where unknown (-1), what torchrun says, if it started this process."""
-    if "TORCHELASTIC_RUN_ID" not in environ:
+    torchrun = _launchers.find_torchrun(environ)
+    if torchrun is None:
         return rank, world_size
-    return (
-        int(environ.get("RANK", -1)) if rank == -1 else rank,
-        int(environ.get("WORLD_SIZE", -1)) if world_size == -1 else world_size,
-    )
+    return _or(rank, torchrun.rank), _or(world_size, torchrun.size)
+
+
+def _or(given: int, told: int | None) -> int:
+    return told if given == -1 and told is not None else given
 
 
 def _is_about_a_parent() -> bool:
     """Whether what the environment tells of an MPI launcher is not about this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
+    return _launchers.find_torchrun() is not None or multiprocessing.parent_process() is not None
 
 
 def is_formed() -> bool:

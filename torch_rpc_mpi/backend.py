@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _exit, _mpi, _rendezvous, _torch_api, _world
+from . import __version__, _agreement, _exit, _launchers, _mpi, _rendezvous, _torch_api, _world
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
 from .options import MPIRpcBackendOptions
 
@@ -257,7 +257,7 @@ def _check_launch(
     alone_on_purpose = options.comm is not None or world_size == 1
     if actual_size > 1 or alone_on_purpose:
         return
-    launcher = _mpi.find_launcher()
+    launcher = _launchers.find_launcher()
     if launcher is not None and launcher.expected_size > 1:
         raise RuntimeError(
             f"{launcher.name} started this process as rank {launcher.rank} of {launcher.size or 'several'}, but MPI "

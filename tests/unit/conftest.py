@@ -15,7 +15,7 @@ import unit_fakes
 from unit_fakes import RunPython
 
 import torch_rpc_mpi
-from torch_rpc_mpi import _mpi
+from torch_rpc_mpi import _launchers, _mpi
 
 HERE = Path(__file__).parent
 MULTIRANK = HERE.parent / "multirank"  # has what starts processes
@@ -123,8 +123,8 @@ def _no_engine_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests themselves may run under srun or mpirun."""
-    for _, *variables in _mpi._LAUNCHERS:
-        for variable in filter(None, variables):
+    for row in (*_launchers._LAUNCHERS, _launchers._TORCHRUN):
+        for variable in (row.rank, *row.job):
             monkeypatch.delenv(variable, raising=False)
 
 

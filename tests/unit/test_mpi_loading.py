@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import sys
 from collections.abc import Callable
@@ -251,45 +250,3 @@ class TestState:
         monkeypatch.setattr(os, "getpid", lambda: child)
         with pytest.raises(RuntimeError, match=r'was forked from pid .*"spawn" or "forkserver"'):
             _mpi.load(60)
-
-
-class TestLauncher:
-    @pytest.mark.parametrize(
-        ("environment", "rank", "size"),
-        [
-            ({"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "9"}, 1, 4),
-            ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "1"}, 1, 4),
-            ({"PMIX_RANK": "3"}, 3, None),
-            ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, 1, 4),
-            ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "PMIX_RANK": "1"}, 1, 4),
-            ({"PALS_RANKID": "1", "PMI_RANK": "1", "PMI_SIZE": "4"}, 1, None),
-            ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "4", "PMI_RANK": "1", "PMI_SIZE": "4"}, 1, 4),
-            # mpirun of MPICH inside a Slurm step that holds one proxy per node
-            ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "PMI_RANK": "5", "PMI_SIZE": "8"}, 5, 8),
-        ],
-    )
-    def test_is_recognised(self, environment: dict[str, str], rank: int, size: int | None) -> None:
-        launcher = _mpi.find_launcher(environment)
-        assert launcher is not None
-        assert (launcher.rank, launcher.size) == (rank, size)
-
-    @pytest.mark.parametrize(
-        "environment",
-        [
-            {},
-            {"RANK": "0", "WORLD_SIZE": "4"},
-            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script, outside any srun
-            {"PMI_RANK": "x", "PMI_SIZE": "y"},
-        ],
-    )
-    def test_is_not_invented(self, environment: dict[str, str]) -> None:
-        assert _mpi.find_launcher(environment) is None
-
-    @pytest.mark.parametrize(("rank", "size", "expected"), [(0, 4, 4), (2, None, 3), (0, None, 1), (0, 1, 1)])
-    def test_tells_the_least_number_of_ranks(self, rank: int, size: int | None, expected: int) -> None:
-        assert _mpi.Launcher("any", rank, size).expected_size == expected
-
-
-def test_nothing_is_imported_to_look_for_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtins, "__import__", lambda name, *_: pytest.fail(f"import {name}"))
-    _mpi.find_launcher({})

@@ -28,10 +28,15 @@ def member(name: str = "worker", **changes: Any) -> Member:
     return Member(name, **{**fields, **changes})
 
 
+def _start_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
 class TestWanted:
     @pytest.fixture(autouse=True)
-    def _unloaded(self, fresh_mpi: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    def _unloaded(self, fresh_mpi: None) -> None:
+        """MPI."""
 
     def test_for_several_ranks_without_a_launcher(self) -> None:
         assert _world.wanted(0, 2)
@@ -51,7 +56,7 @@ class TestWanted:
         monkeypatch.setenv("PMI_RANK", "0")
         monkeypatch.setenv("PMI_SIZE", "2")
         if starter == "torchrun":
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+            _start_by_torchrun(monkeypatch)
         else:
             monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
         assert _world.wanted(0, 2)
@@ -65,7 +70,7 @@ class TestWanted:
     def test_for_one_rank_whose_launcher_started_only_a_parent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PMI_RANK", "1")
         monkeypatch.setenv("PMI_SIZE", "2")
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        _start_by_torchrun(monkeypatch)
         assert _world.wanted(0, 1)
 
     def test_not_where_mpi_was_initialized(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _mpi
+from .. import __version__, _launchers, _mpi
 from . import __doc__ as description
 from .case import Case, text_of
 from .cases import CASES
@@ -43,11 +43,11 @@ QUICK_BACKENDS = ("mpi", "tensorpipe", "raw")
 
 def main() -> None:
     arguments = _arguments()
-    launcher = _mpi.find_launcher()
+    launcher = _launchers.find_launcher()
     if _GIVEN in os.environ or launcher is None or launcher.size == 1:
         control(arguments)
     else:
-        take_part(arguments)
+        take_part(arguments, launcher.name)
 
 
 def _arguments() -> argparse.Namespace:
@@ -105,7 +105,7 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def take_part(arguments: argparse.Namespace) -> None:
+def take_part(arguments: argparse.Namespace, launcher: str) -> None:
     """What a rank does that somebody else's mpirun started. Rank 0 starts the controller."""
     from mpi4py import MPI
 
@@ -113,7 +113,7 @@ def take_part(arguments: argparse.Namespace) -> None:
     if comm.size == 1:
         library = MPI.Get_library_version().splitlines()[0]
         raise SystemExit(
-            f"{_mpi.find_launcher()} started this process, but {library} has one rank. At least 2 are needed, and the "
+            f"{launcher} started this process, but {library} has one rank. At least 2 are needed, and the "
             "launcher of the MPI that mpi4py uses (under srun: `--mpi=pmi2` or `--mpi=pmix`)"
         )
     if arguments.ranks not in (None, [comm.size]):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed.rpc as rpc
 
-from .. import MPIRpcBackendOptions, _mpi
+from .. import MPIRpcBackendOptions, _launchers, _mpi
 from .._torch_api import PrefixStore, TCPStore
 from .case import Case
 from .cases import CASES, call_all
@@ -247,7 +247,7 @@ def _serve_as_child(address: str, backend: str, rank: int, size: int, parent: in
 
 def _rank() -> int:
     """As the launcher says, so that MPI is initialised by the first init_rpc, as in most programs."""
-    launcher = _mpi.find_launcher()
+    launcher = _launchers.find_launcher()
     if launcher is not None and launcher.rank is not None:
         return launcher.rank
     from mpi4py import MPI
