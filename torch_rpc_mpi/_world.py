@@ -10,6 +10,7 @@ A world lasts as long as its processes: MPI is never finalised in it, because th
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import re
@@ -75,7 +76,11 @@ def _or(given: int, told: int | None) -> int:
 
 def _is_about_a_parent() -> bool:
     """Whether what the environment tells of an MPI launcher is not about this process."""
-    return _launchers.find_torchrun() is not None or multiprocessing.parent_process() is not None
+    return (
+        _launchers.find_torchrun() is not None
+        or _launchers.is_claimed_by_another()
+        or multiprocessing.parent_process() is not None
+    )
 
 
 def is_formed() -> bool:
@@ -122,6 +127,8 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
         _system.Limits.here(),
         _system.process_space(),
     )
+    # torch has given it the timeout of calls, which may be short, and 0 if there is none.
+    store.set_timeout(datetime.timedelta(seconds=timeout or _FOR_EVER))
     session, members = _meeting.meet(_shared_by_sessions(store), me, rank, size, deadline)
     _keep_file(store)
     _check_fit(members)
