@@ -126,13 +126,13 @@ def _execute(program: CodeType, names: dict[str, Any]) -> None:
 
 
 def _of_file(path: str) -> Program:
-    importer = pkgutil.get_importer(path)
+    full = os.path.abspath(path)
+    importer = pkgutil.get_importer(full)
     if importer is not None:  # a directory, or a zip file
         spec = importer.find_spec("__main__", None)
         if spec is None or spec.loader is None:
             sys.exit(f"{sys.executable}: can't find '__main__' module in {path!r}")
-        return _of_spec(spec, path, os.path.abspath(path))
-    full = os.path.abspath(path)
+        return _of_spec(spec, path, full)
     loader = importlib.machinery.SourceFileLoader("__main__", full)
     try:
         source = loader.get_data(full)
