@@ -20,11 +20,15 @@ import atexit
 import multiprocessing
 import multiprocessing.util
 import os
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from . import _launchers
 
 if TYPE_CHECKING:
     from ._mpi import LoadedMPI
@@ -34,12 +38,15 @@ _LIMIT = 5.0
 _LENGTH = 100  # of an exception's text, in what the peers are told
 
 _last: Callable[[], None] | None = None
+_end_of_launch: Callable[[], None] | None = None
 
 
 @atexit.register
 def _at_exit() -> None:
     if _last is not None:
         _last()
+    if _end_of_launch is not None:
+        _end_of_launch()
 
 
 def skips_atexit() -> bool:
@@ -91,7 +98,8 @@ def before_finalize(MPI: Any, function: Callable[[], None]) -> Callable[[], None
 # Under MPI's launcher, a rank that ends with an exception would wait in MPI_Finalize for the others, and they for it in
 # rpc.shutdown(), or for its part of the work. So it ends the job, by MPI_Abort. Not within the hook that shows the
 # exception, but as late as possible: handlers at exit run, and files are written.
-# How a process ends by SystemExit cannot be seen. It says goodbye, and the others' shutdown raises.
+# How a process ends by SystemExit cannot be seen, but by `python -m torch_rpc_mpi`. It says goodbye, and the others'
+# shutdown raises.
 
 
 @dataclass(frozen=True)
@@ -131,16 +139,78 @@ def farewell() -> str | None:
 
 def _show_and_end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     _hook_before(kind, error, traceback)
-    if _watched is None or _watched.pid != os.getpid() or hasattr(sys, "ps1") or sys.flags.interactive:
+    if _watched is None or _watched.pid != os.getpid() or _is_interactive():
         return
-    global _farewell
     if _watched.job is None:
+        global _farewell
+        print(f"torch_rpc_mpi: {_watched.whereabouts} ends with this {kind.__name__}", file=sys.stderr)
         text = f"{kind.__name__}: {error}".split("\n")[0]
         _farewell = f"it ended with {text[:_LENGTH]}"
         return
+    _end_job(_watched.job, _watched.whereabouts, _status_of(kind), f"this {kind.__name__}")
+
+
+def _status_of(kind: type[BaseException]) -> int:
+    return 130 if issubclass(kind, KeyboardInterrupt) else 1
+
+
+def _is_interactive() -> bool:
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
+def _end_job(job: LoadedMPI, whereabouts: str, status: int, why: str) -> None:
+    global _farewell
     from . import _C
 
     _farewell = None
-    status = 130 if issubclass(kind, KeyboardInterrupt) else 1
-    text = f"{_watched.whereabouts} ends the job with status {status}, because of this {kind.__name__}"
-    _C.end_job_at_exit(_watched.job.runtime, _watched.job.handle(_watched.job.MPI.COMM_WORLD), text, status, _LIMIT)
+    text = f"{whereabouts} ends the job with status {status}, because of {why}"
+    _C.end_job_at_exit(job.runtime, job.handle(job.MPI.COMM_WORLD), text, status, _LIMIT)
+
+
+# Note [An error before MPI]
+# ~~~~~~~~~~~~~~~~~~~~~~~~~~
+# A rank that ends before it has begun MPI leaves the others in MPI_Init, where they wait for it; some launchers end the
+# job then, MPICH's does not. `python -m torch_rpc_mpi` sees how its program ends, and tells such launchers to end the
+# job: by the command of PMI-1 that MPI_Abort would send.
+
+
+def program_raised(error: BaseException) -> None:
+    """Told of what ends the program of this process, before it is shown."""
+    if _watched is None and not _is_interactive():
+        _end_launch(_status_of(type(error)), f"this {type(error).__name__}")
+
+
+def program_exited(code: object) -> None:
+    """Told of the argument of the SystemExit that ends the program. Ranks that need this one are to end as well."""
+    status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
+    if status == 0 or _is_interactive():
+        return
+    if _watched is None:
+        _end_launch(status, "its exit")
+    elif _watched.job is not None:
+        from . import _torch_api
+
+        if _torch_api.is_current_rpc_agent_set():
+            _end_job(_watched.job, _watched.whereabouts, status, "its exit")
+
+
+def _end_launch(status: int, why: str) -> None:
+    launcher = _launchers.find_launcher()
+    if launcher is None or launcher.expected_size == 1 or _launchers.is_claimed_by_another():
+        return
+    whereabouts = f"rank {launcher.rank} (on host {socket.gethostname()})"
+    from . import _mpi
+
+    if _mpi.is_initialized():  # by the program
+        _end_job(_mpi.open_library(), whereabouts, status, why)
+        return
+
+    def end() -> None:
+        print(f"torch_rpc_mpi: {whereabouts} ends with status {status}, because of {why}", file=sys.stderr, flush=True)
+        _launchers.end_job(status)
+
+    global _end_of_launch
+    _end_of_launch = end
+    limit = threading.Timer(_LIMIT, end)
+    limit.daemon = True
+    limit.start()

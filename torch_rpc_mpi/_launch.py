@@ -71,7 +71,11 @@ def refuse() -> None:
 
 def _is_about_a_parent() -> bool:
     """Whether what the environment tells of an MPI launcher is not about this process."""
-    return _launchers.find_torchrun() is not None or multiprocessing.parent_process() is not None
+    return (
+        _launchers.find_torchrun() is not None
+        or _launchers.is_claimed_by_another()
+        or multiprocessing.parent_process() is not None
+    )
 
 
 def check(mpi: _mpi.LoadedMPI, rank: int, world_size: int, alone_on_purpose: bool) -> None:

@@ -21,8 +21,9 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 Environment = Mapping[str, str]
@@ -33,6 +34,7 @@ PMI, PMIX = "PMI", "PMIx"
 SLURM = "Slurm's srun"
 
 _DEFAULT_PORT = 29500
+_CLAIM = "TORCH_RPC_MPI_LAUNCHED"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,40 @@ def master_port(launcher: Launcher) -> int:
     Below those that Linux gives to whoever asks for any. Torch's own default where the launch has no name.
     """
     return _DEFAULT_PORT if launcher.job is None else 20_000 + zlib.crc32(launcher.job.encode()) % 12_000
+
+
+def claim(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tells the processes that this one starts that the variables of a launcher are about this one, not about them."""
+    if find_launcher(environ) is not None and not is_claimed_by_another(environ):
+        environ[_CLAIM] = f"{os.getpid()} {_identity(environ)}"
+
+
+def is_claimed_by_another(environ: Environment = os.environ) -> bool:
+    """Whether another process, which has started this one, is what the launcher's variables are about."""
+    pid, _, claimed = environ.get(_CLAIM, "").partition(" ")
+    return pid not in ("", str(os.getpid())) and claimed == _identity(environ)
+
+
+def end_job(status: int, environ: Environment = os.environ) -> None:
+    """Has a launcher that speaks PMI-1 end all ranks, with this status, for one that has not begun MPI.
+
+    Those of MPICH and Intel MPI do, and Slurm's plugin pmi2.
+    """
+    descriptor = _number(environ, "PMI_FD")
+    try:
+        if descriptor is None or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return
+        os.write(descriptor, b"cmd=init pmi_version=1 pmi_subversion=1\n")
+        os.read(descriptor, 1024)
+        os.write(descriptor, f"cmd=abort exitcode={status}\n".encode())
+    except OSError:
+        return  # the launcher has ended
+
+
+def _identity(environ: Environment) -> str:
+    """Differs from launch to launch, as far as the environment does: a rank may run a launcher itself."""
+    launcher = find_launcher(environ)
+    return f"{launcher and (launcher.name, launcher.rank, launcher.size, launcher.job)} {environ.get('PMI_FD')}"
 
 
 def first_of(hosts: str) -> str:

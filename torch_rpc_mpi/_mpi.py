@@ -235,6 +235,7 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
     mpi4py.rc.threads = True
     mpi4py.rc.thread_level = "multiple"
     launcher = _launchers.find_launcher()
+    _launchers.claim()
     who = f"rank {launcher.rank} of {launcher.size or '?'} " if launcher else ""
     # The watchdog runs without the GIL, which mpi4py holds for as long as MPI_Init waits for late ranks.
     watchdog = extension.InitWatchdog(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import _hints
+from . import _drop_in, _hints
 
 if TYPE_CHECKING:
     from ._torch_api import RpcAgent
@@ -69,6 +69,8 @@ def register() -> None:
     _hints.watch_spawned_child()
     if not hasattr(rpc.init_rpc, _WRAPPER_MARK):
         _torch_api.INIT_RPC.set(_wrap_init_rpc(rpc.init_rpc))
+    if _drop_in.is_on():
+        _drop_in.replace_in_torch()
 
 
 def register_further(
@@ -167,6 +169,11 @@ def _wrap_init_rpc(original: Callable[..., None]) -> Callable[..., None]:
 
         _synchronize_backend_type(rpc)
         backend = _current_member(rpc, backend)
+        if _drop_in.is_on() and _drop_in.asks_for_tensorpipe(backend, rpc_backend_options):
+            from . import _tensorpipe
+
+            backend = BACKEND_NAME
+            rpc_backend_options = _tensorpipe.translated(rpc_backend_options, rank, world_size)
         ours = _which_of_ours(backend, rpc_backend_options)
         if ours is not None:
             from . import backend as implementation

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous as torchs_rendezvous
 
 from . import _launch, _launchers, _waiting, _world
 from ._torch_api import RENDEZVOUS_TCP_STORE, HashStore, Replacements, Store
-from .options import OPTIONS, MPIRpcBackendOptions
+from .options import MPIRpcBackendOptions
 
 DEFAULT_URL = "mpi://"
 
@@ -128,5 +128,5 @@ def made_interruptible(options: MPIRpcBackendOptions) -> MPIRpcBackendOptions:
     _limit = options.init_timeout
     if urlsplit(options.init_method).scheme not in ("tcp", "env"):
         return options
-    values: Any = {option.name: getattr(options, option.name) for option in OPTIONS}
-    return MPIRpcBackendOptions(**{**values, "init_method": f"mpi:{options.init_method}"})
+    values: Any = {name: getattr(options, name) for name in options.table}
+    return type(options)(**{**values, "init_method": f"mpi:{options.init_method}"})

@@ -21,7 +21,7 @@ from torch.distributed.rpc import internal
 
 from . import _C, _all_gather, _exit, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
-from ._torch_api import Place, Replacements
+from ._torch_api import Place, Replacements, RpcBackendOptions, Store, TensorPipeAgent
 
 _WAKING_LIMIT = 0.5  # seconds
 
@@ -40,6 +40,25 @@ class Agent(_C.MPIAgent):
             super().shutdown()
         finally:
             end(self)
+
+
+class StandInAgent(Agent):
+    """The agent of a session that was asked for as TensorPipe's. To those who look it is what they expect.
+
+    ``isinstance(agent, TensorPipeAgent)`` looks at ``__class__`` where the type is another: so it holds wherever the
+    name comes from, and no class of torch's is replaced. ``type(agent)`` tells the truth, and C++ looks at that.
+    """
+
+    __class__ = property(lambda self: TensorPipeAgent)
+
+    is_static_group = True  # torch's shutdown asks for it
+
+    def stand_in(self, options: RpcBackendOptions, store: Store) -> None:
+        """Takes what the program has given to ``init_rpc``, and the store of the rendezvous."""
+        self._options, self.store = options, store
+
+    def _get_backend_options(self) -> RpcBackendOptions:
+        return self._options
 
 
 @dataclass

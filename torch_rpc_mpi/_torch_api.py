@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import TCPStore as TCPStore
 from torch._C._distributed_rpc import PyRRef as PyRRef
 from torch._C._distributed_rpc import RpcAgent as RpcAgent
 from torch._C._distributed_rpc import RpcBackendOptions as RpcBackendOptions
+from torch._C._distributed_rpc import TensorPipeAgent as TensorPipeAgent
 from torch._C._distributed_rpc import WorkerInfo as WorkerInfo
 from torch.distributed.rendezvous import _rendezvous_handlers
 from torch.distributed.rpc import api, backend_registry, internal
@@ -62,6 +63,8 @@ class Replacements:
 # Registration
 BACKEND_TYPE = Place(rpc, "BackendType")
 INIT_RPC = Place(rpc, "init_rpc")
+INIT_BACKEND = Place(backend_registry, "init_backend")
+TENSORPIPE_OPTIONS_INIT = Place(rpc.TensorPipeRpcBackendOptions, "__init__")
 
 # Calls
 INVOKE_RPC = Place(api, "_invoke_rpc")
@@ -93,6 +96,7 @@ RENDEZVOUS_TCP_STORE = Place(sys.modules["torch.distributed.rendezvous"], "TCPSt
 
 # The rest is used as it is.
 DEFAULT_INIT_METHOD = _distributed_rpc._DEFAULT_INIT_METHOD
+DEFAULT_NUM_WORKER_THREADS = _distributed_rpc._DEFAULT_NUM_WORKER_THREADS
 DEFAULT_RPC_TIMEOUT = _distributed_rpc._DEFAULT_RPC_TIMEOUT_SEC
 AllGatherStates: Any = api.AllGatherStates
 InternalRPCPickler: Any = internal._InternalRPCPickler

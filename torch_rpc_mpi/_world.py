@@ -10,6 +10,7 @@ A world lasts as long as its processes: MPI is never finalised in it, because th
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import re
 import socket
@@ -84,6 +85,8 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
         _system.Limits.here(),
         _system.process_space(),
     )
+    # torch has given it the timeout of calls, which may be short, and 0 if there is none.
+    store.set_timeout(datetime.timedelta(seconds=timeout or _FOR_EVER))
     session, members = _meeting.meet(_shared_by_sessions(store), me, rank, size, deadline)
     _keep_file(store)
     _check_fit(members)

@@ -77,8 +77,8 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
         raise RuntimeError("RPC is already initialized")
     _check_name(name)
     options = MPIRpcBackendOptions() if options is None else _checked_options(options)
-    rank = _integer("rank", -1 if rank is None else rank)
-    world_size = _integer("world_size", -1 if world_size is None else world_size)
+    rank = integer("rank", -1 if rank is None else rank)
+    world_size = integer("world_size", -1 if world_size is None else world_size)
     rank, world_size = _complete_place(name, options, rank, world_size)
     if _without_launcher(options, rank, world_size):
         options = _rendezvous.made_interruptible(options)
@@ -162,16 +162,18 @@ def init_backend(
         communicator.free()
         raise
     # Here and not above, because they import the extension.
-    from . import _pickler, _remote_errors, _session
+    from . import _pickler, _remote_errors, _session, _tensorpipe
 
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
     names, hosts = [member.name for member in members], [member.host for member in members]
     whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
 
+    agent_class = _session.StandInAgent if isinstance(options, _tensorpipe.TranslatedOptions) else _session.Agent
+
     def make_agent() -> tuple[bool, int]:
         agents.append(
-            _session.Agent(
+            agent_class(
                 communicator,
                 names,
                 hosts,
@@ -194,6 +196,8 @@ def init_backend(
     if all(reaches_all for reaches_all, _ in reached):
         neighbours.ring_each_other()
     agent = agents.pop()
+    if isinstance(options, _tensorpipe.TranslatedOptions) and isinstance(agent, _session.StandInAgent):
+        agent.stand_in(options.original, store)
     hosts_of_ranks = [host for _, host in reached]
     if len(set(hosts_of_ranks)) > 1:
         _watch_other_hosts(agent, neighbours, hosts_of_ranks, options.heartbeat_timeout, on_all_ranks)
@@ -240,7 +244,8 @@ def _checked_options(options: Any) -> MPIRpcBackendOptions:
     return options
 
 
-def _integer(what: str, value: Any) -> int:
+def integer(what: str, value: Any) -> int:
+    """An argument of ``init_rpc`` that is to be one; raises TypeError with its name."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"init_rpc: {what} must be an integer, but got {value!r} of type {type(value).__name__}")
     return int(value)

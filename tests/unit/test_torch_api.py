@@ -153,7 +153,7 @@ def stores(name: str) -> None:
     assert getattr(_torch_api, name) is getattr(torch.distributed, name)
 
 
-@relied_on("PyRRef", "RpcAgent", "RpcBackendOptions", "WorkerInfo")
+@relied_on("PyRRef", "RpcAgent", "RpcBackendOptions", "TensorPipeAgent", "WorkerInfo")
 def classes_of_rpc(name: str) -> None:
     assert getattr(_torch_api, name) is getattr(rpc, name)
 
@@ -191,6 +191,31 @@ def _(name: str) -> None:
 @relied_on("INIT_RPC")
 def init_rpc(name: str) -> None:
     assert parameters(rpc.init_rpc) == ["name", "backend", "rank", "world_size", "rpc_backend_options"]
+
+
+@relied_on("INIT_BACKEND")
+def init_backend(name: str) -> None:
+    """Whatever makes an agent comes to it, in the end."""
+    assert "init_backend" in names_used_by(rpc._init_rpc_backend)
+    assert "_init_rpc_backend" in names_used_by(rpc.init_rpc)
+    assert parameters(backend_registry.init_backend) == ["backend", "args", "kwargs"]
+    assert parameters(backend_registry._tensorpipe_init_backend_handler) == [
+        "store", "name", "rank", "world_size", "rpc_backend_options",
+    ]  # fmt: skip
+
+
+@relied_on("TENSORPIPE_OPTIONS_INIT")
+def tensorpipe_options_init(name: str) -> None:
+    """It can be replaced, also for subclasses, and its instances take attributes of any name."""
+
+    class Options(rpc.TensorPipeRpcBackendOptions):
+        pass
+
+    with recorded(name) as calls:
+        options = Options(_transports=["uv"], num_worker_threads=3)
+    assert calls == [(options, {"_transports": ["uv"], "num_worker_threads": 3})]
+    options.of_any_name = 4
+    assert (options.of_any_name, options.num_worker_threads) == (4, 3)
 
 
 @relied_on("INVOKE_RPC", in_session=True)
@@ -343,9 +368,10 @@ def steps_of_shutdown(name: str) -> None:
 # Used as it is
 
 
-@relied_on("DEFAULT_INIT_METHOD", "DEFAULT_RPC_TIMEOUT")
+@relied_on("DEFAULT_INIT_METHOD", "DEFAULT_NUM_WORKER_THREADS", "DEFAULT_RPC_TIMEOUT")
 def defaults(name: str) -> None:
-    options = _torch_api.RpcBackendOptions()
+    options = rpc.TensorPipeRpcBackendOptions()
+    assert options.num_worker_threads == _torch_api.DEFAULT_NUM_WORKER_THREADS == 16
     assert options.init_method == _torch_api.DEFAULT_INIT_METHOD == "env://"
     assert options.rpc_timeout == _torch_api.DEFAULT_RPC_TIMEOUT == 60
 

@@ -1,0 +1,80 @@
+"""The variables that torchrun sets for its workers, for programs that read them, under launchers that do not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import zlib
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
+
+from . import _launchers
+from ._launchers import Launcher
+from .options import MPIRpcBackendOptions
+
+_PLACE = {"RANK": "rank", "WORLD_SIZE": "size", "LOCAL_RANK": "local_rank", "LOCAL_WORLD_SIZE": "local_size"}
+# Ports that systems give to nobody by themselves; Linux begins at 32768.
+_FIRST_PORT, _PORTS = 20000, 12000
+
+
+def set_variables(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets those that are not set, where a launcher started this process as one of its ranks."""
+    launcher = _launchers.find_launcher(environ)
+    if launcher is None or _launchers.find_torchrun(environ) is not None or _launchers.is_claimed_by_another(environ):
+        return
+    if environ.keys() >= {*_PLACE, "MASTER_ADDR", "MASTER_PORT"}:
+        return
+    if None in (launcher.rank, launcher.size, launcher.local_rank, launcher.local_size, launcher.first_host):
+        launcher = _as_mpi_says(launcher)
+    for name, of_launcher in _PLACE.items():
+        environ.setdefault(name, str(getattr(launcher, of_launcher)))
+    alone = launcher.local_size == launcher.size
+    environ.setdefault("MASTER_ADDR", "127.0.0.1" if alone else str(launcher.first_host))
+    environ.setdefault("MASTER_PORT", str(_port(launcher)))
+
+
+def _as_mpi_says(launcher: Launcher) -> Launcher:
+    """The same from MPI itself, which begins with that, in all ranks."""
+    from . import _mpi
+
+    MPI = _mpi.load(MPIRpcBackendOptions().init_timeout).MPI
+    world = MPI.COMM_WORLD
+    here = world.Split_type(MPI.COMM_TYPE_SHARED)
+    place = {"local_rank": here.Get_rank(), "local_size": here.Get_size()}
+    here.Free()
+    host, pid = world.bcast((socket.gethostname(), os.getpid()))
+    job = launcher.job or f"{host} {pid}"
+    return replace(launcher, rank=world.Get_rank(), size=world.Get_size(), first_host=host, job=job, **place)
+
+
+def _port(launcher: Launcher) -> int:
+    """One for this launch, that all ranks come to without a word. It is used by what is not RPC."""
+    key = launcher.job or _daemon()
+    return _FIRST_PORT + zlib.crc32(key.encode()) % _PORTS
+
+
+def _daemon() -> str:
+    """The process that has started the ranks of this host: the nearest that is not told what they are.
+
+    Between it and a rank may be shells and the like, of which each rank has its own.
+    """
+    told = _launchers.find_launcher(os.environ)
+    pid = os.getppid()
+    while pid > 1 and _launchers.find_launcher(_environment_of(pid)) == told:
+        pid = int(_stat(pid)[1])
+    return f"{pid} since {_stat(pid)[19]}"
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of a process that follow its name: state, parent, ..., the time of its start."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()
+
+
+def _environment_of(pid: int) -> Mapping[str, str]:
+    """What a process began with; nothing, if it is another user's."""
+    try:
+        with open(f"/proc/{pid}/environ", errors="replace") as file:
+            return dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line)
+    except OSError:
+        return {}
