@@ -10,6 +10,7 @@
 #                        tensors; ci/gpu.sh says more
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
+# make cuda-torch        the wheel that was built beside torch's CPU build, in an environment with its CUDA build; 5 GB
 # make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
 # make format            rewrite sources in the project's format
 #
@@ -32,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench gpu test fuzz soak hosts torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench gpu test fuzz soak hosts torch-versions cuda-torch always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -68,6 +69,9 @@ hosts:
 
 torch-versions:
 	ci/torch_versions.sh
+
+cuda-torch:
+	ci/cuda_torch.sh
 
 release:
 	ci/wheel.sh
