@@ -16,7 +16,8 @@ SUITES = [*rpc_utils.GENERIC_CUDA_TESTS, *rpc_utils.TENSORPIPE_CUDA_TESTS]
 # The texts of TensorPipe's that the suites expect, and ours in their places.
 TEXTS = {
     "TensorPipe RPC backend only supports CPU tensors by default.*"
-    "`set_device_map` on `TensorPipeRpcBackendOptions`": "no device map.*set_device_map",
+    "`set_device_map` on `TensorPipeRpcBackendOptions`": "only supports CPU tensors by default.*`set_device_map` on "
+    "`MPIRpcBackendOptions`",
 }
 
 
