@@ -96,20 +96,24 @@ def _arguments() -> argparse.Namespace:
     possible = DEVICE_BACKENDS if arguments.device else BACKENDS
     if arguments.backends is None:
         arguments.backends = list(QUICK_BACKENDS if arguments.quick and not arguments.device else possible)
-    if others := [backend for backend in arguments.backends if backend not in possible]:
-        parser.error(
-            f"--backends: {', '.join(others)} is not for tensors {'on devices' if arguments.device else 'here'}"
-        )
+    possible_cases = _possible_cases(arguments.device is not None)
+    for option, asked, known in (
+        ("--backends", arguments.backends, possible),
+        ("--cases", arguments.cases or [], possible_cases),
+    ):
+        if others := [name for name in asked if name not in known]:
+            without = " to be without" if arguments.device else ""
+            parser.error(f"{option}: {', '.join(others)} needs{without} --device")
     if arguments.cases is None:
-        arguments.cases = _cases(arguments)
+        quick = [name for name in possible_cases if name == START or CASES[name].quick]
+        arguments.cases = quick if arguments.quick else possible_cases
     return arguments
 
 
-def _cases(arguments: argparse.Namespace) -> list[str]:
-    """Those that are meant by none."""
-    if arguments.device:
-        return [name for name, case in CASES.items() if case.devices and (case.quick or not arguments.quick)]
-    return [START, *(name for name, case in CASES.items() if case.host and (case.quick or not arguments.quick))]
+def _possible_cases(on_devices: bool) -> list[str]:
+    if on_devices:
+        return [name for name, case in CASES.items() if case.devices]
+    return [START, *(name for name, case in CASES.items() if case.host)]
 
 
 def _list_of(known: Any) -> Callable[[str], list[str]]:

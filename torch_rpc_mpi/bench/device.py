@@ -68,6 +68,8 @@ class Devices:
         filled, emptied = ([self._module.Event() for _ in ring] for _ in range(2))
 
         def copy() -> None:
+            for stream, device in ((filling, source), (emptying, target)):
+                stream.wait_stream(self._module.current_stream(device))
             for number, (part, place) in enumerate(zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True)):
                 slot = number % _SLOTS
                 chunk = ring[slot][: len(part)]
