@@ -32,6 +32,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 export PATH=$here/environment/bin:$(dirname "$python"):$PATH
 # Of the many plugins that a machine may have, some warn, and warnings are errors here.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+# torch then asks the driver's management library whether there are GPUs. CUDA itself, once asked, is of no use in the
+# processes that are forked from this one, and so are ranks.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
 results=()
 failures=0
 
@@ -103,14 +106,14 @@ build() {
 has() { "$here/environment/bin/python" -I -c "import $1" 2>/dev/null; }
 
 cases() {
-  RPC_TEST_DEVICE=cuda "$here/environment/bin/python" -I -m pytest -p pytest_timeout -k devices \
+  RPC_TEST_DEVICE=cuda "$here/environment/bin/python" -I -m pytest -v -p pytest_timeout -k devices- \
     tests/multirank/test_cases.py
 }
 
 suites() {
   local spread=()
   ! has xdist || spread=(-p xdist.plugin -n "${SUITE_WORKERS:-$(($(nproc) / 3 + 1))}")
-  "$here/environment/bin/python" -I -m pytest -p pytest_timeout "${spread[@]}" tests/conformance/test_cuda.py
+  "$here/environment/bin/python" -I -m pytest -v -p pytest_timeout "${spread[@]}" tests/conformance/test_cuda.py
 }
 
 bench() {
