@@ -125,7 +125,7 @@ export python here
 run() { step "$1" "$2" bash -euo pipefail -c "$1"; }
 wanted() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
-run environment 60 || { result environment; finish; }
+run environment 120 || { result environment; finish; }
 step torch 60 "$here/environment/bin/python" -I -c '
 import torch
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
