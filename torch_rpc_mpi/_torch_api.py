@@ -112,7 +112,6 @@ should_profile: Callable[[], bool] = api._get_should_profile
 tensor_tables = internal._thread_local_tensor_tables
 to_worker_info: Callable[[Any], WorkerInfo] = api._to_worker_info
 torchs_pickler: Any = internal._internal_rpc_pickler
-validate_device_maps: Callable[..., None] = backend_registry._validate_device_maps
 waiting_for_all = api._thread_local_var
 
 

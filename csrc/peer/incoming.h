@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,8 +21,13 @@ class Incoming {
   // Receives the rest of a message whose frame has arrived; the listener gets it then. Frames come here in their order.
   // Throws when nothing can be received any more.
   void receive(ProgressToken& token, InboundMessage message);
+  // What waits for room at a device; returns whether something moved.
+  bool tryDevice(ProgressToken& token);
   // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever, but without its pages.
   void abandon() noexcept;
+  bool awaitsDevice() const {
+    return atDevice_;
+  }
   // Whether not all of a message of this kind and id is here.
   bool lacksPartOf(FrameKind kind, uint64_t callId) const;
   // Messages whose frame has arrived, but not all of the rest.
@@ -34,8 +40,12 @@ class Incoming {
   struct Message;
 
   void openParts(Message& message);
-  void pump(ProgressToken& token);
-  void chunkReceived(ProgressToken& token, Message* message, size_t expected, const OperationStatus& status);
+  bool pump(ProgressToken& token); // whether a receive was posted
+  void chunkReceived(
+      ProgressToken& token,
+      Message* message,
+      std::optional<size_t> expected,
+      const OperationStatus& status);
   void complete(ProgressToken& token, Message* message);
 
   const int rank_;
@@ -45,6 +55,7 @@ class Incoming {
   std::vector<Message*> receiving_;               // with chunks that are posted and not complete
   size_t chunksIn_ = 0;                           // those
   size_t unfinished_ = 0;
+  bool atDevice_ = false; // named in PeerContext::atDevice
   bool abandoned_ = false;
 };
 
