@@ -320,7 +320,7 @@ void bindAgent(py::module_& module) {
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
       .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil())
       .def("get_device_map", &MpiAgent::getDeviceMap, py::arg("worker"), NoGil())
-      .def("_get_device_map", &MpiAgent::getDeviceMap, py::arg("worker"), NoGil()) // as RemoteModule asks
+      .def("_get_device_map", &MpiAgent::getDeviceMap, py::arg("dst"), NoGil()) // as RemoteModule asks
       .def("get_devices", [](const MpiAgent& self) { return self.getDevices(); });
   module.def(
       "register_device_runtime",
