@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.storage import UntypedStorage
 
@@ -90,6 +91,9 @@ class AgentOptions:
     max_sleep: float
     any_source: bool
     flight_recorder_dir: str
+    devices: list[torch.device]
+    device_names: list[str]
+    device_maps: list[tuple[dict[torch.device, torch.device], dict[torch.device, torch.device]]]
     messages_to_fail: list[str]
     messages_to_delay: dict[str, float]
     num_fail_sends: int
@@ -126,6 +130,9 @@ class MPIAgent(RpcAgent):
     def write_flight_record(self, path: str) -> str: ...
     def get_metrics(self) -> dict[str, str]: ...
     def get_debug_info(self) -> dict[str, str]: ...
+    def get_device_map(self, worker: WorkerInfo) -> dict[torch.device, torch.device]: ...
+    _get_device_map = get_device_map
+    def get_devices(self) -> list[torch.device]: ...
     def join(self, shutdown: bool = False, timeout: float = 0) -> None: ...
     def shutdown(self) -> None: ...
     def sync(self) -> None: ...
@@ -157,6 +164,9 @@ def message_type_names() -> list[str]: ...
 
 # What this process may use, see csrc/host/resources.h.
 def usable_cores() -> int: ...
+def register_device_runtime(device_type: str, library: str, prefix: str) -> None:
+    """Where the functions of runtime_functions.h are for a kind of device that torch knows as PrivateUse1."""
+
 def usable_memory() -> int: ...  # bytes
 
 # The entry points; documented in functions.py.

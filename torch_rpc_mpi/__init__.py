@@ -18,6 +18,7 @@ import torch  # noqa: F401  (the extension needs torch's libraries loaded; witho
 from . import _register
 
 if TYPE_CHECKING:
+    from ._devices import register_device_runtime
     from .calls import remote, rpc_async, rpc_sync
     from .faults import on_worker_lost, write_flight_record
     from .functions import as_asyncio
@@ -29,6 +30,7 @@ __all__ = [
     "as_asyncio",
     "is_available",
     "on_worker_lost",
+    "register_device_runtime",
     "remote",
     "rpc_async",
     "rpc_sync",
@@ -39,6 +41,7 @@ _LAZY = {
     "MPIRpcBackendOptions": "options",
     "as_asyncio": "functions",
     "on_worker_lost": "faults",
+    "register_device_runtime": "_devices",
     "remote": "calls",
     "rpc_async": "calls",
     "rpc_sync": "calls",

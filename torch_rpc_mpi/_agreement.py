@@ -7,11 +7,9 @@ the same error: nobody is left waiting for one that has given up.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-
-from . import _torch_api
+from . import _devices
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,7 @@ class Member:
     pid: int
     address: str  # for its neighbours, see csrc/host/neighbours.h
     agreed: dict[str, Hashable]  # values that must be the same everywhere; see disagreement()
-    device_count: int = 0
-    device_maps: dict[str, dict[torch.device, torch.device]] = field(default_factory=dict)
-    devices: list[torch.device] = field(default_factory=list)
+    wishes: _devices.Wishes
 
 
 def check(members: Sequence[Member]) -> None:
@@ -34,7 +30,6 @@ def check(members: Sequence[Member]) -> None:
     # Versions first: of ranks that run different ones, nothing else needs to make sense.
     _check_values(members)
     _check_names(members)
-    _check_devices(members)
 
 
 def rank_list(ranks: Iterable[int]) -> str:
@@ -84,25 +79,3 @@ def _check_names(members: Sequence[Member]) -> None:
             f"RPC worker name is not unique: {shown}. Give every rank its own, such as "
             'init_rpc(f"worker{rank}", ...) with the rank that MPI gives: MPI.COMM_WORLD.Get_rank().'
         )
-
-
-def _check_devices(members: Sequence[Member]) -> None:
-    if not any(member.device_maps or member.devices for member in members):
-        return
-    names = [member.name for member in members]
-    # torch's own check, so that a device map means what it means for TensorPipe.
-    _torch_api.validate_device_maps(
-        names,
-        {member.name: member.device_count for member in members},
-        {member.name: member.device_maps for member in members},
-        {member.name: member.devices for member in members},
-    )
-    for rank, member in enumerate(members):
-        used = {device for map_ in member.device_maps.values() for pair in map_.items() for device in pair}
-        accelerators = sorted(str(device) for device in {*used, *member.devices} if device.type != "cpu")
-        if accelerators:
-            raise RuntimeError(
-                f"{member.name!r} (rank {rank} on {member.host}) asks for {', '.join(accelerators)} in its device "
-                "maps, but this version of torch_rpc_mpi carries CPU tensors only. Leave device_maps and devices out "
-                "and move tensors with .cpu() before a call and .to(device) after it."
-            )

@@ -23,7 +23,7 @@ from torch._C._distributed_rpc import RpcAgent as RpcAgent
 from torch._C._distributed_rpc import RpcBackendOptions as RpcBackendOptions
 from torch._C._distributed_rpc import WorkerInfo as WorkerInfo
 from torch.distributed.rendezvous import _rendezvous_handlers
-from torch.distributed.rpc import api, backend_registry, internal
+from torch.distributed.rpc import api, internal
 from torch.storage import TypedStorage, UntypedStorage
 
 
@@ -108,7 +108,6 @@ should_profile: Callable[[], bool] = api._get_should_profile
 tensor_tables = internal._thread_local_tensor_tables
 to_worker_info: Callable[[Any], WorkerInfo] = api._to_worker_info
 torchs_pickler: Any = internal._internal_rpc_pickler
-validate_device_maps: Callable[..., None] = backend_registry._validate_device_maps
 waiting_for_all = api._thread_local_var
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _exit, _mpi, _rendezvous, _torch_api, _world
+from . import __version__, _agreement, _devices, _exit, _mpi, _rendezvous, _torch_api, _world
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
 from .options import MPIRpcBackendOptions
 
@@ -157,6 +157,7 @@ def init_backend(
     neighbours = made.pop()
     try:
         _agreement.check(members)
+        placement = _place_devices(call.name, [member.wishes for member in members], on_all_ranks)
     except Exception:
         communicator.free()
         raise
@@ -177,7 +178,7 @@ def init_backend(
                 neighbours,
                 # Those of other nodes are no neighbours, also where this process could reach their memory.
                 [member.address if member.node == members[call.rank].node else "" for member in members],
-                _agent_options(extension, options, len({member.node for member in members})),
+                _agent_options(extension, options, len({member.node for member in members}), placement, names),
                 _session.make_run_function(whereabouts),
                 _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
                 functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
@@ -299,7 +300,6 @@ def _check_place(rank: int, world_size: int, actual_rank: int, actual_size: int,
 
 def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
     options = call.rpc_backend_options
-    uses_devices = bool(options.device_maps or options.devices)
     return _agreement.Member(
         name=call.name,
         host=socket.gethostname(),
@@ -314,10 +314,7 @@ def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
             "bulk_chunk (bytes)": options.bulk_chunk,
             "heartbeat_timeout (seconds)": options.heartbeat_timeout,
         },
-        # Asked only when needed: it loads the driver.
-        device_count=torch.cuda.device_count() if uses_devices else 0,
-        device_maps=options.device_maps,
-        devices=options.devices,
+        wishes=_devices.Wishes(call.name, options.device_maps, options.devices),
     )
 
 
@@ -341,9 +338,34 @@ def _on_all_ranks(
     return [result for result, _ in outcomes]
 
 
-def _agent_options(extension: Any, options: MPIRpcBackendOptions, nodes: int) -> _C.AgentOptions:
+def _place_devices(
+    name: str, wishes: list[_devices.Wishes], on_all_ranks: Callable[[Callable[[], Any]], list[Any]]
+) -> _devices.Placement:
+    """Collective, but only where some rank wants devices: to ask for them loads the driver."""
+    if not _devices.are_used(wishes):
+        _devices.check(wishes, [{} for _ in wishes])
+        return _devices.Placement([], {}, {})
+    types = _devices.types_in(wishes)
+    counts = on_all_ranks(lambda: {device_type: _devices.count(device_type) for device_type in types})
+    _devices.check(wishes, counts)
+    placement = _devices.place(name, wishes)
+    _devices.initialize(placement.devices)
+    return placement
+
+
+def _agent_options(
+    extension: Any, options: MPIRpcBackendOptions, nodes: int, placement: _devices.Placement, names: list[str]
+) -> _C.AgentOptions:
     agent_options: _C.AgentOptions = extension.AgentOptions()
     for name in options.of_agent:
         setattr(agent_options, name, getattr(options, name))
+    for device_type, (library, prefix) in _devices.runtimes().items():
+        extension.register_device_runtime(device_type, library, prefix)
+    agent_options.devices = placement.devices
+    agent_options.device_names = _devices.names(placement.devices)
+    if placement.requests or placement.responses:
+        agent_options.device_maps = [
+            (dict(placement.requests.get(name, {})), dict(placement.responses.get(name, {}))) for name in names
+        ]
     agent_options.any_source = _mpi.open_library().takes_any_source(nodes)
     return agent_options

@@ -52,16 +52,6 @@ std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept 
   }
 }
 
-PendingCall newCall(int peer, rpc::MessageType type, std::chrono::milliseconds timeout) {
-  PendingCall call;
-  call.future = c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get());
-  call.peer = peer;
-  call.type = type;
-  call.timeout = timeout;
-  call.made = Clock::now();
-  return call;
-}
-
 // So that the next push_back() does not throw.
 void makeRoom(std::vector<TaskPtr>& tasks) {
   if (tasks.size() == tasks.capacity()) {
@@ -118,9 +108,9 @@ class Caller::ResponseTask final : public CompletionTask {
   ResponseTask(Caller& caller, InboundMessage inbound) : CompletionTask(caller), inbound_(std::move(inbound)) {}
   void run() noexcept override {
     const PendingCall call = take();
-    RpcMessage response;
+    MessageInStreams response;
     try {
-      response = decodeMessage(std::move(inbound_));
+      response = decodeMessage(std::move(inbound_), caller().devices_);
     } catch (const BadMessage& error) {
       caller().outbox_.refuse(call.peer, error.what());
       completion().fail(call, [&] { return unread(error); });
@@ -130,7 +120,7 @@ class Caller::ResponseTask final : public CompletionTask {
       return;
     }
     FlightRecorder::instance().record(CallEvent::kCompleted, call.peer, call.id, call.type);
-    completion().complete(call, response);
+    completion().complete(call, response.message, response.streams);
   }
 
  private:
@@ -139,6 +129,22 @@ class Caller::ResponseTask final : public CompletionTask {
   }
 
   InboundMessage inbound_;
+};
+
+// Of a call to this worker itself, whose response comes from a device to the host.
+class Caller::OwnResponseTask final : public CompletionTask {
+ public:
+  OwnResponseTask(Caller& caller, RpcMessage response, Streams streams)
+      : CompletionTask(caller),
+        response_(std::move(response)),
+        streams_(std::move(streams)) {}
+  void run() noexcept override {
+    completion().complete(take(), response_, streams_);
+  }
+
+ private:
+  const RpcMessage response_;
+  const Streams streams_;
 };
 
 // Of a call that failed here, or whose time is over.
@@ -184,7 +190,8 @@ Caller::Caller(
     const std::shared_ptr<Engine>& engine,
     FlightLog& flightLog,
     SignalService signals,
-    uint32_t slotUsesBefore)
+    uint32_t slotUsesBefore,
+    std::shared_ptr<Devices> devices)
     : members_(members),
       completion_(completion),
       exchange_(exchange),
@@ -193,8 +200,20 @@ Caller::Caller(
       engine_(engine),
       flightLog_(flightLog),
       signals_(signals),
+      devices_(std::move(devices)),
       calls_(slotUsesBefore) {
   late_.reserve(kExpiredInTurn);
+}
+
+PendingCall Caller::newCall(int peer, rpc::MessageType type, std::chrono::milliseconds timeout) const {
+  PendingCall call;
+  call.future = devices_ == nullptr ? c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get())
+                                    : c10::make_intrusive<rpc::JitFuture>(at::AnyClassType::get(), devices_->all());
+  call.peer = peer;
+  call.type = type;
+  call.timeout = timeout;
+  call.made = Clock::now();
+  return call;
 }
 
 JitFuturePtr Caller::failingCall(int peer, rpc::MessageType type, const std::string& failure) {
@@ -208,7 +227,12 @@ JitFuturePtr Caller::failingCall(int peer, rpc::MessageType type, const std::str
   return open ? future : nullptr;
 }
 
-JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::milliseconds timeout, const Later& later) {
+JitFuturePtr Caller::call(
+    int peer,
+    RpcMessage message,
+    std::chrono::milliseconds timeout,
+    std::shared_ptr<OutboundSlices> onDevices,
+    const Later& later) {
   const GuestAnnouncement announcement;
   if (const auto reason = members_.whyLost(peer)) {
     return failingCall(peer, message->type(), *reason);
@@ -230,9 +254,9 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
   message->setId(static_cast<int64_t>(id));
   FlightRecorder::instance().record(CallEvent::kMade, peer, id, message->type());
   if (later) {
-    later([this, peer, id, message] {
+    later([this, peer, id, message, onDevices] {
       try {
-        dispatch(peer, id, message, Clock::time_point::max());
+        dispatch(peer, id, message, onDevices, Clock::time_point::max());
       } catch (const std::exception& error) {
         onSendFailed(FrameKind::kRequest, peer, id, errorText(error));
       }
@@ -240,7 +264,8 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
     return future;
   }
   try {
-    dispatch(peer, id, std::move(message), timeout.count() > 0 ? made + timeout : Clock::time_point::max());
+    const auto deadline = timeout.count() > 0 ? made + timeout : Clock::time_point::max();
+    dispatch(peer, id, std::move(message), std::move(onDevices), deadline);
   } catch (...) {
     calls_.take(id, peer);
     throw;
@@ -253,19 +278,44 @@ JitFuturePtr Caller::call(int peer, RpcMessage message, std::chrono::millisecond
   return future;
 }
 
-void Caller::dispatch(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline) {
+void Caller::dispatch(
+    int peer,
+    uint64_t id,
+    RpcMessage message,
+    std::shared_ptr<OutboundSlices> onDevices,
+    Clock::time_point deadline) {
   const EngineWork work;
   if (peer == members_.rank()) {
     HeldByPeers::made({});
-    engine_->post(server_.ownRequest(id, copyMessage(*message), deadline));
+    if (onDevices != nullptr) {
+      postOwn(id, *message, *onDevices, deadline);
+    } else {
+      Streams streams = devices_ == nullptr ? Streams() : devices_->poolStreams();
+      engine_->post(server_.ownRequest(id, copyMessage(*message), std::move(streams), deadline));
+    }
   } else {
-    sendToPeer(peer, id, std::move(message), deadline);
+    sendToPeer(peer, id, std::move(message), std::move(onDevices), deadline);
   }
 }
 
-void Caller::sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline) {
+void Caller::postOwn(
+    uint64_t id,
+    const rpc::Message& message,
+    const OutboundSlices& onDevices,
+    Clock::time_point deadline) {
+  OwnCopy copy = copyMessage(message, onDevices);
+  TaskPtr task = server_.ownRequest(id, copy.message, copy.streams, deadline);
+  whenCopied(std::move(copy), std::move(task));
+}
+
+void Caller::sendToPeer(
+    int peer,
+    uint64_t id,
+    RpcMessage message,
+    std::shared_ptr<OutboundSlices> onDevices,
+    Clock::time_point deadline) {
   server_.heldByPeers().sends(peer);
-  auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this);
+  auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this, std::move(onDevices));
   out->header().secondAttempt = sendsAgain ? 1 : 0;
   out->setDeadline(deadline);
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
@@ -341,10 +391,36 @@ void Caller::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
     if (message->type() != rpc::MessageType::EXCEPTION) {
       message = copyMessage(*message);
     }
-    completion_.complete(*call, message);
+    completion_.complete(*call, message, devices_ == nullptr ? Streams() : devices_->poolStreams());
   } catch (const std::exception& error) {
     completion_.fail(*call, [&] { return "The response could not be sent: " + errorText(error); });
   }
+}
+
+void Caller::onOwnResponse(uint64_t id, RpcMessage response, const OutboundSlices& onDevices) {
+  OwnCopy copy = copyMessage(*response, onDevices);
+  auto task = std::make_unique<OwnResponseTask>(*this, copy.message, copy.streams);
+  if (auto call = calls_.take(id, members_.rank())) {
+    task->give(std::move(*call));
+    whenCopied(std::move(copy), std::move(task));
+  }
+}
+
+// The task is run when what comes from a device to the host is there.
+void Caller::whenCopied(OwnCopy copy, TaskPtr task) {
+  if (copy.awaited.empty()) {
+    engine_->post(std::move(task));
+    return;
+  }
+  const auto later = std::make_shared<AtLast>(
+      [finish = std::move(copy.finish), held = std::make_shared<TaskPtr>(std::move(task)), engine = engine_] {
+        finish();
+        engine->post(std::move(*held));
+      });
+  for (DeviceEvent& event : copy.awaited) {
+    devices_->holdUntil(std::move(event), later);
+  }
+  engine_->wake();
 }
 
 void Caller::expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks) {

@@ -32,12 +32,18 @@ class Caller final : public SelfCaller, private SendFailureListener {
       const std::shared_ptr<Engine>& engine,
       FlightLog& flightLog,
       SignalService signals,
-      uint32_t slotUsesBefore);
+      uint32_t slotUsesBefore,
+      std::shared_ptr<Devices> devices);
 
   // A call to a worker, this one perhaps. timeout: 0 for none; it begins now. Null if there are no more calls: see
   // close(). later: of a test that delays the message. It is given what sends it, which may be called by any thread.
   using Later = std::function<void(std::function<void()> send)>;
-  JitFuturePtr call(int peer, RpcMessage message, std::chrono::milliseconds timeout, const Later& later = {});
+  JitFuturePtr call(
+      int peer,
+      RpcMessage message,
+      std::chrono::milliseconds timeout,
+      std::shared_ptr<OutboundSlices> onDevices = nullptr,
+      const Later& later = {});
   // One that is not sent and fails, as a call to a peer that has ended does: see Note [Completion].
   JitFuturePtr failingCall(int peer, torch::distributed::rpc::MessageType type, const std::string& failure);
 
@@ -101,12 +107,31 @@ class Caller final : public SelfCaller, private SendFailureListener {
  private:
   class CompletionTask;
   class ResponseTask;
+  class OwnResponseTask;
   class ExpiryTask;
 
   void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;
+  void onOwnResponse(uint64_t id, RpcMessage response, const OutboundSlices& onDevices) override;
+  PendingCall newCall(int peer, torch::distributed::rpc::MessageType type, std::chrono::milliseconds timeout) const;
+  void postOwn(
+      uint64_t id,
+      const torch::distributed::rpc::Message& message,
+      const OutboundSlices& onDevices,
+      Clock::time_point deadline);
+  void whenCopied(OwnCopy copy, TaskPtr task);
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
-  void dispatch(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
-  void sendToPeer(int peer, uint64_t id, RpcMessage message, Clock::time_point deadline);
+  void dispatch(
+      int peer,
+      uint64_t id,
+      RpcMessage message,
+      std::shared_ptr<OutboundSlices> onDevices,
+      Clock::time_point deadline);
+  void sendToPeer(
+      int peer,
+      uint64_t id,
+      RpcMessage message,
+      std::shared_ptr<OutboundSlices> onDevices,
+      Clock::time_point deadline);
   void askAfterLate(ProgressToken& token);
   OutboundPtr forget(ProgressToken& token, const PendingCall& call) noexcept;
 
@@ -118,6 +143,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
   const std::shared_ptr<Engine>& engine_;
   FlightLog& flightLog_;
   const SignalService signals_;
+  const std::shared_ptr<Devices> devices_; // null: none are used
   CallTable calls_;
   struct Late {
     int peer;

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/StreamGuard.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "base/error_text.h"
@@ -48,7 +50,7 @@ void Completion::guarded(const PendingCall& call, const Body& body) const noexce
   }
 }
 
-void Completion::complete(const PendingCall& call, const RpcMessage& response) const noexcept {
+void Completion::complete(const PendingCall& call, const RpcMessage& response, const Streams& streams) const noexcept {
   guarded(call, [&] {
     if (response->type() == rpc::MessageType::EXCEPTION) {
       const std::vector<char>& text = response->payload();
@@ -56,6 +58,10 @@ void Completion::complete(const PendingCall& call, const RpcMessage& response) c
           std::make_exception_ptr(std::runtime_error(readableText({text.data(), text.size()}))));
       return;
     }
+    // torch's guards go back to the thread's device, and make a context there: it must be one of those in use.
+    const c10::OptionalDeviceGuard onDevice(
+        streams.empty() ? std::nullopt : std::optional<c10::Device>(streams.front().device()));
+    const c10::MultiStreamGuard guard(streams);
     auto storages = response->getStorages();
     call.future->markCompleted(at::IValue(response), std::move(storages));
   });

@@ -29,7 +29,8 @@ class Completion {
   explicit Completion(const Membership& members);
 
   // With its response, which may be an exception's.
-  void complete(const PendingCall& call, const RpcMessage& response) const noexcept;
+  // streams: in which its tensors arrive, for an agent that uses devices.
+  void complete(const PendingCall& call, const RpcMessage& response, const Streams& streams = {}) const noexcept;
   // With the failure that it has, else this one, whose words are made where the lack of memory for them is no harm.
   void fail(const PendingCall& call, c10::function_ref<std::string()> error) const noexcept;
   // Because its time is over, unless it has a failure.

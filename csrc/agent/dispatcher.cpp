@@ -1,5 +1,6 @@
 #include "agent/dispatcher.h"
 
+#include <algorithm>
 #include <iterator>
 #include <new>
 #include <utility>
@@ -19,6 +20,9 @@ namespace {
 constexpr auto kTrimAfter = std::chrono::seconds(5);
 // What a process had sent before it ended, a goodbye perhaps, has so long to arrive.
 constexpr auto kLastWords = std::chrono::milliseconds(100);
+// What a device still uses is looked at after so long, where nothing else is to be done. Nobody waits for it but peers
+// that have lent memory.
+constexpr auto kDeviceLook = std::chrono::microseconds(50);
 // So long what a lost peer held is kept: see Note [What the lost held].
 constexpr auto kLastRequests = std::chrono::seconds(1);
 // Where this rank waits for the verdict on a graceful shutdown, a process that ends has probably had it, and it is the
@@ -88,7 +92,8 @@ Dispatcher::Dispatcher(
     Join& join,
     FlightLog& flightLog,
     const AgentOptions::OnWorkerLost& onWorkerLost,
-    std::chrono::milliseconds watchInterval)
+    std::chrono::milliseconds watchInterval,
+    std::shared_ptr<Devices> devices)
     : transport_(transport),
       members_(members),
       exchange_(exchange),
@@ -98,14 +103,20 @@ Dispatcher::Dispatcher(
       join_(join),
       flightLog_(flightLog),
       onWorkerLost_(onWorkerLost),
-      watchInterval_(watchInterval) {}
+      watchInterval_(watchInterval),
+      devices_(std::move(devices)),
+      lending_(members, exchange, devices_) {}
 
 bool Dispatcher::hasQueued() const {
   return outbox_.filled() || exchange_.hasDue() || server_.owes();
 }
 
 Clock::time_point Dispatcher::nextDeadline() const {
-  return caller_.nextDeadline();
+  const auto deadline = caller_.nextDeadline();
+  if (devices_ != nullptr && (devices_->holds() || lending_.pending())) {
+    return std::min(deadline, Clock::now() + kDeviceLook);
+  }
+  return deadline;
 }
 
 bool Dispatcher::awaitsAnswers() const {
@@ -114,6 +125,10 @@ bool Dispatcher::awaitsAnswers() const {
 
 bool Dispatcher::rests() const {
   return rests_.load();
+}
+
+bool Dispatcher::awaitsDevice() const {
+  return awaitsDevice_.load();
 }
 
 bool Dispatcher::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
@@ -141,7 +156,12 @@ bool Dispatcher::progress(ProgressToken& token) {
   if (server_.owes()) {
     server_.pay(token);
   }
-  const bool moved = exchange_.poll(token);
+  bool moved = exchange_.poll(token);
+  if (devices_ != nullptr) {
+    moved = devices_->poll() || moved;
+    moved = lending_.send(token) || moved;
+    awaitsDevice_ = exchange_.awaitsDevice(token);
+  }
   const auto now = Clock::now();
   exchange_.look(token, now);
   if (watch_ != nullptr) {
@@ -179,7 +199,7 @@ bool Dispatcher::progress(ProgressToken& token) {
 
 bool Dispatcher::idle(ProgressToken& token) const {
   return caller_.unanswered() == 0 && caller_.completing() == 0 && server_.serving() == 0 && !hasQueued() &&
-      exchange_.quiet(token);
+      exchange_.quiet(token) && (devices_ == nullptr || (!devices_->holds() && !lending_.pending()));
 }
 
 // Everything that has arrived was read: nothing moved in this turn.
@@ -249,12 +269,20 @@ void Dispatcher::onNews(ProgressToken& token, int source, ConstSpan body) {
   }
 }
 
-std::unique_ptr<BulkTarget> Dispatcher::makeTarget(int, const FrameHeader&, ConstSpan body) {
-  return makeReceiveTarget(body);
+std::unique_ptr<BulkTarget> Dispatcher::makeTarget(int source, const FrameHeader&, ConstSpan body) {
+  return makeReceiveTarget(body, devices_, source);
+}
+
+// So that device memory that is lent with a message goes back even if nobody reads the message.
+void Dispatcher::keepLoans(InboundMessage& message) const {
+  if (message.header.tickets != 0 && message.target == nullptr) {
+    message.target = makeReceiveTarget(message.body(), devices_, message.source);
+  }
 }
 
 void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
   const int source = message.source;
+  keepLoans(message); // what it throws fails the peer
   switch (message.header.kind) {
     case FrameKind::kRequest:
       if (TaskPtr task = server_.arrived(std::move(message))) {
@@ -298,6 +326,11 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       break;
     case FrameKind::kLost:
       onNews(token, source, message.body());
+      break;
+    case FrameKind::kOffer:
+    case FrameKind::kVerdict:
+    case FrameKind::kReturn:
+      lending_.onFrame(token, message);
       break;
     case FrameKind::kBatch: // the exchange takes it apart
     case FrameKind::kCredit:

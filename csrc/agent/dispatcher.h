@@ -11,6 +11,7 @@
 
 #include "agent/agent_options.h"
 #include "agent/caller.h"
+#include "agent/device_lending.h"
 #include "agent/flight_log.h"
 #include "agent/join.h"
 #include "agent/membership.h"
@@ -23,8 +24,8 @@
 
 namespace torch_rpc_mpi {
 
-// arrivals_, nextTrim_, nextWatch_, ended_, causes_ and lost_ are guarded by the progress token; rests_ is an atomic;
-// the rest is immutable, or guards itself.
+// arrivals_, nextTrim_, nextWatch_, ended_, causes_ and lost_ are guarded by the progress token; rests_ and
+// awaitsDevice_ are atomics; the rest is immutable, or guards itself.
 class Dispatcher final : public EngineDriver, public ExchangeListener {
  public:
   // Of parts of an agent that need not be there yet. watchInterval: how often to look whether neighbours are alive.
@@ -38,7 +39,8 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
       Join& join,
       FlightLog& flightLog,
       const AgentOptions::OnWorkerLost& onWorkerLost,
-      std::chrono::milliseconds watchInterval);
+      std::chrono::milliseconds watchInterval,
+      std::shared_ptr<Devices> devices);
 
   // Before the engine starts: who tells of the ranks of other hosts. Null: nobody, as all are on this one.
   void watchOver(std::shared_ptr<Watch> watch) {
@@ -56,6 +58,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   Clock::time_point nextDeadline() const override;
   bool awaitsAnswers() const override;
   bool rests() const override;
+  bool awaitsDevice() const override;
   void onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept override;
 
  private:
@@ -71,6 +74,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   std::string failureText(int peer, const std::string& cause) const override;
   void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) override;
 
+  void keepLoans(InboundMessage& message) const;
   void answerInquiry(ProgressToken& token, int source, ConstSpan body);
   void failForNonsense(ProgressToken& token, int source, const std::string& what);
   bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
@@ -91,6 +95,8 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   const AgentOptions::OnWorkerLost& onWorkerLost_;
   const std::chrono::milliseconds watchInterval_;
   std::shared_ptr<Watch> watch_;
+  const std::shared_ptr<Devices> devices_; // null: none are used
+  DeviceLending lending_;
 
   std::vector<TaskPtr> arrivals_; // made during a turn
   Clock::time_point nextTrim_ = Clock::now();
@@ -99,6 +105,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   std::unordered_map<int, std::string> causes_; // of the peers that leave because of a loss: why that was
   std::vector<Ended> lost_;                     // peers whose last messages are still to be run
   std::atomic<bool> rests_{false};
+  std::atomic<bool> awaitsDevice_{false};
 };
 
 } // namespace torch_rpc_mpi

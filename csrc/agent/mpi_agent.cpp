@@ -49,6 +49,7 @@ MpiAgent::MpiAgent(
       options_(std::move(options)),
       transport_(std::move(transport)),
       members_(transport_->rank(), members),
+      deviceMaps_(members_, options_.devices, options_.deviceMaps),
       flightLog_(
           options_.flightRecorderDir,
           c10::str("torch_rpc_mpi-rank", members_.rank(), "-", getpid()),
@@ -65,10 +66,11 @@ MpiAgent::MpiAgent(
           join_,
           flightLog_,
           options_.onWorkerLost,
-          options_.watchInterval),
+          options_.watchInterval,
+          options_.devices),
       exchange_(*transport_, dispatcher_, options_.exchange),
       outbox_(exchange_, engine_, options_.exchange.eagerLimit),
-      server_(members_, exchange_, outbox_, engine_, *cb_, options_.numWorkerThreads, options_.threadHook),
+      server_(members_, exchange_, outbox_, engine_, *cb_, options_.numWorkerThreads, options_.threadHook, deviceMaps_),
       caller_(
           members_,
           completion_,
@@ -78,7 +80,8 @@ MpiAgent::MpiAgent(
           engine_,
           flightLog_,
           options_.signals,
-          options_.slotUsesBefore),
+          options_.slotUsesBefore,
+          options_.devices),
       join_(
           members_.rank(),
           transport_->size(),
@@ -145,20 +148,26 @@ JitFuturePtr MpiAgent::send(
     const WorkerInfo& to,
     RpcMessage message,
     const float rpcTimeoutSeconds,
-    const rpc::DeviceMap& /*deviceMap*/) {
+    const rpc::DeviceMap& deviceMap) {
   TORCH_CHECK(message->isRequest(), "MpiAgent::send(..) is only for sending requests.");
   checkNotForked();
   const rpc::MessageType type = message->type();
   TORCH_CHECK(rpcAgentRunning_.load(), notRunningText(type));
   const int peer = getWorkerInfo(to.id_).id_;
   const auto timeout = timeoutOf(rpcTimeoutSeconds);
-  JitFuturePtr future = options_.faults == nullptr ? caller_.call(peer, std::move(message), timeout)
-                                                   : sendWithFaults(peer, std::move(message), timeout);
+  auto onDevices = deviceMaps_.ofRequest(peer, *message, deviceMap);
+  JitFuturePtr future = options_.faults == nullptr
+      ? caller_.call(peer, std::move(message), timeout, std::move(onDevices))
+      : sendWithFaults(peer, std::move(message), timeout, std::move(onDevices));
   TORCH_CHECK(future != nullptr, notRunningText(type));
   return future;
 }
 
-JitFuturePtr MpiAgent::sendWithFaults(int peer, RpcMessage message, std::chrono::milliseconds timeout) {
+JitFuturePtr MpiAgent::sendWithFaults(
+    int peer,
+    RpcMessage message,
+    std::chrono::milliseconds timeout,
+    std::shared_ptr<OutboundSlices> onDevices) {
   const rpc::MessageType type = message->type();
   const auto failure = options_.faults->failureOf(*message);
   if (!failure) {
@@ -167,7 +176,7 @@ JitFuturePtr MpiAgent::sendWithFaults(int peer, RpcMessage message, std::chrono:
     if (delay.count() > 0) {
       later = [this, delay](std::function<void()> send) { options_.faults->runLater(delay, std::move(send)); };
     }
-    return caller_.call(peer, std::move(message), timeout, later);
+    return caller_.call(peer, std::move(message), timeout, std::move(onDevices), later);
   }
   if (Faults::torchRetries(type)) { // and its thread that does so must not meet a future that has failed
     return caller_.failingCall(peer, type, *failure);
@@ -226,6 +235,10 @@ void MpiAgent::shutdownImpl() {
     watch_->leave();
   }
   ReceivePool::instance().trim(Clock::time_point::max());
+  if (options_.devices != nullptr) {
+    options_.devices->letGo();
+    options_.devices->trim();
+  }
   if (!stopped) {
     LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " was shut down while " << engine_->counts().busy
                  << " functions called through it were still running";
@@ -247,6 +260,14 @@ void MpiAgent::leave(std::optional<std::string> farewell) {
 }
 
 // ---- workers ----
+
+rpc::DeviceMap MpiAgent::getDeviceMap(const WorkerInfo& dst) const {
+  return deviceMaps_.of(getWorkerInfo(dst.id_).id_);
+}
+
+const std::vector<c10::Device>& MpiAgent::getDevices() const {
+  return options_.devices == nullptr ? RpcAgent::getDevices() : options_.devices->all();
+}
 
 const rpc::WorkerInfo& MpiAgent::getWorkerInfo(const std::string& workerName) const {
   return members_.find(workerName);
@@ -293,6 +314,19 @@ std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
     const double average =
         gilWaits_ == 0 ? 0 : static_cast<double>(gilWaitMicroseconds_) / static_cast<double>(gilWaits_);
     metrics["agent.gil_average_wait_time_us"] = std::to_string(average);
+  }
+  if (options_.devices != nullptr) {
+    const DeviceCounters& counters = options_.devices->counters;
+    metrics["mpi.device_bytes_sent_pinned"] = std::to_string(counters.sentPinned.load());
+    metrics["mpi.device_bytes_received_pinned"] = std::to_string(counters.receivedPinned.load());
+    metrics["mpi.device_bytes_sent_ipc"] = std::to_string(counters.sentIpc.load());
+    metrics["mpi.device_bytes_received_ipc"] = std::to_string(counters.receivedIpc.load());
+    if (const Lender* lender = options_.devices->lender()) {
+      for (const auto& [peer, ways] : lender->ways()) {
+        metrics["mpi.device_path." + members_.find(static_cast<rpc::worker_id_t>(peer)).name_] = ways;
+      }
+    }
+    metrics["mpi.pinned_bytes"] = std::to_string(options_.devices->pinnedBytes());
   }
   return metrics;
 }

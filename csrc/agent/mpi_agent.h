@@ -14,6 +14,7 @@
 #include "agent/agent_options.h"
 #include "agent/caller.h"
 #include "agent/completion.h"
+#include "agent/device_maps.h"
 #include "agent/dispatcher.h"
 #include "agent/flight_log.h"
 #include "agent/join.h"
@@ -74,6 +75,9 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   // Throws in a child process made by fork().
   void checkNotForked() const;
 
+  torch::distributed::rpc::DeviceMap getDeviceMap(const WorkerInfo& dst) const override;
+  const std::vector<c10::Device>& getDevices() const override;
+
   using RpcAgent::getWorkerInfo;
   const WorkerInfo& getWorkerInfo(const std::string& workerName) const override;
   const WorkerInfo& getWorkerInfo(torch::distributed::rpc::worker_id_t id) const override;
@@ -92,7 +96,11 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   }
 
  private:
-  JitFuturePtr sendWithFaults(int peer, RpcMessage message, std::chrono::milliseconds timeout);
+  JitFuturePtr sendWithFaults(
+      int peer,
+      RpcMessage message,
+      std::chrono::milliseconds timeout,
+      std::shared_ptr<OutboundSlices> onDevices);
   std::chrono::milliseconds timeoutOf(float seconds) const;
   std::string notRunningText(torch::distributed::rpc::MessageType type) const;
   std::string whatJoinWaitsFor() const;
@@ -100,6 +108,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   const AgentOptions options_;
   const std::unique_ptr<Transport> transport_;
   Membership members_;
+  const DeviceMaps deviceMaps_;
   FlightLog flightLog_;
   const Completion completion_;
   Dispatcher dispatcher_;

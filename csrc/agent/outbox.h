@@ -28,8 +28,10 @@ class Outbox {
       FrameKind kind,
       uint64_t callId,
       RpcMessage message,
-      SendFailureListener& listener) const {
-    return std::make_unique<OutboundRpc>(peer, kind, callId, std::move(message), inlineLimit_, listener);
+      SendFailureListener& listener,
+      std::shared_ptr<OutboundSlices> onDevices = nullptr) const {
+    return std::make_unique<OutboundRpc>(
+        peer, kind, callId, std::move(message), inlineLimit_, listener, std::move(onDevices));
   }
   // Now, in this thread: what it holds then is a copy, but for its larger tensors.
   void encode(OutboundRpc& message) const;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <new>
 
+#include <c10/core/StreamGuard.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 
 #include "agent/engine_work.h"
@@ -74,7 +75,7 @@ class Server::RequestTask final : public Task {
     }
     served_.begin();
     if (request->own != nullptr) {
-      server_.serveOwn(id_, std::move(request->own));
+      server_.serveOwn(id_, std::move(request->own), std::move(request->streams));
     } else {
       server_.serve(std::move(request->inbound));
     }
@@ -122,7 +123,7 @@ class Server::LastMessagesTask final : public Task {
   void run() noexcept override {
     try {
       for (const RpcMessage& message : server_.held_.lastMessagesOf(peer_)) {
-        (void)server_.process(*message);
+        (void)server_.process(*message, {});
       }
     } catch (const std::exception& error) {
       LOG(WARNING) << "RPC could not let go of all that " << server_.members_.describe(peer_)
@@ -142,7 +143,8 @@ Server::Server(
     const std::shared_ptr<Engine>& engine,
     RequestCallback& callback,
     int numWorkerThreads,
-    ThreadHook threadHook)
+    ThreadHook threadHook,
+    const DeviceMaps& deviceMaps)
     : members_(members),
       exchange_(exchange),
       outbox_(outbox),
@@ -150,6 +152,7 @@ Server::Server(
       callback_(callback),
       numWorkerThreads_(numWorkerThreads),
       threadHook_(std::move(threadHook)),
+      deviceMaps_(deviceMaps),
       unbegun_(members.workers().size()),
       forgotten_(members.workers().size()),
       running_(std::make_shared<RunningRequests>()) {
@@ -170,8 +173,9 @@ TaskPtr Server::arrived(InboundMessage request) {
       *this, source, id, Request{std::move(request), nullptr, Clock::time_point::max()});
 }
 
-TaskPtr Server::ownRequest(uint64_t id, RpcMessage request, Clock::time_point deadline) {
-  return std::make_unique<RequestTask>(*this, members_.rank(), id, Request{{}, std::move(request), deadline});
+TaskPtr Server::ownRequest(uint64_t id, RpcMessage request, Streams streams, Clock::time_point deadline) {
+  return std::make_unique<RequestTask>(
+      *this, members_.rank(), id, Request{{}, std::move(request), deadline, std::move(streams)});
 }
 
 TaskPtr Server::lastMessagesOf(int peer) {
@@ -205,10 +209,10 @@ void Server::serve(InboundMessage inbound) noexcept {
   }
 }
 
-void Server::serveOwn(uint64_t id, RpcMessage request) noexcept {
+void Server::serveOwn(uint64_t id, RpcMessage request, Streams streams) noexcept {
   const ReplyTo reply{members_.rank(), id};
   try {
-    run(std::move(request), reply);
+    run(std::move(request), reply, std::move(streams));
   } catch (const std::exception&) {
     respond(reply, []() -> RpcMessage { throw; });
   }
@@ -216,10 +220,10 @@ void Server::serveOwn(uint64_t id, RpcMessage request) noexcept {
 
 void Server::decodeAndRun(InboundMessage inbound, ReplyTo reply) {
   exchange_.released(inbound.source, inbound.header.chargedBytes);
-  RpcMessage request;
+  MessageInStreams request;
   try {
-    request = decodeMessage(std::move(inbound));
-    held_.arrived(reply.peer, *request);
+    request = decodeMessage(std::move(inbound), deviceMaps_.devices());
+    held_.arrived(reply.peer, *request.message);
   } catch (const BadMessage& error) {
     outbox_.refuse(reply.peer, error.what());
     serving_.fetch_sub(1);
@@ -230,12 +234,12 @@ void Server::decodeAndRun(InboundMessage inbound, ReplyTo reply) {
     });
     return;
   }
-  run(std::move(request), reply);
+  run(std::move(request.message), reply, std::move(request.streams));
 }
 
-JitFuturePtr Server::process(rpc::Message& request) const {
+JitFuturePtr Server::process(rpc::Message& request, Streams streams) const {
   if (request.type() != rpc::MessageType::RUN_WITH_PROFILING_REQ) {
-    return callback_(request, {});
+    return callback_(request, std::move(streams));
   }
   // torch records the remote events of a profiled call only the first time that a thread runs one (TensorPipe's
   // profiles miss them once each of its threads has had its turn): so each gets a new thread.
@@ -244,7 +248,8 @@ JitFuturePtr Server::process(rpc::Message& request) const {
   startThread("a call that is profiled", [&] {
     threadHook_([&] {
       try {
-        future = callback_(request, {});
+        const c10::MultiStreamGuard guard(streams); // for torch passes none on to what it profiles
+        future = callback_(request, std::move(streams));
       } catch (...) {
         error = std::current_exception();
       }
@@ -256,18 +261,22 @@ JitFuturePtr Server::process(rpc::Message& request) const {
   return future;
 }
 
-void Server::run(RpcMessage request, ReplyTo reply) {
+void Server::run(RpcMessage request, ReplyTo reply, Streams streams) {
   FlightRecorder::instance().record(CallEvent::kStarted, reply.peer, reply.id, request->type());
   RunningRequests::Request running(*running_, reply.peer, reply.id);
   JitFuturePtr future;
   try {
-    future = process(*request);
+    future = process(*request, std::move(streams));
   } catch (const std::exception& error) {
     respond(reply, [&] { return errorResponse(errorText(error), reply.id); });
     return;
   }
   if (future->completed()) {
-    respond(reply, [&] { return responseOf(*future, reply.id); });
+    if (deviceMaps_.devices() == nullptr) {
+      respond(reply, [&] { return responseOf(*future, reply.id); });
+    } else { // the callback's streams wait for the value
+      future->addCallback([&](rpc::JitFuture& done) { respond(reply, [&] { return responseOf(done, reply.id); }); });
+    }
     return;
   }
   servingAsync_.fetch_add(1);
@@ -294,7 +303,7 @@ void Server::respond(ReplyTo reply, MakeResponse response) noexcept {
   FlightRecorder::instance().record(CallEvent::kFinished, reply.peer, reply.id);
   if (reply.peer == members_.rank()) {
     HeldByPeers::made({});
-    selfCaller_->onOwnResponse(reply.id, response);
+    respondToSelf(reply, response);
   } else {
     try {
       send(reply, response());
@@ -305,9 +314,28 @@ void Server::respond(ReplyTo reply, MakeResponse response) noexcept {
   serving_.fetch_sub(1);
 }
 
+void Server::respondToSelf(ReplyTo reply, MakeResponse response) noexcept {
+  try {
+    if (deviceMaps_.devices() == nullptr) {
+      selfCaller_->onOwnResponse(reply.id, response);
+      return;
+    }
+    RpcMessage message = response();
+    if (const auto onDevices = deviceMaps_.ofResponse(reply.peer, *message)) {
+      selfCaller_->onOwnResponse(reply.id, std::move(message), *onDevices);
+    } else {
+      selfCaller_->onOwnResponse(reply.id, [&] { return message; });
+    }
+  } catch (const std::exception&) {
+    selfCaller_->onOwnResponse(reply.id, []() -> RpcMessage { throw; });
+  }
+}
+
 void Server::send(ReplyTo reply, RpcMessage response) {
   const auto make = [&](RpcMessage message) {
-    auto out = outbox_.make(reply.peer, FrameKind::kResponse, reply.id, std::move(message), *this);
+    auto onDevices = deviceMaps_.ofResponse(reply.peer, *message);
+    auto out =
+        outbox_.make(reply.peer, FrameKind::kResponse, reply.id, std::move(message), *this, std::move(onDevices));
     outbox_.encode(*out);
     return out;
   };

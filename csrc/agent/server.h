@@ -15,6 +15,7 @@
 #include <torch/csrc/distributed/rpc/request_callback.h>
 
 #include "agent/call_table.h"
+#include "agent/device_maps.h"
 #include "agent/held_by_peers.h"
 #include "agent/late_calls.h"
 #include "agent/membership.h"
@@ -31,6 +32,8 @@ class SelfCaller {
   virtual ~SelfCaller() = default;
   // What `response` throws is the call's error.
   virtual void onOwnResponse(uint64_t id, MakeResponse response) noexcept = 0;
+  // The same for one with tensors that are on devices, or are to be. It may throw, and then the call still waits.
+  virtual void onOwnResponse(uint64_t id, RpcMessage response, const OutboundSlices& onDevices) = 0;
 };
 
 // Thread-safe. unbegunMutex_ guards unbegun_ and the lists. owedMutex_ guards owed_, of which owes_ is a hint; the
@@ -48,7 +51,8 @@ class Server final : private SendFailureListener {
       const std::shared_ptr<Engine>& engine,
       RequestCallback& callback,
       int numWorkerThreads,
-      ThreadHook threadHook);
+      ThreadHook threadHook,
+      const DeviceMaps& deviceMaps);
 
   // owner: while it lives, so does this; a function may return a future that completes later than that.
   void start(std::weak_ptr<const void> owner, SelfCaller& selfCaller) {
@@ -58,7 +62,7 @@ class Server final : private SendFailureListener {
   // What serves a request that has arrived, or one of this worker to itself. Each counts from now on. Null if its
   // caller does not wait for it any more.
   TaskPtr arrived(InboundMessage request);
-  TaskPtr ownRequest(uint64_t id, RpcMessage request, Clock::time_point deadline);
+  TaskPtr ownRequest(uint64_t id, RpcMessage request, Streams streams, Clock::time_point deadline);
   // Of the token's holder: a caller does not wait for that call any more. The request is dropped if it has not begun.
   // comes: something of that caller has arrived in part, this request perhaps.
   void forget(int source, uint64_t id, bool comes);
@@ -96,7 +100,8 @@ class Server final : private SendFailureListener {
   struct Request {
     InboundMessage inbound;
     RpcMessage own;                                        // instead, where this worker calls itself …
-    Clock::time_point deadline = Clock::time_point::max(); // … and until when that call waits
+    Clock::time_point deadline = Clock::time_point::max(); // … until when that call waits …
+    Streams streams = {};                                  // … and in which its tensors arrive
   };
   struct Unbegun { // requests of one caller, in their order
     RequestTask *first = nullptr, *last = nullptr;
@@ -111,11 +116,12 @@ class Server final : private SendFailureListener {
   LateCall stateOf(ProgressToken& token, int source, uint64_t id) const;
   const Task* findUnbegun(int source, uint64_t id) const;
   void serve(InboundMessage inbound) noexcept;
-  void serveOwn(uint64_t id, RpcMessage request) noexcept;
+  void serveOwn(uint64_t id, RpcMessage request, Streams streams) noexcept;
   void decodeAndRun(InboundMessage inbound, ReplyTo reply);
-  void run(RpcMessage request, ReplyTo reply);
-  JitFuturePtr process(torch::distributed::rpc::Message& request) const;
+  void run(RpcMessage request, ReplyTo reply, Streams streams);
+  JitFuturePtr process(torch::distributed::rpc::Message& request, Streams streams) const;
   void respond(ReplyTo reply, MakeResponse response) noexcept;
+  void respondToSelf(ReplyTo reply, MakeResponse response) noexcept;
   void send(ReplyTo reply, RpcMessage response);
   void owe(ReplyTo reply, const std::exception& error) noexcept;
   RpcMessage responseOf(torch::distributed::rpc::JitFuture& future, uint64_t id) const;
@@ -130,6 +136,7 @@ class Server final : private SendFailureListener {
   RequestCallback& callback_;
   const int numWorkerThreads_;
   const ThreadHook threadHook_;
+  const DeviceMaps& deviceMaps_;
   std::weak_ptr<const void> owner_;
   HeldByPeers held_;
 

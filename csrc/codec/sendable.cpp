@@ -34,14 +34,16 @@ bool hasMemory(const at::Tensor& tensor) {
   }
 }
 
-std::string whyNotSentFrom(const at::Tensor& tensor) {
+// Of a tensor that is not on the CPU. Whether the callee has a device for it is for the agent to say.
+std::optional<std::string> whyNotSentFrom(const at::Tensor& tensor) {
   if (tensor.is_meta()) {
     return "it is on device \"meta\" and so has no data. Send its shape and dtype, or make it with data "
            "(torch.empty_like(x, device=\"cpu\"))";
   }
-  return c10::str(
-      "The MPI RPC backend can send CPU tensors only, but it is on ", tensor.device(),
-      ". Move it to the CPU before sending it (tensor.cpu())");
+  if (tensor.is_quantized()) {
+    return "quantized tensors are sent from the CPU only. Send x.cpu()";
+  }
+  return std::nullopt;
 }
 
 } // namespace
@@ -82,7 +84,9 @@ std::optional<std::string> whyNotSent(const at::Tensor& tensor, Place place) {
     return std::nullopt;
   }
   if (!tensor.device().is_cpu()) {
-    return whyNotSentFrom(tensor);
+    if (auto why = whyNotSentFrom(tensor)) {
+      return why;
+    }
   }
   if (tensor.is_nested()) {
     return "nested tensors are not sent. Send its parts (x.unbind()), or pad it (torch.nested.to_padded_tensor)";

@@ -46,9 +46,13 @@ void checkSparse(const at::Tensor& indices, const at::Tensor& values, c10::IntAr
       indices.scalar_type() == at::kLong && indices.dim() == 2 && areIndices(indices) && values.dim() > 0 &&
           !values.requires_grad() && indices.size(1) == values.size(0),
       "the indices of a sparse tensor do not fit its values");
+  require(indices.device() == values.device(), "the indices of a sparse tensor are not where its values are");
   const int64_t dimensions = indices.size(0);
   require(dimensions <= static_cast<int64_t>(sizes.size()), "a sparse tensor has more indices than dimensions");
   checkDenseSizes(values, 1, sizes.slice(dimensions));
+  if (!indices.is_cpu()) {
+    return; // to look at them would take a wait for the device. Its operators check them, or are its own to blame
+  }
   const auto* data = indices.const_data_ptr<int64_t>();
   // An index that is there once can stand for any number: no more are looked at than have memory.
   const int64_t different = indices.stride(1) == 0 ? std::min<int64_t>(indices.size(1), 1) : indices.size(1);
@@ -82,6 +86,12 @@ void checkSparseCsr(
           values.size(batchDimensions) == nonZeros,
       "the indices of a sparse tensor do not fit its values");
   checkDenseSizes(values, batchDimensions + 1, sizes.slice(batchDimensions + 2));
+  require(
+      rows.device() == values.device() && columns.device() == values.device(),
+      "the indices of a sparse tensor are not where its values are");
+  if (!rows.is_cpu()) {
+    return; // likewise
+  }
   const int64_t matrices = rows.numel() / (rowCount + 1);
   const auto check = [&](auto* firstRow, auto* firstColumn) {
     for (int64_t i = 0; i < matrices; ++i) {

@@ -39,14 +39,26 @@ inline void require(bool holds, const char* otherwise) {
 // The sender's side. Holds on to the memory of the slices.
 class TensorWriter {
  public:
-  // Once. Throws c10::Error for tensors that cannot be sent.
-  void add(const std::vector<at::Tensor>& tensors);
+  // Once. Throws c10::Error for tensors that cannot be sent. targets: the devices of the tensors at the receiver, where
+  // one of them is or will be on one; then the copies that this makes lie in the current streams.
+  void add(const std::vector<at::Tensor>& tensors, const std::vector<c10::Device>& targets = {});
 
   const std::vector<ConstSpan>& slices() const {
     return slices_;
   }
   const std::string& descriptions() const {
     return descriptions_;
+  }
+  // Where a slice is, and where it is to be. With targets.
+  struct Whereabouts {
+    c10::Device here;
+    c10::Device there;
+  };
+  const std::vector<Whereabouts>& whereabouts() const {
+    return whereabouts_;
+  }
+  const std::vector<at::Tensor>& parts() const {
+    return parts_;
   }
 
  private:
@@ -57,7 +69,7 @@ class TensorWriter {
     size_t last;  // one past
   };
   void addSlices();
-  void addSlice(const c10::Storage& storage, size_t first, size_t last);
+  void addSlice(size_t part, size_t first, size_t last);
   void groupByStorage();
   void describe(const at::Tensor& tensor);
   void describeSparse(const at::Tensor& tensor);
@@ -75,6 +87,8 @@ class TensorWriter {
   size_t nextPart_ = 0;       // to be described
   std::vector<ConstSpan> slices_;
   std::vector<size_t> sliceFirst_; // where each slice begins in its storage
+  std::vector<c10::Device> partTargets_;
+  std::vector<Whereabouts> whereabouts_; // of the slices
   std::string descriptions_;
 };
 

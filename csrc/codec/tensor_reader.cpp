@@ -1,7 +1,9 @@
 #include <ATen/Functions.h>
 #include <ATen/quantized/QTensorImpl.h>
 #include <ATen/quantized/Quantizer.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/TensorOptions.h>
 
 #include "codec/sendable.h"
 #include "codec/sparse_indices.h"
@@ -154,8 +156,9 @@ class TensorReader {
     checkBounds(description, sizes_[index]);
     if (!storages_[index]) {
       // Resizable, as the storage of any tensor that a user makes.
+      const auto device = memory_[index].device().type();
       storages_[index] = c10::make_intrusive<c10::StorageImpl>(
-          c10::StorageImpl::use_byte_size_t(), sizes_[index], std::move(memory_[index]), c10::GetCPUAllocator(),
+          c10::StorageImpl::use_byte_size_t(), sizes_[index], std::move(memory_[index]), c10::GetAllocator(device),
           /*resizable=*/true);
     }
     return storages_[index];
@@ -164,9 +167,12 @@ class TensorReader {
   at::Tensor readPlain() {
     const Description description = readDescription(reader_);
     require(!at::isQIntType(description.type), "a tensor of a quantized dtype says nothing of how it is quantized");
+    c10::Storage storage = storageOf(description);
+    const c10::Device device = storage.device();
+    const auto key =
+        device.is_cpu() ? c10::DispatchKey::CPU : c10::computeDispatchKey(std::nullopt, std::nullopt, device);
     auto tensor = at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(storageOf(description)), c10::DispatchKeySet(c10::DispatchKey::CPU),
-        c10::scalarTypeToTypeMeta(description.type));
+        std::move(storage), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(description.type));
     setShape(tensor, description);
     if ((description.flags & kConjugated) != 0) {
       require(at::isComplexType(description.type), "a tensor of a real dtype is conjugated");
@@ -255,8 +261,10 @@ class TensorReader {
     require(
         at::isQIntType(description.type) && !isSubByte(description.type),
         "a quantized tensor has a dtype that is not quantized");
+    c10::Storage storage = storageOf(description);
+    require(storage.device().is_cpu(), "a quantized tensor is on a device");
     auto tensor = at::detail::make_tensor<at::QTensorImpl>(
-        c10::Storage(storageOf(description)), c10::DispatchKeySet(c10::DispatchKey::QuantizedCPU),
+        std::move(storage), c10::DispatchKeySet(c10::DispatchKey::QuantizedCPU),
         c10::scalarTypeToTypeMeta(description.type), std::move(quantizer));
     setShape(tensor, description);
     return tensor;

@@ -82,9 +82,10 @@ uint8_t dimensionsOf(const at::Tensor& tensor) {
 
 } // namespace
 
-void TensorWriter::add(const std::vector<at::Tensor>& tensors) {
+void TensorWriter::add(const std::vector<at::Tensor>& tensors, const std::vector<c10::Device>& targets) {
   parts_.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
     if (!tensor.defined()) {
       continue;
     }
@@ -95,6 +96,9 @@ void TensorWriter::add(const std::vector<at::Tensor>& tensors) {
       for (const at::Tensor& component : componentsOf(tensor)) {
         parts_.push_back(sendable(component));
       }
+    }
+    if (!targets.empty()) {
+      partTargets_.resize(parts_.size(), targets[i]);
     }
   }
   addSlices();
@@ -112,14 +116,18 @@ void TensorWriter::addSlices() {
   if (parts_.size() > 1) {
     groupByStorage();
   } else if (parts_.size() == 1) {
-    addSlice(parts_[0].storage(), places_[0].first, places_[0].last);
+    addSlice(0, places_[0].first, places_[0].last);
   }
 }
 
-void TensorWriter::addSlice(const c10::Storage& storage, size_t first, size_t last) {
+void TensorWriter::addSlice(size_t part, size_t first, size_t last) {
+  const c10::Storage& storage = parts_[part].storage();
   const char* memory = last > first ? memoryOf(storage, last) + first : nullptr;
   slices_.push_back({memory, last - first});
   sliceFirst_.push_back(first);
+  if (!partTargets_.empty()) {
+    whereabouts_.push_back({storage.device(), partTargets_[part]});
+  }
 }
 
 void TensorWriter::groupByStorage() {
@@ -149,7 +157,7 @@ void TensorWriter::groupByStorage() {
       const size_t first = alone ? place.first : group.first;
       const size_t last = alone ? place.last : group.last;
       group.slice = slices_.size();
-      addSlice(parts_[i].storage(), first, last);
+      addSlice(i, first, last);
     }
     place.slice = group.slice;
   }

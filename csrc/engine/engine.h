@@ -30,6 +30,10 @@ class EngineDriver {
   virtual bool awaitsAnswers() const = 0;
   // Whether nothing can become due unless the doorbell rings or the next deadline comes.
   virtual bool rests() const = 0;
+  // Whether something is to be looked at again that no doorbell tells of: a device's work.
+  virtual bool awaitsDevice() const {
+    return false;
+  }
   // A turn threw: the transport is broken. Called once, without the token; progress has stopped. Appends tasks.
   virtual void onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept = 0;
 };

@@ -36,6 +36,9 @@ void ThreadedEngine::lead() {
       return;
     }
     step = idling_.next(active, driver_.rests(), Clock::now());
+    if (driver_.awaitsDevice()) {
+      step.sleep = std::min<std::chrono::nanoseconds>(step.sleep, IdlingTimes::kFirstSleep);
+    }
     if (step.pause == Idling::Pause::kYield) {
       sched_yield();
     } else if (step.pause == Idling::Pause::kNap) {

@@ -221,13 +221,13 @@ void ThreadedEngine::submitted(bool expectsReply) {
   }
   post(tasks);
   ++workDone_;
-  if (expectsReply && !guestAnnounced()) {
+  if ((expectsReply || driver_.awaitsDevice()) && !guestAnnounced()) {
     if (guestUntil_.exchange(0) != 0) { // nobody waits for this answer as the last guest did
       const std::lock_guard<std::mutex> lock(mutex_);
       wakeIdleThread();
     }
     doorbell_.ring();
-    if (onEngineThread()) {
+    if (expectsReply && onEngineThread()) {
       const std::lock_guard<std::mutex> lock(mutex_);
       taskMayWait();
     }

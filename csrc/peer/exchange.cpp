@@ -53,9 +53,10 @@ Exchange::Exchange(Transport& transport, ExchangeListener& listener, const Excha
       options_(options),
       frames_(std::make_shared<FramePool>(options.frameBytes())),
       windows_(options.untakenBudget, transport.size()),
-      context_{transport, listener, options_, *frames_, counters_, done_, windows_, blocked_} {
-  blocked_.reserve(transport.size());
-  wereBlocked_.reserve(transport.size());
+      context_{transport, listener, options_, *frames_, counters_, done_, windows_, blocked_, atDevice_} {
+  for (std::vector<int>* peers : {&blocked_, &wereBlocked_, &atDevice_, &wereAtDevice_}) {
+    peers->reserve(2 * static_cast<size_t>(transport.size())); // each direction names a peer once
+  }
   for (int rank = 0; rank < transport.size(); ++rank) {
     peers_.push_back(std::make_unique<Peer>(rank, context_, static_cast<PeerFailureListener&>(*this)));
   }
@@ -154,6 +155,21 @@ bool Exchange::sendBlocked(ProgressToken& token) {
   return any;
 }
 
+bool Exchange::moveAtDevice(ProgressToken& token) {
+  if (atDevice_.empty()) {
+    return false;
+  }
+  bool any = false;
+  atDevice_.swap(wereAtDevice_);
+  for (const int rank : wereAtDevice_) {
+    Peer& peer = *peers_[rank];
+    any = (peer.outgoing.awaitsDevice() && peer.outgoing.tryDevice(token)) || any;
+    any = (peer.incoming.awaitsDevice() && peer.incoming.tryDevice(token)) || any;
+  }
+  wereAtDevice_.clear();
+  return any;
+}
+
 // In frames of their own, where nothing else has told them meanwhile.
 void Exchange::reportCredit(ProgressToken& token, const std::vector<int>& ranks) {
   for (const int rank : ranks) {
@@ -176,7 +192,8 @@ bool Exchange::poll(ProgressToken& token) {
   }
   reportCredit(token, due);
   const bool received = transport_.poll(token) > 0;
-  const bool moved = sendBlocked(token) || received || !due.empty();
+  const bool atDevice = moveAtDevice(token);
+  const bool moved = sendBlocked(token) || received || atDevice || !due.empty();
   if (!fatal_.empty()) {
     throw std::runtime_error(fatal_);
   }

@@ -73,6 +73,10 @@ class Exchange : private PeerFailureListener {
   Peer::State stateOf(int rank) const { // any thread
     return peers_[rank]->state();
   }
+  // Something waits for a device, and so for later turns, which nobody asks for.
+  bool awaitsDevice(ProgressToken& /*token*/) const {
+    return !atDevice_.empty();
+  }
   bool hasDue() const { // any thread: somebody is to be told of credit, or to fail
     return hasDue_.load(std::memory_order_relaxed);
   }
@@ -94,6 +98,7 @@ class Exchange : private PeerFailureListener {
   std::vector<int> takeDue();
   void failRefused(ProgressToken& token);
   bool sendBlocked(ProgressToken& token); // whether there was something that could be sent
+  bool moveAtDevice(ProgressToken& token);
   void onFrame(ProgressToken& token, FrameBuffer frame, const OperationStatus& status);
   void onFrameOf(ProgressToken& token, int source, FrameBuffer frame, size_t bytes);
   void takeApart(ProgressToken& token, int source, const FrameBuffer& batch, const FrameHeader& header);
@@ -107,7 +112,7 @@ class Exchange : private PeerFailureListener {
   ExchangeCounters counters_;
   DoneMessages done_;
   WindowBudget windows_;
-  std::vector<int> blocked_, wereBlocked_; // peers, see PeerContext
+  std::vector<int> blocked_, wereBlocked_, atDevice_, wereAtDevice_; // peers, see PeerContext
   PeerContext context_;
   std::vector<std::unique_ptr<Peer>> peers_; // this rank's own is never used
   std::vector<std::unique_ptr<FrameReceive>> receives_;

@@ -74,14 +74,14 @@ std::optional<FrameHeader> parseFrame(const char* data, size_t bytes) {
     return std::nullopt;
   }
   std::memcpy(&header, data, sizeof(header));
-  const bool known = header.kind >= FrameKind::kRequest && header.kind <= FrameKind::kLost;
+  const bool known = header.kind >= FrameKind::kRequest && header.kind <= FrameKind::kReturn;
   const bool inlineFits = header.bodyInBulk != 0 || header.bodyBytes == bytes - sizeof(header);
   const bool bulkFits = header.bodyInBulk == 0 || bytes == sizeof(header);
   const bool partsFit = header.bulkParts <= header.bodyBytes / sizeof(uint64_t);
   const bool carries = header.kind == FrameKind::kRequest || header.kind == FrameKind::kResponse;
   const bool bare = header.kind == FrameKind::kCredit || header.kind == FrameKind::kForget;
-  const bool kindFits =
-      carries || (header.bodyInBulk == 0 && header.bulkParts == 0 && (!bare || header.bodyBytes == 0));
+  const bool kindFits = carries ||
+      (header.tickets == 0 && header.bodyInBulk == 0 && header.bulkParts == 0 && (!bare || header.bodyBytes == 0));
   if (header.magic != FrameHeader::kMagic || !known || !inlineFits || !bulkFits || !partsFit || !kindFits) {
     return std::nullopt;
   }

@@ -30,18 +30,21 @@ enum class FrameKind : uint8_t {
   kBatch = 7,   // small frames that had to wait, one after the other, each with its header
   kInquiry = 8, // both: see agent/late_calls.h
   kStatement = 9,
-  kLost = 10 // see agent/loss_news.h
+  kLost = 10,  // see agent/loss_news.h
+  kOffer = 11, // these three: see Note [Lent memory] in device/lending.h
+  kVerdict = 12,
+  kReturn = 13
 };
 
 // All ranks run one build on one architecture (checked when the group forms), so the structs travel as they are.
 struct FrameHeader {
-  static constexpr uint32_t kMagic = 0x52504d34; // "RPM4": raise the digit with every change of the protocol
+  static constexpr uint32_t kMagic = 0x52504d35; // "RPM5": raise the digit with every change of the protocol
 
   uint32_t magic = kMagic;
   FrameKind kind = FrameKind::kRequest;
   uint8_t bodyInBulk = 0;    // the body did not fit: it is the first thing on the bulk channel
   uint8_t secondAttempt = 0; // of a request: see Note [Second attempts]
-  uint8_t reserved = 0;
+  uint8_t tickets = 0;       // of a request or response: device memory that is lent with it
   uint64_t callId = 0;
   uint32_t messageType = 0; // torch's MessageType
   uint32_t bulkParts = 0;   // their sizes, uint64_t each, stand at the start of the body

@@ -28,16 +28,24 @@ struct Incoming::Message {
   size_t chunks = 0;    // posted and not complete
   bool discard = false; // there is no memory for it, but its chunks come all the same
 
+  ChunkSink* sink() const { // of the span
+    const auto* target = inbound.target.get();
+    return state == State::kParts && target != nullptr && !target->sinks.empty() ? target->sinks[span].get() : nullptr;
+  }
+
   bool allPosted() const {
     return span == spans.size();
   }
 };
 
 struct Incoming::ChunkReceive final : Operation {
-  ChunkReceive(Incoming& receiver, Message* into, size_t bytes) : incoming(receiver), message(into), expected(bytes) {}
+  ChunkReceive(Incoming& receiver, Message* into, ChunkSink* to) : incoming(receiver), message(into), sink(to) {}
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
     try {
-      incoming.chunkReceived(token, message, expected, status);
+      if (sink != nullptr && status.ok() && status.bytes == expected && !incoming.abandoned_) {
+        sink->received();
+      }
+      incoming.chunkReceived(token, message, discard ? std::nullopt : std::optional(expected), status);
     } catch (const std::exception& error) { // no memory; what follows on this channel cannot be told apart any more
       incoming.owner_.onPeerFailed(token, incoming.rank_, errorText(error));
     }
@@ -45,7 +53,9 @@ struct Incoming::ChunkReceive final : Operation {
   }
   Incoming& incoming;
   Message* const message;
-  const size_t expected; // bytes
+  ChunkSink* const sink; // null: memory
+  size_t expected = 0;   // bytes
+  bool discard = false;
 };
 
 Incoming::Incoming(int rank, PeerContext& context, PeerFailureListener& owner)
@@ -118,18 +128,44 @@ void Incoming::openParts(Message& message) {
   message.spans = inbound.target->parts;
 }
 
-void Incoming::pump(ProgressToken& token) {
-  while (chunksIn_ < kChunksIn && !messages_.empty()) {
+bool Incoming::tryDevice(ProgressToken& token) {
+  atDevice_ = false;
+  try {
+    return pump(token);
+  } catch (const std::exception& error) { // no pinned memory
+    owner_.onPeerFailed(token, rank_, errorText(error));
+    return true;
+  }
+}
+
+bool Incoming::pump(ProgressToken& token) {
+  bool any = false;
+  while (chunksIn_ < kChunksIn && !messages_.empty() && !abandoned_) {
     Message* message = messages_.front().get();
     if (message->allPosted()) {
-      return; // a body under way: its parts are not known yet
+      break; // a body under way: its parts are not known yet
     }
     const MutableSpan span = message->spans[message->span];
-    const size_t bytes = std::min(context_.options.bulkChunk, span.bytes - message->offset);
-    char* data = message->discard ? nullptr : span.data + message->offset;
-    auto operation = std::make_unique<ChunkReceive>(*this, message, bytes);
-    message->offset += bytes;
-    if (message->offset == span.bytes) {
+    ChunkSink* const sink = message->sink();
+    auto operation = std::make_unique<ChunkReceive>(*this, message, sink);
+    MutableSpan chunk;
+    if (sink == nullptr) {
+      chunk.bytes = std::min(context_.options.bulkChunk, span.bytes - message->offset);
+      chunk.data = span.data == nullptr ? nullptr : span.data + message->offset;
+      message->offset += chunk.bytes;
+    } else if (const auto next = sink->next()) {
+      chunk = *next;
+      ++message->offset;
+    } else {
+      if (!std::exchange(atDevice_, true)) {
+        context_.atDevice.push_back(rank_);
+      }
+      break;
+    }
+    any = true;
+    operation->expected = chunk.bytes;
+    operation->discard = chunk.data == nullptr;
+    if (message->offset == (sink == nullptr ? span.bytes : sink->chunks())) {
       message->offset = 0;
       ++message->span;
     }
@@ -140,11 +176,18 @@ void Incoming::pump(ProgressToken& token) {
       messages_.pop_front();
     }
     // Receiving into nothing makes MPI drop the chunk as truncated.
-    context_.transport.receiveBulk(token, rank_, data, message->discard ? 0 : bytes, operation.release());
+    const size_t room = operation->discard ? 0 : chunk.bytes;
+    context_.transport.receiveBulk(token, rank_, chunk.data, room, operation.release());
   }
+  return any;
 }
 
-void Incoming::chunkReceived(ProgressToken& token, Message* message, size_t expected, const OperationStatus& status) {
+// expected: nothing for one that is dropped.
+void Incoming::chunkReceived(
+    ProgressToken& token,
+    Message* message,
+    std::optional<size_t> expected,
+    const OperationStatus& status) {
   --chunksIn_;
   --message->chunks;
   if (abandoned_) {
@@ -154,11 +197,11 @@ void Incoming::chunkReceived(ProgressToken& token, Message* message, size_t expe
     return;
   }
   context_.counters.bytesReceived.fetch_add(status.bytes, std::memory_order_relaxed);
-  if (!message->discard && (!status.ok() || status.bytes != expected)) {
+  if (expected && (!status.ok() || status.bytes != *expected)) {
     // What comes next on this channel belongs to no known place.
     const std::string what = !status.ok() ? status.error
                                           : "a chunk of " + std::to_string(status.bytes) + " bytes came where " +
-            std::to_string(expected) + " were announced";
+            std::to_string(*expected) + " were announced";
     if (message->chunks == 0 && message->allPosted() && message->state == Message::State::kParts) {
       delete message; // this was its last operation
       --unfinished_;
@@ -190,7 +233,11 @@ void Incoming::complete(ProgressToken& token, Message* message) {
   }
   --unfinished_;
   context_.counters.partsIn.fetch_sub(1, std::memory_order_relaxed);
-  context_.listener.onMessage(token, std::move(owned->inbound));
+  InboundMessage& inbound = owned->inbound;
+  if (inbound.target != nullptr && !inbound.target->error.empty()) {
+    inbound.error = std::move(inbound.target->error);
+  }
+  context_.listener.onMessage(token, std::move(inbound));
 }
 
 void Incoming::abandon() noexcept {

@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "peer/peer_context.h"
@@ -19,8 +20,13 @@ class Incoming {
   // Receives the rest of a message whose frame has arrived; the listener gets it then. Frames come here in their order.
   // Throws when nothing can be received any more.
   void receive(ProgressToken& token, InboundMessage message);
+  // What waits for room at a device; returns whether something moved.
+  bool tryDevice(ProgressToken& token);
   // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever.
   void abandon() noexcept;
+  bool awaitsDevice() const {
+    return atDevice_;
+  }
   // Whether not all of a message of this kind and id is here.
   bool lacksPartOf(FrameKind kind, uint64_t callId) const;
   // Messages whose frame has arrived, but not all of the rest.
@@ -33,8 +39,12 @@ class Incoming {
   struct Message;
 
   void openParts(Message& message);
-  void pump(ProgressToken& token);
-  void chunkReceived(ProgressToken& token, Message* message, size_t expected, const OperationStatus& status);
+  bool pump(ProgressToken& token); // whether a receive was posted
+  void chunkReceived(
+      ProgressToken& token,
+      Message* message,
+      std::optional<size_t> expected,
+      const OperationStatus& status);
   void complete(ProgressToken& token, Message* message);
 
   const int rank_;
@@ -43,6 +53,7 @@ class Incoming {
   std::deque<std::unique_ptr<Message>> messages_; // those not all of which is posted, in the order of their frames
   size_t chunksIn_ = 0;                           // posted and not complete
   size_t unfinished_ = 0;
+  bool atDevice_ = false; // named in PeerContext::atDevice
   bool abandoned_ = false;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +12,29 @@
 #include "transport/transport.h"
 
 namespace torch_rpc_mpi {
+
+// What of a part cannot be sent from where it lies, or not yet: it is on a device. Chunks are taken in their order.
+class ChunkSource {
+ public:
+  virtual ~ChunkSource() = default;
+  virtual size_t chunks() const = 0;
+  // The next chunk, which stays where it is until sent() was called; nothing if it is not there yet. Throws what makes
+  // the part impossible to send.
+  virtual std::optional<ConstSpan> next() = 0;
+  // The transport is done with the first of those chunks for which it was not.
+  virtual void sent() = 0;
+};
+
+// The same for one that is received.
+class ChunkSink {
+ public:
+  virtual ~ChunkSink() = default;
+  virtual size_t chunks() const = 0;
+  // Where the next chunk is to be received to; nothing if there is no room yet.
+  virtual std::optional<MutableSpan> next() = 0;
+  // The first of those chunks that had not been received is there. Throws what makes the rest impossible to receive.
+  virtual void received() = 0;
+};
 
 // A frame to send, and the larger parts that follow it on the bulk channel, straight from where they lie.
 //
@@ -49,6 +73,17 @@ class OutboundMessage : public Operation {
   bool late(Clock::time_point now) const {
     return now >= deadline_;
   }
+  // Whether the frame holds what it is to hold: what it takes from a device may still be on its way. Asked by the
+  // token's holder, once encoded. Throws what makes it impossible to send.
+  virtual bool ready() {
+    return true;
+  }
+  // Its frame leaves.
+  virtual void leaves() noexcept {}
+  // Of a part, counted as planBody() gave them: where its chunks come from, or null if they are sent from memory.
+  virtual ChunkSource* sourceOf(size_t /*part*/) {
+    return nullptr;
+  }
   // Whether destroying it frees nothing but its own buffers.
   virtual bool light() const = 0;
   // It will not be sent. Called outside the token.
@@ -71,8 +106,12 @@ class OutboundMessage : public Operation {
   FrameHeader header_;
   Clock::time_point deadline_ = Clock::time_point::max();
   FrameBuffer frame_;
-  std::unique_ptr<char[]> separateBody_; // when it does not fit the frame
-  std::vector<ConstSpan> parts_;         // on the bulk channel, a separate body first
+  std::unique_ptr<char[]> separateBody_;  // when it does not fit the frame
+  std::vector<ConstSpan> parts_;          // on the bulk channel, a separate body first
+  ChunkSource* sourceOfAny(size_t part) { // of parts_
+    const size_t before = separateBody_ == nullptr ? 0 : 1;
+    return part < before ? nullptr : sourceOf(part - before);
+  }
   // Bookkeeping of what goes out, token only.
   class Outgoing* outgoing_ = nullptr;
   size_t unfinished_ = 0; // operations still to complete: the frame, and each chunk
@@ -89,7 +128,9 @@ struct DoneMessages {
 class BulkTarget {
  public:
   virtual ~BulkTarget() = default;
-  std::vector<MutableSpan> parts;
+  std::vector<MutableSpan> parts;                // without data: its chunks are dropped
+  std::vector<std::unique_ptr<ChunkSink>> sinks; // none, or one for each part, null for those that go to memory
+  std::string error;                             // set by a sink, or where there was no memory for a part
 };
 
 // A message that has arrived completely.

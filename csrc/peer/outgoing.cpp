@@ -16,6 +16,15 @@ constexpr size_t kChunksOut = 4; // enough to keep a link busy while the next is
 // Of a batch: it fits a cell of shared memory, of which MPICH's have 16 KiB, and is copied in a microsecond.
 constexpr size_t kBatchBytes = 8192;
 
+// Or cannot be sent: stage() tells.
+bool isReady(OutboundMessage& message) {
+  try {
+    return message.ready();
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 // Nothing but its header.
 class BareMessage final : public OutboundMessage {
  public:
@@ -35,15 +44,19 @@ class BareMessage final : public OutboundMessage {
 } // namespace
 
 struct Outgoing::ChunkSend final : Operation {
-  ChunkSend(Outgoing& owner, OutboundMessage& sent) : outgoing(owner), message(sent) {}
+  ChunkSend(Outgoing& owner, OutboundMessage& sent, ChunkSource* from) : outgoing(owner), message(sent), source(from) {}
   void complete(ProgressToken& token, const OperationStatus& status) noexcept override {
     --outgoing.chunksOut_;
+    if (source != nullptr) {
+      source->sent();
+    }
     outgoing.operationDone(token, message, 1, status.error);
     outgoing.pump(token);
     delete this;
   }
   Outgoing& outgoing;
   OutboundMessage& message;
+  ChunkSource* const source; // null: memory
 };
 
 Outgoing::Outgoing(int rank, Credit& credit, PeerContext& context, PeerFailureListener& owner)
@@ -54,8 +67,12 @@ Outgoing::Outgoing(int rank, Credit& credit, PeerContext& context, PeerFailureLi
       window_(rank, context.transport, context.windows),
       waiting_(credit, context.counters) {}
 
-size_t Outgoing::chunksOf(size_t bytes) const {
-  return (bytes + context_.options.bulkChunk - 1) / context_.options.bulkChunk;
+// From an offset on.
+size_t Outgoing::chunksOf(OutboundMessage& message, size_t part, size_t offset) const {
+  if (const ChunkSource* source = message.sourceOfAny(part)) {
+    return source->chunks() - offset;
+  }
+  return (message.parts_[part].bytes - offset + context_.options.bulkChunk - 1) / context_.options.bulkChunk;
 }
 
 void Outgoing::post(ProgressToken& token, OutboundPtr message) {
@@ -69,12 +86,57 @@ void Outgoing::post(ProgressToken& token, OutboundPtr message) {
 
 void Outgoing::send(ProgressToken& token, OutboundPtr message) {
   const std::string error = encode(*message);
-  if (error.empty()) {
-    charge(*message);
-    transmit(token, gather(std::move(message)));
-  } else {
+  if (!error.empty()) {
     context_.done.failed.emplace_back(std::move(message), error);
+    return;
   }
+  charge(*message);
+  if (!stage(message)) {
+    transmit(token, gather(std::move(message)));
+  }
+}
+
+bool Outgoing::stage(OutboundPtr& message) {
+  std::string error;
+  try {
+    if (message->ready()) {
+      return false;
+    }
+    staged_.push_back(std::move(message));
+    context_.counters.waitingForDevice.fetch_add(1, std::memory_order_relaxed);
+    awaitDevice();
+    return true;
+  } catch (const std::exception& thrown) {
+    error = errorText(thrown);
+  }
+  context_.done.failed.emplace_back(std::move(message), error);
+  return true;
+}
+
+// The exchange calls tryDevice() in each turn.
+void Outgoing::awaitDevice() {
+  if (!std::exchange(atDevice_, true)) {
+    context_.atDevice.push_back(rank_);
+  }
+}
+
+// Messages overtake each other here, as they may at the callee.
+bool Outgoing::tryDevice(ProgressToken& token) {
+  atDevice_ = false;
+  bool any = false;
+  for (size_t left = staged_.size(); left > 0 && windowAllows(token, Channel::kFrame); --left) {
+    OutboundPtr message = std::move(staged_.front());
+    staged_.pop_front();
+    context_.counters.waitingForDevice.fetch_sub(1, std::memory_order_relaxed);
+    if (!stage(message)) {
+      transmit(token, std::move(message));
+      any = true;
+    }
+  }
+  if (!staged_.empty()) {
+    awaitDevice();
+  }
+  return pump(token) || any;
 }
 
 OutboundPtr Outgoing::forget(ProgressToken& token, uint64_t callId) {
@@ -149,6 +211,12 @@ OutboundPtr Outgoing::gather(OutboundPtr first) {
       context_.done.failed.emplace_back(waiting_.takeNext(), error);
       continue;
     }
+    if (!isReady(*next)) {
+      OutboundPtr staged = waiting_.takeNext();
+      charge(*staged);
+      stage(staged);
+      continue;
+    }
     const size_t before = first != nullptr ? first->frameBytes() : batch->header_.bodyBytes;
     if (!next->parts_.empty() || before + next->frameBytes() > limit) {
       break;
@@ -165,6 +233,7 @@ OutboundPtr Outgoing::gather(OutboundPtr first) {
 
 void Outgoing::addTo(OutboundMessage& batch, OutboundPtr message) {
   const size_t bytes = message->frameBytes();
+  message->leaves();
   char* const place = batch.frame_.body() + batch.header_.bodyBytes;
   std::memcpy(place, message->frame_.data(), bytes);
   std::memcpy(place, &message->header_, sizeof(FrameHeader));
@@ -209,11 +278,12 @@ void Outgoing::transmit(ProgressToken& token, OutboundPtr owned) {
 
   size_t chunks = 0;
   uint64_t bulkBytes = 0;
-  for (const ConstSpan& part : message.parts_) {
-    chunks += chunksOf(part.bytes);
-    bulkBytes += part.bytes;
+  for (size_t part = 0; part < message.parts_.size(); ++part) {
+    chunks += chunksOf(message, part);
+    bulkBytes += message.parts_[part].bytes;
   }
   message.outgoing_ = this;
+  message.leaves();
   message.unfinished_ = 1 + chunks;
   ExchangeCounters& counters = context_.counters;
   count(header);
@@ -238,25 +308,36 @@ bool Outgoing::pump(ProgressToken& token) {
   bool any = false;
   try {
     while (chunksOut_ < kChunksOut && !streams_.empty() && windowAllows(token, Channel::kBulk)) {
-      sendChunk(token);
+      if (!sendChunk(token)) {
+        awaitDevice();
+        break;
+      }
       any = true;
     }
-  } catch (const std::exception& error) { // no memory for an operation
+  } catch (const std::exception& error) { // no memory for an operation, or a device failed
     owner_.onPeerFailed(token, rank_, errorText(error));
   }
   pumping_ = false;
   return any;
 }
 
-void Outgoing::sendChunk(ProgressToken& token) {
+bool Outgoing::sendChunk(ProgressToken& token) {
   Stream& stream = streams_.front();
   OutboundMessage& message = *stream.message;
-  auto operation = std::make_unique<ChunkSend>(*this, message); // first: with what throws nothing has changed
+  ChunkSource* const source = message.sourceOfAny(stream.part);
+  auto operation = std::make_unique<ChunkSend>(*this, message, source); // first: with what throws nothing has changed
   const ConstSpan part = message.parts_[stream.part];
-  const char* data = part.data + stream.offset;
-  const size_t bytes = std::min(context_.options.bulkChunk, part.bytes - stream.offset);
-  stream.offset += bytes;
-  if (stream.offset == part.bytes) {
+  ConstSpan chunk;
+  if (source == nullptr) {
+    chunk = {part.data + stream.offset, std::min(context_.options.bulkChunk, part.bytes - stream.offset)};
+    stream.offset += chunk.bytes;
+  } else if (const auto next = source->next()) {
+    chunk = *next;
+    ++stream.offset;
+  } else {
+    return false;
+  }
+  if (stream.offset == (source == nullptr ? part.bytes : source->chunks())) {
     stream.offset = 0;
     if (++stream.part == message.parts_.size()) {
       streams_.pop_front();
@@ -264,7 +345,8 @@ void Outgoing::sendChunk(ProgressToken& token) {
   }
   ++chunksOut_;
   window_.posted(Channel::kBulk);
-  context_.transport.send(token, rank_, Channel::kBulk, data, bytes, operation.release());
+  context_.transport.send(token, rank_, Channel::kBulk, chunk.data, chunk.bytes, operation.release());
+  return true;
 }
 
 void Outgoing::operationDone(
@@ -308,6 +390,10 @@ void Outgoing::abandon(ProgressToken& token, const std::string& reason) {
     context_.done.failed.emplace_back(std::move(message), reason);
   }
   ExchangeCounters& counters = context_.counters;
+  for (OutboundPtr& message : std::exchange(staged_, {})) {
+    counters.waitingForDevice.fetch_sub(1, std::memory_order_relaxed);
+    context_.done.failed.emplace_back(std::move(message), reason);
+  }
   // Nobody waits for these any more, whether they complete or not.
   counters.unfinishedSends.fetch_sub(std::exchange(unfinished_, 0), std::memory_order_relaxed);
   counters.partsOut.fetch_sub(std::exchange(partsOut_, 0), std::memory_order_relaxed);
@@ -320,7 +406,7 @@ void Outgoing::cutStreams(ProgressToken& token) {
     const auto& parts = stream.message->parts_;
     size_t left = 0;
     for (size_t part = stream.part; part < parts.size(); ++part) {
-      left += chunksOf(parts[part].bytes - (part == stream.part ? stream.offset : 0));
+      left += chunksOf(*stream.message, part, part == stream.part ? stream.offset : 0);
     }
     operationDone(token, *stream.message, left, {});
   }

@@ -25,6 +25,8 @@ class Outgoing {
   bool sendWaiting(ProgressToken& token);
   // The same, of one that was named in PeerContext::blocked and is not any more.
   bool tryAgain(ProgressToken& token);
+  // What waits for a device; returns whether something moved.
+  bool tryDevice(ProgressToken& token);
   // A goodbye that waits passes all that it waits behind.
   void sendGoodbye(ProgressToken& token);
   // Whether a request waits here to be sent.
@@ -37,6 +39,9 @@ class Outgoing {
   OutboundPtr forget(ProgressToken& token, uint64_t callId);
   // The peer takes no more. What waits fails with the reason; what was posted is left to the transport, which parks it.
   void abandon(ProgressToken& token, const std::string& reason);
+  bool awaitsDevice() const {
+    return atDevice_;
+  }
 
  private:
   friend class OutboundMessage;
@@ -44,11 +49,13 @@ class Outgoing {
   struct Stream {
     OutboundMessage* message;
     size_t part;
-    size_t offset;
+    size_t offset; // bytes, or chunks of a source
   };
 
   bool windowAllows(ProgressToken& token, Channel channel);
-  size_t chunksOf(size_t bytes) const;
+  void awaitDevice();
+  bool stage(OutboundPtr& message); // false: it is ready. It is charged
+  size_t chunksOf(OutboundMessage& message, size_t part, size_t offset = 0) const;
   void send(ProgressToken& token, OutboundPtr message);
   std::string encode(OutboundMessage& message); // why it cannot be, or nothing
   void charge(const OutboundMessage& message);
@@ -56,8 +63,8 @@ class Outgoing {
   OutboundPtr gather(OutboundPtr first);
   void addTo(OutboundMessage& batch, OutboundPtr message);
   void transmit(ProgressToken& token, OutboundPtr message);
-  bool pump(ProgressToken& token); // whether a chunk was sent
-  void sendChunk(ProgressToken& token);
+  bool pump(ProgressToken& token);      // whether a chunk was sent
+  bool sendChunk(ProgressToken& token); // false: it is not there yet
   // So many of a message's operations are complete, or will never be posted; `error`: the transport's, if they failed.
   void operationDone(ProgressToken& token, OutboundMessage& message, size_t operations, const std::string& error);
   void letGo(OutboundPtr message); // nothing more is to be done for it
@@ -69,8 +76,10 @@ class Outgoing {
   PeerFailureListener& owner_;
   Window window_;
   Waiting waiting_;
-  bool framesBlocked_ = false; // by the window: the next ones get in line
-  bool blocked_ = false;       // named in PeerContext::blocked
+  bool framesBlocked_ = false;     // by the window: the next ones get in line
+  bool blocked_ = false;           // named in PeerContext::blocked
+  bool atDevice_ = false;          // named in PeerContext::atDevice
+  std::deque<OutboundPtr> staged_; // encoded and charged, but not ready
   std::deque<Stream> streams_;
   size_t chunksOut_ = 0;
   size_t unfinished_ = 0; // messages

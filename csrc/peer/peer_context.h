@@ -49,9 +49,10 @@ struct ExchangeCounters {
   std::atomic<uint64_t> waitingForCredit{0};
   std::atomic<uint64_t> partsOut{0}, partsIn{0}; // messages whose bulk parts are being sent or received
   std::atomic<uint64_t> waitingUntaken{0};       // answers and control frames, see Note [Untaken messages]
+  std::atomic<uint64_t> waitingForDevice{0};     // messages that are not ready
   std::atomic<uint64_t> unfinishedSends{0};
   bool allSent() const { // but for requests that wait
-    return waitingUntaken == 0 && unfinishedSends == 0;
+    return waitingUntaken == 0 && unfinishedSends == 0 && waitingForDevice == 0;
   }
 };
 
@@ -64,7 +65,8 @@ struct PeerContext {
   ExchangeCounters& counters;
   DoneMessages& done;
   WindowBudget& windows;
-  std::vector<int>& blocked; // peers for which something waits until they take more; room for all
+  std::vector<int>& blocked;  // peers for which something waits until they take more; room for all
+  std::vector<int>& atDevice; // peers for which, or of which, something waits for a device; room for all
 };
 
 // Whom the parts of a peer tell that it has failed.

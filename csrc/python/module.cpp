@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -52,6 +53,14 @@ void withPythonThreadState(const std::function<void()>& body) {
   }
 }
 
+std::vector<DeviceName> namesOf(const std::vector<std::string>& texts) {
+  std::vector<DeviceName> names(texts.size());
+  for (size_t i = 0; i < texts.size(); ++i) {
+    std::copy_n(texts[i].begin(), std::min(texts[i].size(), names[i].size() - 1), names[i].begin());
+  }
+  return names;
+}
+
 // AgentOptions as Python sees them: seconds.
 struct PyAgentOptions {
   int numWorkerThreads = AgentOptions().numWorkerThreads;
@@ -62,9 +71,13 @@ struct PyAgentOptions {
   double maxSleep = 0.001;
   bool anySource = true;
   std::string flightRecorderDir;
+  std::vector<c10::Device> devices;
+  std::vector<std::string> deviceNames; // UUIDs of all that this process sees; none: no memory is shared
+  std::vector<std::pair<rpc::DeviceMap, rpc::DeviceMap>> deviceMaps; // of requests and responses, by rank; or none
   FaultOptions faults;
 
-  AgentOptions toCore(int worldSize, int ranksOnHost) const {
+  // neighbours: by rank.
+  AgentOptions toCore(int worldSize, int ranksOnHost, std::vector<bool> neighbours) const {
     AgentOptions options;
     const int cores = usableCores(); // launchers often bind a rank to a few
     options.coresToSpare = std::clamp(cores / std::max(ranksOnHost, 1) / 2, 1, 4);
@@ -89,7 +102,23 @@ struct PyAgentOptions {
     options.idling.spinTime = durationOf<std::chrono::nanoseconds>(spinTime);
     options.idling.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
     options.flightRecorderDir = flightRecorderDir;
+    if (!devices.empty()) {
+      options.devices = std::make_shared<Devices>(devices, bulkChunk);
+      if (!deviceNames.empty()) {
+        options.devices->share(namesOf(deviceNames), std::move(neighbours));
+      }
+    }
+    for (const auto& [requests, responses] : deviceMaps) {
+      options.deviceMaps.push_back({requests, responses});
+    }
     options.threadHook = withPythonThreadState;
+    if (!devices.empty()) {
+      // A thread begins on device 0, and torch's guards go back to where they were, which makes a context there.
+      options.threadHook = [device = devices.front()](const std::function<void()>& body) {
+        c10::impl::VirtualGuardImpl(device.type()).uncheckedSetDevice(device); // which makes none
+        withPythonThreadState(body);
+      };
+    }
     options.signals = kPythonSignals;
     if (!faults.messagesToFail.empty() || !faults.messagesToDelay.empty()) {
       options.faults = std::make_shared<Faults>(faults);
@@ -134,7 +163,11 @@ std::shared_ptr<MpiAgent> makeAgent(
   auto callback = std::make_unique<PythonRequestCallback>(
       std::move(runFunction), std::move(serialize), std::move(passOn), std::move(plainPickler));
   auto& requests = *callback;
-  AgentOptions agentOptions = options.toCore(communicator->size(), static_cast<int>(ranksOnHost));
+  std::vector<bool> shares(names.size());
+  for (size_t rank = 0; rank < names.size(); ++rank) {
+    shares[rank] = !addresses[rank].empty() && static_cast<int>(rank) != communicator->rank();
+  }
+  AgentOptions agentOptions = options.toCore(communicator->size(), static_cast<int>(ranksOnHost), std::move(shares));
   agentOptions.onWorkerLost = lossListener(std::move(onWorkerLost));
   std::shared_ptr<MpiAgent> agent(
       new MpiAgent(
@@ -226,6 +259,9 @@ void bindAgent(py::module_& module) {
       .def_readwrite("max_sleep", &PyAgentOptions::maxSleep)
       .def_readwrite("any_source", &PyAgentOptions::anySource)
       .def_readwrite("flight_recorder_dir", &PyAgentOptions::flightRecorderDir)
+      .def_readwrite("devices", &PyAgentOptions::devices)
+      .def_readwrite("device_names", &PyAgentOptions::deviceNames)
+      .def_readwrite("device_maps", &PyAgentOptions::deviceMaps)
       .def_property(
           "messages_to_fail", [](const PyAgentOptions& self) { return self.faults.messagesToFail; },
           [](PyAgentOptions& self, std::vector<std::string> names) { self.faults.messagesToFail = std::move(names); })
@@ -282,7 +318,16 @@ void bindAgent(py::module_& module) {
           py::arg("hosts"), py::arg("secret"), py::arg("heartbeat_timeout"), NoGil())
       .def("write_flight_record", &MpiAgent::writeFlightRecord, py::arg("path"), NoGil())
       .def("get_metrics", &MpiAgent::getMetrics, NoGil())
-      .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil());
+      .def("get_debug_info", &MpiAgent::getDebugInfo, NoGil())
+      .def("get_device_map", &MpiAgent::getDeviceMap, py::arg("worker"), NoGil())
+      .def("_get_device_map", &MpiAgent::getDeviceMap, py::arg("worker"), NoGil()) // as RemoteModule asks
+      .def("get_devices", [](const MpiAgent& self) { return self.getDevices(); });
+  module.def(
+      "register_device_runtime",
+      [](const std::string& type, const std::string& library, const std::string& prefix) {
+        DeviceRuntime::useLibrary(c10::Device(type).type(), library, prefix);
+      },
+      py::arg("device_type"), py::arg("library"), py::arg("prefix"));
   module.def(
       "end_job_at_exit", &endJobAtExit, py::arg("runtime"), py::arg("world"), py::arg("text"), py::arg("status"),
       py::arg("limit"));

@@ -224,13 +224,39 @@ JitFuturePtr PythonRequestCallback::processScriptCall(
   RunningRequests::nameFunction({}, call.hasOp() ? call.op()->schema().name() : call.qualifiedName().qualifiedName());
   const JitFuturePtr result = call.hasOp()
       ? runJitOperator(*call.op(), call.stackRef(), streams)
-      : runJitFunction(call.qualifiedName(), call.stackRef(), streams, call.isAsyncExecution());
+      : inStreams(runJitFunction(call.qualifiedName(), call.stackRef(), streams, call.isAsyncExecution()), streams);
   return result->then(
       [](rpc::JitFuture& done) {
         checkResult(done.value());
         return withStorages(rpc::ScriptResp(done.value()).toMessage());
       },
       messageType());
+}
+
+// The future of a TorchScript function knows of no devices, and so nobody who takes its value would wait for the
+// streams in which it was written.
+JitFuturePtr PythonRequestCallback::inStreams(JitFuturePtr scripts, const std::vector<c10::Stream>& streams) const {
+  if (streams.empty() || !scripts->devices().empty()) {
+    return scripts;
+  }
+  auto result = c10::make_intrusive<rpc::JitFuture>(scripts->elementType(), agent_->getDevices());
+  scripts->addCallback([result, streams](rpc::JitFuture& done) {
+    const c10::MultiStreamGuard guard(streams);
+    if (done.hasError()) {
+      result->setError(done.exception_ptr());
+    } else {
+      result->markCompleted(done.value());
+    }
+  });
+  return result;
+}
+
+// Likewise: what torch tells the RRef it tells in the streams of this thread.
+JitFuturePtr PythonRequestCallback::processScriptRemoteCall(
+    rpc::RpcCommandBase& command,
+    const std::vector<c10::Stream>& streams) const {
+  const c10::MultiStreamGuard guard(streams);
+  return RequestCallbackImpl::processScriptRemoteCall(command, streams);
 }
 
 // The one command that torch lets nobody replace, and whose value may be one that cannot be sent.
@@ -289,7 +315,8 @@ JitFuturePtr PythonRequestCallback::processPythonCall(
     pickled = python_->serialize(result);
     return JitFuturePtr();
   });
-  if (pickled) { // the response is made without the GIL
+  if (pickled) {                                // the response is made without the GIL
+    const c10::MultiStreamGuard guard(streams); // in which its tensors were written
     return asFuture(rpc::PythonResp(std::move(*pickled)).toMessage());
   }
   return later->then(
@@ -308,7 +335,7 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
   }
   // The OwnerRRef is there before the function runs (torch makes it after). If the caller gives the call up meanwhile,
   // it tells to delete an RRef that is known here; of one that is not, the value would stay for ever.
-  const auto value = c10::make_intrusive<rpc::JitFuture>(c10::PyObjectType::get());
+  const auto value = c10::make_intrusive<rpc::JitFuture>(c10::PyObjectType::get(), agent_->getDevices());
   JitFuturePtr response = assignOwnerRRef(call.result->first, call.result->second, value);
   run(command, streams, value->elementType(), [this](const py::object& result) {
     return asFuture(torch::jit::toIValue(result, c10::PyObjectType::get()), c10::PyObjectType::get());

@@ -50,6 +50,10 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
       torch::distributed::rpc::RpcCommandBase& command,
       const std::vector<c10::Stream>& streams) const override;
 
+  JitFuturePtr processScriptRemoteCall(
+      torch::distributed::rpc::RpcCommandBase& command,
+      const std::vector<c10::Stream>& streams) const override;
+
   JitFuturePtr processRpcWithErrors(
       torch::distributed::rpc::RpcCommandBase& command,
       const torch::distributed::rpc::MessageType& type,
@@ -70,6 +74,7 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
   std::unique_ptr<torch::distributed::rpc::RpcCommandBase> unpickle(
       torch::distributed::rpc::RpcCommandBase& command,
       const torch::distributed::rpc::MessageType& type) const;
+  JitFuturePtr inStreams(JitFuturePtr scripts, const std::vector<c10::Stream>& streams) const;
   std::string whyMissing(const std::string& text) const;
   // Runs the function of `command`. Returns what `keep` (called with the GIL) makes of its result, or the future that
   // it promised its result in, or a failed one of `type`.

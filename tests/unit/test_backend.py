@@ -15,6 +15,7 @@ import unit_fakes
 import torch_rpc_mpi
 from torch_rpc_mpi import MPIRpcBackendOptions, _agreement, _mpi, _torch_api, backend
 from torch_rpc_mpi._agreement import Member
+from torch_rpc_mpi._devices import Wishes
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -144,7 +145,7 @@ class TestAloneInTheWorld:
 
 
 def member(name: str, host: str = "north", **agreed: Any) -> Member:
-    return Member(name, host, host, pid=1, address="", agreed=agreed)
+    return Member(name, host, host, pid=1, address="", agreed=agreed, wishes=Wishes(name, {}, []))
 
 
 class TestAgreement:
@@ -168,21 +169,6 @@ class TestAgreement:
     def test_treats_a_missing_value_as_unknown(self) -> None:
         with pytest.raises(RuntimeError, match="unknown on rank 1"):
             _agreement.check([member("a", limit=1), member("b")])
-
-    def test_refuses_device_maps_to_nobody_as_torch_does(self) -> None:
-        maps = {"nobody": {torch.device("cpu"): torch.device("cpu")}}
-        with pytest.raises(ValueError, match="Node a has invalid target node names in its device maps"):
-            _agreement.check([Member("a", "north", "north", 1, "", {}, device_maps=maps)])
-
-    def test_refuses_accelerators_that_it_cannot_serve(self) -> None:
-        maps = {"b": {torch.device("cuda:0"): torch.device("cuda:0")}}
-        members = [Member("a", "north", "north", 1, "", {}, 1, maps), Member("b", "north", "north", 1, "", {}, 1)]
-        with pytest.raises(RuntimeError, match=r"'a' \(rank 0 on north\) asks for cuda:0.*CPU tensors only"):
-            _agreement.check(members)
-
-    def test_takes_cpu_maps(self) -> None:
-        maps = {"b": {torch.device("cpu"): torch.device("cpu")}}
-        _agreement.check([Member("a", "north", "north", 1, "", {}, device_maps=maps), member("b")])
 
     @pytest.mark.parametrize(("ranks", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([4, 0, 2, 1], "0-2, 4")])
     def test_rank_lists(self, ranks: list[int], text: str) -> None:

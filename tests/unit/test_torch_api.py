@@ -479,14 +479,6 @@ def waiting_for_all(name: str) -> None:
     assert not hasattr(_torch_api.waiting_for_all, "future_list")
 
 
-@relied_on("validate_device_maps")
-def validate_device_maps(name: str) -> None:
-    cpu = torch.device("cpu")
-    _torch_api.validate_device_maps(["a", "b"], {"a": 0, "b": 0}, {"a": {"b": {cpu: cpu}}, "b": {}}, {"a": [], "b": []})
-    with pytest.raises(ValueError, match="invalid target node names"):
-        _torch_api.validate_device_maps(["a"], {"a": 0}, {"a": {"b": {cpu: cpu}}}, {"a": []})
-
-
 @relied_on("has_rendezvous_handler")
 def has_rendezvous_handler(name: str) -> None:
     assert _torch_api.has_rendezvous_handler("env")

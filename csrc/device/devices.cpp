@@ -1,0 +1,143 @@
+#include "device/devices.h"
+
+#include <algorithm>
+
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include "host/fork_guard.h"
+#include "host/no_memory.h"
+
+namespace torch_rpc_mpi {
+
+namespace {
+
+// Of a turn, so that many events do not make it long.
+constexpr size_t kAskedInTurn = 16;
+
+// Also when the device is broken: nothing more will be done there.
+bool isOver(const DeviceEvent& event) {
+  try {
+    return event.complete();
+  } catch (const DeviceError&) {
+    return true;
+  }
+}
+
+} // namespace
+
+Devices::Devices(std::vector<c10::Device> devices, size_t chunk)
+    : Devices(devices, chunk, DeviceRuntime::find(devices.at(0).type())) {}
+
+Devices::Devices(std::vector<c10::Device> devices, size_t chunk, std::shared_ptr<const DeviceRuntime> runtime)
+    : devices_(std::move(devices)),
+      chunk_(chunk),
+      runtime_(std::move(runtime)) {
+  watchForks();
+  for (const c10::Device device : devices_) {
+    pools_.emplace(
+        device.index(),
+        Pools{
+            std::make_shared<EventPool>(runtime_, device.index()),
+            std::make_shared<PinnedPool>(runtime_, device.index())});
+  }
+}
+
+void Devices::share(const std::vector<DeviceName>& names, std::vector<bool> neighbours) {
+  lender_ = std::make_unique<Lender>(runtime_, names, std::move(neighbours));
+  borrower_ = std::make_shared<Borrower>(runtime_, names);
+}
+
+std::vector<c10::Stream> Devices::poolStreams() const {
+  std::vector<c10::Stream> streams;
+  streams.reserve(devices_.size());
+  for (const c10::Device device : devices_) {
+    streams.push_back(poolStream(device));
+  }
+  return streams;
+}
+
+c10::Stream Devices::poolStream(c10::Device device) const {
+  return c10::impl::VirtualGuardImpl(runtime_->type()).getStreamFromGlobalPool(device);
+}
+
+c10::Stream Devices::currentStream(c10::Device device) const {
+  return c10::impl::VirtualGuardImpl(runtime_->type()).getStream(device);
+}
+
+void Devices::order(const c10::Stream& earlier, const c10::Stream& later) {
+  if (earlier == later) {
+    return;
+  }
+  DeviceEvent between = event(earlier.device());
+  {
+    const OnDevice onDevice(*runtime_, earlier.device_index());
+    between.record(runtime_->handleOf(earlier));
+  }
+  const OnDevice onDevice(*runtime_, later.device_index());
+  between.block(runtime_->handleOf(later));
+}
+
+at::DataPtr Devices::allocate(const c10::Stream& stream, size_t bytes) const {
+  const c10::StreamGuard guard(stream);
+  try {
+    return c10::GetAllocator(runtime_->type())->allocate(bytes);
+  } catch (const c10::Error& error) {
+    throw NoMemory(c10::str("a tensor on ", stream.device(), " (", error.what_without_backtrace(), ")"), bytes);
+  }
+}
+
+void Devices::keepFor(const at::DataPtr& memory, const c10::Stream& stream) const {
+  c10::impl::VirtualGuardImpl(runtime_->type()).recordDataPtrOnStream(memory, stream);
+}
+
+void Devices::holdUntil(DeviceEvent event, std::shared_ptr<void> object) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  held_.push_back({std::move(event), std::move(object)});
+  holds_ = true;
+}
+
+bool Devices::poll() {
+  std::vector<Held> over; // destroyed without the lock
+  if (!holds()) {
+    return false;
+  }
+  const RelaxedCapture relaxed(*runtime_);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t asked = std::min(held_.size(), kAskedInTurn); asked > 0 && !held_.empty(); --asked) {
+    next_ = next_ < held_.size() ? next_ : 0;
+    if (isOver(held_[next_].event)) {
+      over.push_back(std::move(held_[next_]));
+      held_[next_] = std::move(held_.back());
+      held_.pop_back();
+    } else {
+      ++next_;
+    }
+  }
+  holds_ = !held_.empty();
+  return !over.empty();
+}
+
+void Devices::letGo() {
+  std::vector<Held> held; // destroyed without the lock
+  const std::lock_guard<std::mutex> lock(mutex_);
+  held.swap(held_);
+  holds_ = false;
+}
+
+void Devices::trim() {
+  for (auto& [index, pools] : pools_) {
+    pools.pinned->trim();
+  }
+}
+
+size_t Devices::pinnedBytes() const {
+  size_t bytes = 0;
+  for (const auto& [index, pools] : pools_) {
+    bytes += pools.pinned->bytes();
+  }
+  return bytes;
+}
+
+} // namespace torch_rpc_mpi

@@ -1,0 +1,134 @@
+// The accelerators that an agent uses.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include <c10/core/Allocator.h>
+
+#include "device/lending.h"
+#include "device/pools.h"
+#include "device/runtime.h"
+
+namespace torch_rpc_mpi {
+
+// Bytes of device tensors that were sent and received, by way.
+struct DeviceCounters {
+  std::atomic<uint64_t> sentPinned{0}, receivedPinned{0}; // through pinned memory and MPI
+  std::atomic<uint64_t> sentIpc{0}, receivedIpc{0};       // through device memory that two processes share
+};
+
+// Does something when it is destroyed: held until some events are complete, it is done then.
+class AtLast {
+ public:
+  explicit AtLast(std::function<void()> action) : action_(std::move(action)) {}
+  ~AtLast() {
+    action_();
+  }
+  AtLast(const AtLast&) = delete;
+  AtLast& operator=(const AtLast&) = delete;
+
+ private:
+  const std::function<void()> action_;
+};
+
+// Thread-safe: mutex_ guards held_, of which holds_ is a hint; the counters are atomics; the rest is immutable, or
+// guards itself. It lives as long as anything that refers to it, a message perhaps: hence shared.
+class Devices {
+ public:
+  // All of one type, in the order of their indices. Throws DeviceError.
+  // chunk: bytes, of what goes through pinned memory.
+  Devices(std::vector<c10::Device> devices, size_t chunk);
+  Devices(std::vector<c10::Device> devices, size_t chunk, std::shared_ptr<const DeviceRuntime> runtime);
+
+  const std::vector<c10::Device>& all() const {
+    return devices_;
+  }
+  bool has(c10::Device device) const {
+    return pools_.contains(device.index()) && device.type() == runtime_->type();
+  }
+  c10::DeviceType type() const {
+    return runtime_->type();
+  }
+  const DeviceRuntime& runtime() const {
+    return *runtime_;
+  }
+
+  size_t chunk() const {
+    return chunk_;
+  }
+
+  // Before anything is sent: lets neighbours read from device memory of this process, and this one from theirs. See
+  // Lender.
+  void share(const std::vector<DeviceName>& names, std::vector<bool> neighbours);
+  Lender* lender() const { // null: does not share
+    return lender_.get();
+  }
+  const std::shared_ptr<Borrower>& borrower() const {
+    return borrower_;
+  }
+
+  // One for each device, which nobody else is given for a while.
+  std::vector<c10::Stream> poolStreams() const;
+  c10::Stream poolStream(c10::Device device) const;
+  // Of this thread.
+  c10::Stream currentStream(c10::Device device) const;
+  // What is put into `later` from now on runs behind what lies in `earlier`.
+  void order(const c10::Stream& earlier, const c10::Stream& later);
+
+  DeviceEvent event(c10::Device device) const {
+    return DeviceEvent(pools_.at(device.index()).events);
+  }
+  PinnedBlock pinned(c10::Device device, size_t bytes) const {
+    return {pools_.at(device.index()).pinned, bytes};
+  }
+  // Memory for a tensor, to be used in `stream` first. Throws NoMemory.
+  at::DataPtr allocate(const c10::Stream& stream, size_t bytes) const;
+  // The memory is not reused before what lies in `stream` is done.
+  void keepFor(const at::DataPtr& memory, const c10::Stream& stream) const;
+
+  // Keeps an object until what an event was recorded behind has been done; then it is destroyed, by poll().
+  void holdUntil(DeviceEvent event, std::shared_ptr<void> object);
+  // Asks for some of the events; returns whether something is over.
+  bool poll();
+  bool holds() const {
+    return holds_.load();
+  }
+  // Destroys what is held, whatever the devices still do. For the end: blocks of pinned memory are not used again.
+  void letGo();
+  // Gives memory back that nothing uses. It may wait for the devices.
+  void trim();
+  size_t pinnedBytes() const;
+
+  DeviceCounters counters;
+  std::atomic<size_t> chunksOut{0}, chunksIn{0}; // in pinned memory now
+
+ private:
+  struct Pools {
+    std::shared_ptr<EventPool> events;
+    std::shared_ptr<PinnedPool> pinned;
+  };
+  struct Held {
+    DeviceEvent event;
+    std::shared_ptr<void> object;
+  };
+
+  const std::vector<c10::Device> devices_;
+  const size_t chunk_;
+  const std::shared_ptr<const DeviceRuntime> runtime_;
+  std::map<c10::DeviceIndex, Pools> pools_;
+  std::unique_ptr<Lender> lender_;
+  std::shared_ptr<Borrower> borrower_;
+
+  std::mutex mutex_;
+  std::vector<Held> held_;
+  size_t next_ = 0; // of held_, to be asked for
+  std::atomic<bool> holds_{false};
+};
+
+} // namespace torch_rpc_mpi
