@@ -60,7 +60,7 @@ def test_worlds_of_its_own(tmp_path: Path) -> None:
 
 
 def test_tensors_on_devices(tmp_path: Path) -> None:
-    cases = "builtin,take_1MiB,training,gradients,pinned_64MiB"
+    cases = "builtin,take_1MiB,gradients,pinned_64MiB"
     where = ["--device=rpctest", "--import=bench_device", "--backends=mpi,limit"]
     text, found = run(
         [*BENCH, *where, f"--cases={cases}", "--rounds=2"], tmp_path / "out", PYTHONPATH=str(launcher.HERE)
@@ -69,7 +69,7 @@ def test_tensors_on_devices(tmp_path: Path) -> None:
     results = {result["case"]: result["backends"] for result in found["results"]}
     assert set(results) == set(cases.split(","))
     for name, backends in results.items():
-        assert set(backends) == ({"mpi"} if name == "training" else {"mpi", "limit"}), name
+        assert set(backends) == {"mpi", "limit"}, name
         assert all(len(measured["medians"]) == 2 for measured in backends.values()), name
     assert found["device"] == "test device"
     assert "2 ranks, test device" in text
@@ -165,8 +165,8 @@ def find_descendant(pid: int, argument: str) -> psutil.Process:
         ("--ranks=1", "a world has at least 2 ranks"),
         ("--rounds=0", "--rounds: at least 1"),
         ("--backends=limit", "limit needs --device"),
-        ("--device=cuda --cases=builtin,start", "start needs to be without --device"),
-        ("--device=cuda --backends=mpi,raw", "raw needs to be without --device"),
+        ("--device=cuda --cases=builtin,start", "start is not for --device cuda"),
+        ("--device=cuda --backends=mpi,raw", "raw is not for --device cuda"),
     ],
 )
 def test_arguments(arguments: str, message: str) -> None:
