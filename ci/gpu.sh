@@ -106,7 +106,7 @@ build() {
 has() { "$here/environment/bin/python" -I -c "import $1" 2>/dev/null; }
 
 cases() {
-  RPC_TEST_DEVICE=cuda "$here/environment/bin/python" -I -m pytest -v -p pytest_timeout -k devices- \
+  RPC_TEST_DEVICE=cuda "$here/environment/bin/python" -I -m pytest -v -p pytest_timeout -k device \
     tests/multirank/test_cases.py
 }
 
