@@ -6,8 +6,11 @@
 #                        minutes; `make test` makes 40 000
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
+# make gpu [ARGS=...]    on a machine with a GPU and a torch for it: device cases, torch's CUDA suites, benchmark of device
+#                        tensors; ci/gpu.sh says more
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
+# make cuda-torch        the wheel that was built beside torch's CPU build, in an environment with its CUDA build; 5 GB
 # make release           the wheel for others, dist/release/*.whl, tested on every MPI; installs Debian's two if root
 # make format            rewrite sources in the project's format
 #
@@ -30,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench gpu test fuzz soak hosts torch-versions cuda-torch always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -43,6 +46,9 @@ demo: .venv/.demo
 # -I: not the sources here, which have no compiled extension.
 bench: .venv/.test
 	.venv/bin/python -I -m torch_rpc_mpi.bench $(ARGS)
+
+gpu:
+	PYTHON=$(PYTHON) ci/gpu.sh $(ARGS)
 
 test:
 	ci/lint.sh
@@ -63,6 +69,9 @@ hosts:
 
 torch-versions:
 	ci/torch_versions.sh
+
+cuda-torch:
+	ci/cuda_torch.sh
 
 release:
 	ci/wheel.sh

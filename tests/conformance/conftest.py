@@ -6,11 +6,13 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch_suites  # noqa: F401 (first, because it imports torch's suites without their warnings)
+from cuda_suites import skip_where_devices_are_missing
 
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_where_devices_are_missing(items)
     for item in items:
         reason = getattr(item.module, "EXPECTED_FAILURES", {}).get(item.name)
         if reason is not None:

@@ -41,6 +41,9 @@ _ENVIRONMENT = {
     # A rank that returns from init_process_group may otherwise call one that is still in it, and does so in
     # DdpUnderDistAutogradTest, which then fails with any backend ("Default process group has not been initialized").
     "TORCH_DIST_INIT_BARRIER": "1",
+    # torch.testing asks whether there are GPUs when the server imports it. CUDA itself, once asked, is of no use in the
+    # processes that are forked from it.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
 

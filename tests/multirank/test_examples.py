@@ -18,6 +18,8 @@ SMALL = {
     "batching_server": (4, r"300 requests in 100 batches"),
     "pipeline": (3, r"step  40  loss 0\.0"),
     "torchscript": (2, r"32\., 32\., 32\."),
+    "gpu_parameter_server": (3, r"trainer2 on .*: step 200  loss 0\.0"),
+    "gpu_pipeline": (2, r"step  40  loss 0\.0"),
 }
 
 

@@ -25,7 +25,7 @@ from .ranks import Failed
 from .results import Report, Result, Starts
 from .starts import MOST_ROUNDS, START, first_session
 from .worker import serve
-from .world import BACKENDS, World, given, started
+from .world import BACKENDS, BARE, DEVICE_BACKENDS, World, given, started
 
 try:
     import matplotlib  # noqa: F401 (imported by those who draw; here, so that it is not missed after the measurement)
@@ -55,9 +55,10 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--backends",
-        type=_list_of(BACKENDS),
+        type=_list_of([*BACKENDS, "limit"]),
         metavar="LIST",
-        help=f"of {', '.join(BACKENDS)} (default: all; with --quick {','.join(QUICK_BACKENDS)})",
+        help=f"of {', '.join(BACKENDS)} (default: all; with --quick {','.join(QUICK_BACKENDS)}); with --device of "
+        f"{', '.join(DEVICE_BACKENDS)}",
     )
     names = [START, *CASES]
     add("--cases", type=_list_of(names), metavar="LIST", help=f"of {', '.join(names)} (default: all)")
@@ -74,6 +75,17 @@ def _arguments() -> argparse.Namespace:
         metavar="N",
         help=f"turns of each backend at each case (default 15; with --quick 5; of {START} at most {MOST_ROUNDS})",
     )
+    add(
+        "--device",
+        metavar="TYPE",
+        help="tensors are on devices of this type, such as cuda: one for each rank, if there are so many",
+    )
+    add(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        help="what ranks import first, such as a module with a device type",
+    )
     add("--quick", action="store_true", help="fewer cases and rounds: less than two minutes")
     add("--output", type=Path, metavar="DIRECTORY", help="for bench.json and the plots, as PNG and SVG")
     arguments = parser.parse_args()
@@ -81,11 +93,27 @@ def _arguments() -> argparse.Namespace:
         arguments.rounds = 5 if arguments.quick else 15
     if arguments.rounds < 1:
         parser.error("--rounds: at least 1")
+    possible = DEVICE_BACKENDS if arguments.device else BACKENDS
     if arguments.backends is None:
-        arguments.backends = list(QUICK_BACKENDS if arguments.quick else BACKENDS)
+        arguments.backends = list(QUICK_BACKENDS if arguments.quick and not arguments.device else possible)
+    possible_cases = _possible_cases(arguments.device)
+    for option, asked, known in (
+        ("--backends", arguments.backends, possible),
+        ("--cases", arguments.cases or [], possible_cases),
+    ):
+        if others := [name for name in asked if name not in known]:
+            how = f"is not for --device {arguments.device}" if arguments.device else "needs --device"
+            parser.error(f"{option}: {', '.join(others)} {how}")
     if arguments.cases is None:
-        arguments.cases = [START, *(name for name, case in CASES.items() if case.quick or not arguments.quick)]
+        quick = [name for name in possible_cases if name == START or CASES[name].quick]
+        arguments.cases = quick if arguments.quick else possible_cases
     return arguments
+
+
+def _possible_cases(device: str | None) -> list[str]:
+    if device:
+        return [name for name, case in CASES.items() if case.devices and case.devices_of in (None, device)]
+    return [START, *(name for name, case in CASES.items() if case.host)]
 
 
 def _list_of(known: Any) -> Callable[[str], list[str]]:
@@ -103,6 +131,12 @@ def _sizes(text: str) -> list[int]:
     if sizes[0] < 2:
         raise argparse.ArgumentTypeError("a world has at least 2 ranks")
     return sizes
+
+
+def _sizes_of(arguments: argparse.Namespace) -> list[int]:
+    if arguments.device:
+        return [2]  # none of the cases depends on the size
+    return [2, 4] if arguments.quick else [2, 4, 8]
 
 
 def take_part(arguments: argparse.Namespace) -> None:
@@ -133,7 +167,7 @@ def take_part(arguments: argparse.Namespace) -> None:
     port = comm.bcast(port)
     if not port:
         raise SystemExit("the controller, which rank 0 starts, has failed")
-    serve(f"{host}:{port}", comm.rank, comm.size, arguments.backends)
+    serve(f"{host}:{port}", comm.rank, comm.size, arguments.backends, arguments.device, arguments.imports)
     if controller is not None:
         raise SystemExit(controller.wait())
 
@@ -148,10 +182,10 @@ def control(arguments: argparse.Namespace) -> None:
     # far: they differ too much for the last few to tell.
     with Progress(transient=True, auto_refresh=False, speed_estimate_period=86400) as progress:
         if found := os.environ.pop(_GIVEN, None):
-            size, host, writer = found.split()
-            measure_given(arguments, report, progress, int(size), host, int(writer))
+            given_size, host, writer = found.split()
+            measure_given(arguments, report, progress, int(given_size), host, int(writer))
         else:
-            for size in arguments.ranks or ([2, 4] if arguments.quick else [2, 4, 8]):
+            for size in arguments.ranks or _sizes_of(arguments):
                 measure_own(arguments, report, progress, size)
 
     # Here, because a rank under measurement has no use for them.
@@ -180,7 +214,7 @@ def measure_own(arguments: argparse.Namespace, report: Report, progress: Progres
     cases = _cases_for(size, arguments.cases, smallest=min(report.failures) == size)
     if cases and "mpi" not in failures:
         backends = [backend for backend in arguments.backends if backend not in failures]
-        with started(size, backends) as world:
+        with started(size, backends, **{"device": arguments.device, "import": arguments.imports}) as world:
             world.failures = failures
             measure_in(world, backends, cases, arguments.rounds, report, progress)
 
@@ -199,7 +233,7 @@ def measure_given(
 def measure_starts(arguments: argparse.Namespace, report: Report, progress: Progress, size: int) -> None:
     """First sessions of fresh processes, in turns."""
     rounds, failures = min(arguments.rounds, MOST_ROUNDS), report.failures[size]
-    backends = [backend for backend in arguments.backends if backend != "raw"]
+    backends = [backend for backend in arguments.backends if backend not in BARE]
     starts = report.starts[size] = Starts()
     task = progress.add_task(f"{size} ranks, first session", total=rounds * len(backends))
     for turn in range(rounds):
@@ -223,7 +257,7 @@ def measure_in(
         world.start(backends)
     except Failed:
         return
-    report.library = world.library
+    report.library, report.device = world.library, world.device
     report.results += measure(world, backends, _that_fit(cases, report.notes), rounds, progress)
     world.end()
 

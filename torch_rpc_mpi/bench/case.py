@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+SERVER, PEER = "worker0", "worker1"
 
 
 class Place(Protocol):
@@ -19,8 +22,17 @@ class Place(Protocol):
     def meet(self, count: int) -> None:
         """Returns when so many ranks have called it in this turn."""
 
-    def restart(self) -> None:
-        """``shutdown`` and ``init_rpc``."""
+    def restart(self, **options: Any) -> None:
+        """``shutdown`` and ``init_rpc``, with these options of ours."""
+
+    def device(self, rank: int | None = None) -> str:
+        """Where the tensors of a rank are; of this one by default."""
+
+    def ones(self, *sizes: int) -> torch.Tensor:
+        """There."""
+
+    def timed(self, call: Callable[[], Any], samples: int) -> list[float]:
+        """As :func:`timed`, until what the call has returned is there."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,11 @@ class Case:
         warm: is run before it is measured.
         memory: bytes that the host must have free for it.
         restarts: begins a new session.
+        host: is measured with tensors in the memory of the host.
+        devices: is measured with tensors on devices.
+        devices_of: the only type of devices with which it can be, if there is such a one.
+        limit: which copy between devices is its counterpart, if there is one.
+        ours: is about what the other backends have not.
     """
 
     name: str
@@ -62,6 +79,11 @@ class Case:
     warm: bool = True
     memory: int = 0
     restarts: bool = False
+    host: bool = True
+    devices: bool = False
+    devices_of: str | None = None
+    limit: Literal["direct", "pinned"] = "direct"
+    ours: bool = False
 
     def calls_from(self, rank: int) -> bool:
         return self.callers == "all" or (rank == 0) == (self.callers == "first")

@@ -15,23 +15,14 @@ import torch
 import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 
-from .case import GIB, KIB, MIB, Case, Place, text_of, timed
-
-SERVER, PEER = "worker0", "worker1"
+from .case import KIB, PEER, SERVER, Case, Place, timed
+from .tensors import devices, echo, tensors
 
 # What is called.
 
 
 def empty() -> None:
     """The function that costs nothing."""
-
-
-def echo(x: Any) -> Any:
-    return x
-
-
-def take(x: Any) -> None:
-    """The way there alone."""
 
 
 with warnings.catch_warnings():
@@ -66,10 +57,10 @@ def _at_once(issue: Callable[[], Any], count: int) -> Callable[[Place, int], lis
     return _each(lambda: torch.futures.wait_all([issue() for _ in range(count)]))
 
 
-def _with_tensor(function: Callable[..., Any], make: Callable[[], Any]) -> Callable[[Place, int], list[float]]:
+def _with_pair(function: Callable[..., Any]) -> Callable[[Place, int], list[float]]:
     def run(place: Place, samples: int) -> list[float]:
-        x = make()
-        return timed(lambda: rpc.rpc_sync(PEER, function, args=(x,)), samples)
+        pair = place.ones(2), place.ones(2)
+        return place.timed(lambda: rpc.rpc_sync(PEER, function, args=pair), samples)
 
     return run
 
@@ -102,8 +93,8 @@ def _all_to_all_of(size: int) -> Callable[[Place, int], list[float]]:
 
 def _training_step(place: Place, samples: int) -> list[float]:
     """A layer at the peer: forward, loss, backward, and a step of the optimizer there."""
-    layer = rpc.remote(PEER, torch.nn.Linear, args=(64, 64))
-    x = torch.ones(16, 64)
+    layer = rpc.remote(PEER, torch.nn.Linear, args=(64, 64), kwargs={"device": place.device(1)})
+    x = place.ones(16, 64)
 
     def step() -> None:
         with dist_autograd.context() as context:
@@ -111,7 +102,7 @@ def _training_step(place: Place, samples: int) -> list[float]:
             dist_autograd.backward(context, [loss])  # type: ignore[attr-defined]
             rpc.rpc_sync(PEER, _descend, args=(context, layer))
 
-    return timed(step, samples)
+    return place.timed(step, samples)
 
 
 def _idle(place: Place, samples: int) -> list[float]:
@@ -134,21 +125,6 @@ def _after_idling(pause: float) -> Callable[[Place, int], list[float]]:
     return run
 
 
-def _beside(size: int) -> Callable[[Place, int], list[float]]:
-    """Small calls, one after the other, while a large tensor is on its way to the same worker."""
-
-    def run(place: Place, samples: int) -> list[float]:
-        x, times = torch.ones(size // 4), []
-        for _ in range(samples):
-            large = rpc.rpc_async(PEER, take, args=(x,))
-            while not large.done():
-                times += timed(lambda: rpc.rpc_sync(PEER, torch.add, args=_PAIR), 1)
-            large.wait()
-        return times
-
-    return run
-
-
 def _session(place: Place, samples: int) -> list[float]:
     def again() -> None:
         place.restart()
@@ -163,19 +139,29 @@ _SMALL = (64, 64)  # about the bytes of a small call, for MPI itself
 
 
 def _small() -> list[Case]:
-    add, nothing = (lambda: rpc.rpc_sync(PEER, torch.add, args=_PAIR)), (lambda: rpc.rpc_sync(PEER, empty))
+    nothing = lambda: rpc.rpc_sync(PEER, empty)  # noqa: E731
     script = _each(lambda: rpc.rpc_sync(PEER, script_add, args=(_PAIR[0], 1)))
     remote = _each(lambda: rpc.remote(PEER, torch.add, args=_PAIR).to_here())
     to_self = _each(lambda: rpc.rpc_sync(SERVER, torch.add, args=_PAIR))
     return [
-        Case("builtin", "rpc_sync, builtin", _each(add), 300, message=_SMALL, everywhere=True, quick=True),
+        Case(
+            "builtin",
+            "rpc_sync, builtin",
+            _with_pair(torch.add),
+            300,
+            message=_SMALL,
+            everywhere=True,
+            quick=True,
+            devices=True,
+        ),
         Case("udf", "rpc_sync, empty function", _each(nothing), 300, message=_SMALL, everywhere=True, quick=True),
         Case("script", "rpc_sync, TorchScript", script, 300, message=_SMALL),
         Case("remote", "remote and to_here", remote, 200, quick=True),
         Case("self", "rpc_sync to oneself", to_self, 300),
         Case("after_idle", "first call after 10 s", _after_idling(10.0), 1, most_rounds=5, warm=False),
         Case("after_pause", "first call after 0.1 s", _after_idling(0.1), 4, quick=True),
-        Case("training", "training step", _training_step, 20),
+        # torch's engine for distributed autograd orders streams of CUDA (and ROCm, which it calls so) only.
+        Case("training", "training step", _training_step, 20, devices=True, devices_of="cuda"),
     ]
 
 
@@ -189,51 +175,6 @@ def _many() -> list[Case]:
             name, title = f"async_{name}_{count}", f"{title}, {text}"
             cases.append(Case(name, title, run, samples, calls=count, message=_SMALL, quick=quick))
     return cases
-
-
-def _tensors() -> list[Case]:
-    cases = []
-    for size, samples in ((KIB, 200), (64 * KIB, 100), (MIB, 40), (16 * MIB, 8), (64 * MIB, 3), (GIB, 1)):
-        text, name = text_of(size), text_of(size).replace(" ", "")
-        quick = size in (MIB, 64 * MIB)
-        most_rounds, memory = (5, 14 * size) if size == GIB else (None, 0)
-
-        def ones(size: int = size) -> torch.Tensor:
-            return torch.ones(size // 4)
-
-        both_ways, one_way = _with_tensor(echo, ones), _with_tensor(take, ones)
-        cases += [
-            Case(
-                f"echo_{name}",
-                f"{text}, there and back",
-                both_ways,
-                samples,
-                message=(size, size),
-                quick=quick,
-                most_rounds=most_rounds,
-                memory=memory,
-            ),
-            Case(
-                f"take_{name}",
-                f"{text}, one way",
-                one_way,
-                samples,
-                message=(size, 64),
-                most_rounds=most_rounds,
-                memory=memory,
-            ),
-        ]
-    small = _with_tensor(take, lambda: [torch.ones(2) for _ in range(1000)])
-    transposed = _with_tensor(take, lambda: torch.ones(2048, 2048).t())
-    columns = _with_tensor(take, lambda: torch.ones(2048, 4096)[:, ::2])
-    there = (16 * MIB, 64)
-    return [
-        *cases,
-        Case("beside_1GiB", "builtin while 1 GiB is sent", _beside(GIB), 1, most_rounds=5, memory=6 * GIB),
-        Case("small_tensors", "1000 tensors of 8 B, one way", small, 8),
-        Case("transposed", "16 MiB, transposed, one way", transposed, 8, message=there),
-        Case("columns", "16 MiB, each second column, one way", columns, 8, message=there),
-    ]
 
 
 def _ranks() -> list[Case]:
@@ -303,4 +244,4 @@ def _ranks() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in [*_small(), *_many(), *_tensors(), *_ranks()]}
+CASES = {case.name: case for case in [*_small(), *_many(), *tensors(), *devices(), *_ranks()]}

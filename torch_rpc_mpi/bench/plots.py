@@ -16,8 +16,14 @@ from .case import GIB, text_of
 from .report import seconds_text
 from .results import PERCENTS, Report, Result
 
-_TITLES = {"mpi": "RPC over MPI", "tensorpipe": "TensorPipe", "tensorpipe-uv": "TensorPipe (uv)", "raw": "MPI itself"}
-_COLORS = {"mpi": "#1f6fb4", "tensorpipe": "#d9652b", "tensorpipe-uv": "#b88a1b", "raw": "#707070"}
+_TITLES = {
+    "mpi": "RPC over MPI",
+    "tensorpipe": "TensorPipe",
+    "tensorpipe-uv": "TensorPipe (uv)",
+    "raw": "MPI itself",
+    "limit": "the devices' copies",
+}
+_COLORS = {"mpi": "#1f6fb4", "tensorpipe": "#d9652b", "tensorpipe-uv": "#b88a1b", "raw": "#707070", "limit": "#707070"}
 
 
 def save(report: Report, directory: Path) -> list[Path]:

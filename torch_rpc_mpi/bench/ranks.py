@@ -144,8 +144,9 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def worker(address: str, **options: Any) -> list[str]:
-    """The command of a rank."""
-    return [sys.executable, "-m", f"{__package__}.worker", address, *(f"--{name}={options[name]}" for name in options)]
+    """The command of a rank; without those options that are None."""
+    named = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return [sys.executable, "-m", f"{__package__}.worker", address, *named]
 
 
 def mpirun() -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .case import MIB
 from .results import Comparison, Report, Result
+from .world import BARE
 
 
 def show(report: Report) -> None:
@@ -31,7 +32,8 @@ def show(report: Report) -> None:
 
 
 def _times(report: Report, results: Iterable[Result], size: int) -> Table:
-    table = _table(f"{size} ranks: median (10th to 99th percentile of all samples)", "")
+    where = f", {report.device}" if report.device else ""
+    table = _table(f"{size} ranks{where}: median (10th to 99th percentile of all samples)", "")
     for backend in report.backends:
         table.add_column(backend, justify="right")
     others = [backend for backend in report.backends if backend != "mpi"] if "mpi" in report.backends else []
@@ -94,7 +96,7 @@ def _starts(report: Report) -> Table:
 
 def _memory(report: Report) -> Table:
     """Only for the loads that need some. Memory that a backend keeps from one case shows in the next as well."""
-    backends = [backend for backend in report.backends if backend != "raw"]
+    backends = [backend for backend in report.backends if backend not in BARE]
     table = _table("Peak of resident memory beyond that after the start, MiB: rank 0, rank 1", "", "ranks", *backends)
     for result in report.results:
         grown = [result.grown.get(backend, {}) for backend in backends]

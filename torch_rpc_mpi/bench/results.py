@@ -112,6 +112,7 @@ class Report:
     failures: dict[int, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     library: str = ""  # MPI's
+    device: str = ""  # that tensors were on
 
     def of(self, name: str, size: int | None = None) -> Result | None:
         """A case's result, in the smallest world if ``size`` is None."""
@@ -124,6 +125,7 @@ class Report:
             "starts": {str(size): _starts_as_json(starts) for size, starts in self.starts.items()},
             "failures": {str(size): failures for size, failures in self.failures.items() if failures},
             "notes": self.notes,
+            "device": self.device,
         }
 
 

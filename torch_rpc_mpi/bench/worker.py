@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import count
@@ -28,8 +30,9 @@ import torch.distributed.rpc as rpc
 
 from .. import MPIRpcBackendOptions, _mpi
 from .._torch_api import PrefixStore, TCPStore
-from .case import Case
+from .case import Case, timed
 from .cases import CASES, call_all
+from .device import Devices
 from .raw import Raw
 
 TENSORPIPES = ("tensorpipe", "tensorpipe-uv")
@@ -42,29 +45,51 @@ _PR_SET_PDEATHSIG = 1
 class Worker:
     """One rank of one backend."""
 
-    def __init__(self, backend: str, rank: int, size: int) -> None:
+    def __init__(self, backend: str, rank: int, size: int, devices: Devices | None) -> None:
         self.backend, self.rank, self.size = backend, rank, size
+        self._devices = devices  # None: its tensors are in the memory of the host
         self.rendezvous = ""  # the next session's init_method, where the backend needs one
         self.turn: Any = None  # a store for the order that is carried out
         self._idle_memory: int | None = None
         self._peak_is_known = False
 
-    def open(self) -> None:
+    def open(self, **options: Any) -> None:
         """A session of RPC."""
+        if self._devices:
+            options["device_maps"] = self._devices.maps(self.rank, self.size)
         if self.backend == "mpi":
-            rpc.init_rpc(f"worker{self.rank}", backend="MPI")  # type: ignore[no-untyped-call]
+            ours = MPIRpcBackendOptions(**options)
+            rpc.init_rpc(f"worker{self.rank}", backend="MPI", rpc_backend_options=ours)  # type: ignore[no-untyped-call]
             return
         plain = self.backend == "tensorpipe-uv"
-        options = rpc.TensorPipeRpcBackendOptions(
+        theirs = rpc.TensorPipeRpcBackendOptions(
             init_method=self.rendezvous,
             _transports=["uv"] if plain else None,
             _channels=["basic"] if plain else None,
+            **options,
         )
-        rpc.init_rpc(f"worker{self.rank}", rank=self.rank, world_size=self.size, rpc_backend_options=options)  # type: ignore[no-untyped-call]
+        rpc.init_rpc(f"worker{self.rank}", rank=self.rank, world_size=self.size, rpc_backend_options=theirs)  # type: ignore[no-untyped-call]
 
-    def restart(self) -> None:
+    def restart(self, **options: Any) -> None:
         rpc.shutdown()
-        self.open()
+        self.open(**options)
+
+    def device(self, rank: int | None = None) -> str:
+        return self._devices.of(self.rank if rank is None else rank) if self._devices else "cpu"
+
+    def ones(self, *sizes: int) -> torch.Tensor:
+        return torch.ones(sizes, device=self.device())
+
+    def timed(self, call: Callable[[], Any], samples: int) -> list[float]:
+        devices = self._devices
+        if devices is None:
+            return timed(call, samples)
+
+        def call_and_wait() -> None:
+            call()
+            devices.synchronize(self.rank)
+
+        return timed(call_and_wait, samples)
 
     def meet(self, count: int) -> None:
         if self.turn.add("met", 1) == count:
@@ -119,15 +144,18 @@ class Worker:
 class MpiWorker(Worker):
     """A rank of the MPI world: raw MPI as well, and the children."""
 
-    def __init__(self, rank: int, size: int, children: dict[str, subprocess.Popen[bytes]]) -> None:
-        super().__init__("mpi", rank, size)
+    def __init__(
+        self, rank: int, size: int, devices: Devices | None, children: dict[str, subprocess.Popen[bytes]]
+    ) -> None:
+        super().__init__("mpi", rank, size, devices)
         self._children = children
         self._raw: Raw | None = None
 
     def start(self, rendezvous: str) -> dict[str, Any]:
         started = super().start(rendezvous)
         assert rpc.get_worker_info().id == self.rank, f"{rpc.get_worker_info()} is rank {self.rank} to its launcher"
-        return {**started, "library": _mpi.open_library().library()}
+        name = self._devices.name(self.rank) if self._devices else ""
+        return {**started, "library": _mpi.open_library().library(), "device": name}
 
     def _initialize_mpi(self) -> float | None:
         if _mpi.is_initialized():
@@ -140,6 +168,10 @@ class MpiWorker(Worker):
         if self._raw is None:
             self._raw = Raw()
         return {"samples": self._raw.run(CASES[case])}
+
+    def run_limit(self, case: str) -> dict[str, Any]:
+        assert self._devices is not None
+        return {"samples": self._devices.limit(CASES[case]) if self.rank == 0 else []}
 
     def go_on(self, backend: str) -> dict[str, Any]:
         """Lets a child run."""
@@ -201,28 +233,38 @@ def obey(store: Any, audience: str, worker: Worker) -> None:
             return
 
 
-def serve(address: str, rank: int, size: int, backends: list[str]) -> None:
+def serve(address: str, rank: int, size: int, backends: list[str], device: str | None, imports: str | None) -> None:
     """What a rank of the MPI world does.
 
     Args:
         address: ``host:port`` of the controller's store.
         rank, size: of the MPI world.
         backends: those to compare.
+        device: the type of the devices that tensors are on, if not in the memory of the host.
+        imports: a module that is imported first.
     """
+    devices = _find(device, imports)
     store = connect(address, "mpi")
     children = {}
     for backend in TENSORPIPES:
         if backend in backends:
-            options = {"backend": backend, "rank": rank, "size": size, "parent": os.getpid()}
-            place = [f"--{name}={value}" for name, value in options.items()]
+            options: dict[str, Any] = {"backend": backend, "rank": rank, "size": size, "parent": os.getpid()}
+            options |= {"device": device, "import": imports}
+            place = [f"--{name}={value}" for name, value in options.items() if value is not None]
             children[backend] = subprocess.Popen([sys.executable, "-m", f"{__package__}.worker", address, *place])
     try:
-        obey(store, "mpi", MpiWorker(rank, size, children))
+        obey(store, "mpi", MpiWorker(rank, size, devices, children))
     finally:
         for child in children.values():
             child.send_signal(signal.SIGCONT)
             child.kill()
             child.wait()
+
+
+def _find(device: str | None, imports: str | None) -> Devices | None:
+    if imports:
+        importlib.import_module(imports)
+    return Devices(device) if device else None
 
 
 def connect(address: str, audience: str) -> Any:
@@ -236,13 +278,15 @@ def connect(address: str, audience: str) -> Any:
     return PrefixStore("bench", store)
 
 
-def _serve_as_child(address: str, backend: str, rank: int, size: int, parent: int) -> None:
+def _serve_as_child(
+    address: str, backend: str, rank: int, size: int, parent: int, device: str | None, imports: str | None
+) -> None:
     # A parent that is killed cannot end a child, least of all one that is stopped.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the controller serves the stores
-    obey(connect(address, backend), backend, Worker(backend, rank, size))
+    obey(connect(address, backend), backend, Worker(backend, rank, size, _find(device, imports)))
 
 
 def _rank() -> int:
@@ -263,11 +307,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--device")
+    parser.add_argument("--import", dest="imports")
     arguments = parser.parse_args()
+    address, size, tensors = arguments.address, arguments.size, (arguments.device, arguments.imports)
     if arguments.backend:
-        _serve_as_child(arguments.address, arguments.backend, arguments.rank, arguments.size, arguments.parent)
+        _serve_as_child(address, arguments.backend, arguments.rank, size, arguments.parent, *tensors)
     else:
-        serve(arguments.address, _rank(), arguments.size, arguments.backends)
+        serve(address, _rank(), size, arguments.backends, *tensors)
 
 
 if __name__ == "__main__":

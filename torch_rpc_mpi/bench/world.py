@@ -13,6 +13,10 @@ from .case import Case
 from .ranks import END_LIMIT, START_LIMIT, Failed, Ranks, mpirun, new_store, running, worker
 
 BACKENDS = ("mpi", "tensorpipe", "tensorpipe-uv", "raw")
+# Of tensors on devices. "limit" is what the devices' own copies take. Over TCP alone TensorPipe has none.
+DEVICE_BACKENDS = ("mpi", "tensorpipe", "limit")
+# What ranks of MPI do besides: no session, no process of its own.
+BARE = {"raw": "run_raw", "limit": "run_limit"}
 
 
 @dataclass
@@ -52,11 +56,12 @@ class World(Ranks):
     starts: dict[str, Start] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     library: str = ""  # MPI's
+    device: str = ""  # that of rank 0
 
     def start(self, backends: list[str]) -> None:
         """Waits for the ranks and has them open their sessions. Raises Failed if not even MPI works."""
         deadline = time.monotonic() + START_LIMIT
-        backends = ["mpi", *(backend for backend in backends if backend not in ("mpi", "raw"))]
+        backends = ["mpi", *(backend for backend in backends if backend not in ("mpi", *BARE))]
         # All have come before the first begins: importing torch takes seconds of all cores.
         for step in (lambda backend: self.await_processes(backend, deadline), self._start):
             for backend in backends:
@@ -73,13 +78,14 @@ class World(Ranks):
         replies = self.ask(backend, "start", rendezvous=self.rendezvous(backend))
         self.starts[backend] = Start.of(replies)
         if backend == "mpi":
-            self.library = replies[0]["library"]
+            self.library, self.device = replies[0]["library"], replies[0]["device"]
         else:
             self.ask("mpi", "stop", backend=backend)
 
     def turn(self, backend: str, case: Case) -> Turn | None:
         """Measures a case on one backend. None: this backend has failed, or has no such case."""
-        if backend in self.failures or (backend == "raw" and case.message is None):
+        has_it = case.message is not None if backend in BARE else backend == "mpi" or not case.ours
+        if backend in self.failures or not has_it:
             return None
         try:
             return self._turn(backend, case)
@@ -88,8 +94,8 @@ class World(Ranks):
             return None
 
     def _turn(self, backend: str, case: Case) -> Turn:
-        if backend == "raw":
-            return Turn(_samples(self.ask("mpi", "run_raw", case=case.name)), {})
+        if backend in BARE:
+            return Turn(_samples(self.ask("mpi", BARE[backend], case=case.name)), {})
         rendezvous = self.rendezvous(backend) if case.restarts else ""
         if backend != "mpi":
             self.ask("mpi", "go_on", backend=backend)
@@ -116,7 +122,7 @@ class World(Ranks):
 
     def _give_up(self, backend: str, failure: Failed, case: Case | None = None) -> None:
         self.failures.setdefault(backend, f"{case.title}: {failure}" if case else str(failure))
-        if backend not in ("mpi", "raw") and "mpi" not in self.failures:
+        if backend not in ("mpi", *BARE) and "mpi" not in self.failures:
             try:
                 self.ask("mpi", "drop", backend=backend)
             except Failed as worse:
@@ -133,10 +139,10 @@ def _samples(replies: list[dict[str, Any]]) -> list[float]:
 
 
 @contextmanager
-def started(size: int, backends: list[str]) -> Iterator[World]:
-    """A world of ranks of our own on this host."""
+def started(size: int, backends: list[str], **tensors: str | None) -> Iterator[World]:
+    """A world of ranks of our own on this host; ``tensors``: where they are, as options of the worker."""
     world = World(size, new_store(), "localhost")
-    rank = worker(f"localhost:{world.store.port}", size=size, backends=",".join(backends))
+    rank = worker(f"localhost:{world.store.port}", size=size, backends=",".join(backends), **tensors)
     with running(world, [[mpirun(), "-n", str(size), *rank]]):
         yield world
         with suppress(subprocess.TimeoutExpired):
