@@ -52,7 +52,7 @@ class Option:
         text = environ.get(self.environment) if self.environment else None
         if text is None:
             return self.checked(self.default)
-        parse: Callable[[str], object] = {"int": int, "float": float, "str": str}[self.type]
+        parse: Callable[[str], object] = {"int": int, "float": float}.get(self.type, str)
         try:
             return self.checked(parse(text))
         except ValueError as error:

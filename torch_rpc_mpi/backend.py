@@ -289,6 +289,7 @@ def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
             "eager_limit (bytes)": options.eager_limit,
             "bulk_chunk (bytes)": options.bulk_chunk,
             "heartbeat_timeout (seconds)": options.heartbeat_timeout,
+            "device_path": options.device_path,
         },
         wishes=_devices.Wishes(call.name, options.device_maps, options.devices),
     )

@@ -78,6 +78,13 @@ OPTIONS: tuple[Option, ...] = (
         check_devices,
     ),
     Option(
+        "device_path", '"auto" or "pinned"', "auto", "name",
+        "How tensors get from a device to another process. `auto`: on one host through device memory that the "
+        "processes share, where that can be had, otherwise through pinned memory. `pinned`: always through that. Must "
+        "be the same on all ranks.",
+        check_choice, from_environment=True,
+    ),
+    Option(
         "comm", "mpi4py.MPI.Intracomm", None, "communicator",
         "Whose members form the RPC group; by default `MPI.COMM_WORLD`. It is duplicated, so that its own traffic "
         "never mixes with RPC's, and may be freed after `init_rpc`.",
@@ -144,6 +151,7 @@ class _Given(TypedDict, total=False):
     node: str
     device_maps: Mapping[str, DeviceMap] | None
     devices: Sequence[DeviceLike] | None
+    device_path: Literal["auto", "pinned"]
     comm: MPI.Intracomm | None
     init_timeout: float
     heartbeat_timeout: float
@@ -191,6 +199,7 @@ class MPIRpcBackendOptions(RpcBackendOptions):  # type: ignore[misc, unused-igno
     node: str
     device_maps: dict[str, dict[torch.device, torch.device]]
     devices: list[torch.device]
+    device_path: str
     comm: MPI.Intracomm | None
     init_timeout: float
     heartbeat_timeout: float

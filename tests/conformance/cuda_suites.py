@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch.distributed.rpc as rpc
+from torch.testing._internal.dist_utils import worker_name
 from torch_suites import Ranks, rpc_utils
 
 from torch_rpc_mpi import MPIRpcBackendOptions
@@ -53,14 +54,44 @@ def _options(*, _transports: object = None, **options: Any) -> MPIRpcBackendOpti
     return MPIRpcBackendOptions(**options)
 
 
+class Counterparts:
+    """Of tests that expect an error of TensorPipe's options at another time, or of another type."""
+
+    rank: int
+    world_size: int
+    rpc_backend_options: MPIRpcBackendOptions
+
+    def test_device_maps_many_to_one(self) -> None:
+        options = self.rpc_backend_options
+        callee = worker_name((self.rank + 1) % self.world_size)
+        options.set_device_map(callee, {1: 0})
+        with pytest.raises(ValueError, match="only supports 1-to-1 mapping"):  # TensorPipe: in init_rpc
+            options.set_device_map(callee, {0: 0})
+
+    def test_device_maps_invalid_min_device(self) -> None:
+        options = self.rpc_backend_options
+        for device_map in ({-1: 0}, {0: -1}):
+            with pytest.raises(ValueError, match="Device index must not be negative"):  # TensorPipe: a RuntimeError
+                options.set_device_map(worker_name(self.rank), device_map)
+
+
+def with_counterparts(suite: type) -> type:
+    """The suite with those that it has a test for. It keeps its name, which is part of the tests' names."""
+    ours = {
+        name: test for name, test in vars(Counterparts).items() if name.startswith("test_") and hasattr(suite, name)
+    }
+    return type(suite.__name__, (suite,), ours) if ours else suite
+
+
 def devices_needed(suite: type, name: str) -> int:
     """The number that torch's decorator `skip_if_lt_x_gpu` of the test was given, 0 without one."""
-    function = getattr(suite, name)
-    while function is not None:
-        bound = inspect.getclosurevars(function).nonlocals
-        if function.__code__.co_filename.endswith("common_distributed.py") and isinstance(bound.get("x"), int):
-            return bound["x"]
-        function = getattr(function, "__wrapped__", None)
+    for base in suite.__mro__:
+        function = vars(base).get(name)
+        while function is not None:
+            bound = inspect.getclosurevars(function).nonlocals
+            if function.__code__.co_filename.endswith("common_distributed.py") and isinstance(bound.get("x"), int):
+                return bound["x"]
+            function = getattr(function, "__wrapped__", None)
     return 0
 
 

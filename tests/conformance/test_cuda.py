@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cuda_suites import SUITES, CudaRanks, devices_needed
+from cuda_suites import SUITES, CudaRanks, devices_needed, with_counterparts
 from torch_suites import generate
 
 
@@ -19,10 +19,11 @@ class Fixture(CudaRanks):
     pass
 
 
-globals().update(generate("Mpi", Fixture, SUITES, __name__))
+globals().update(generate("Mpi", Fixture, [with_counterparts(suite) for suite in SUITES], __name__))
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other torch, other tests")
 def test_all_of_torchs_tests_are_here() -> None:
-    names = [(suite, name) for suite in SUITES for name in unittest.TestLoader().getTestCaseNames(suite)]
+    suites = [with_counterparts(suite) for suite in SUITES]
+    names = [(suite, name) for suite in suites for name in unittest.TestLoader().getTestCaseNames(suite)]
     assert Counter(devices_needed(suite, name) for suite, name in names) == {0: 1, 1: 41, 2: 51, 4: 6}

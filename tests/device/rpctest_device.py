@@ -126,7 +126,7 @@ def device(chosen: torch.device | str | int) -> Iterator[None]:
     try:
         yield
     finally:
-        set_device(before)
+        runtime.rpctestReturnToDevice(before)
 
 
 def _boot() -> uuid.UUID:
@@ -146,7 +146,8 @@ def get_device_name(device: torch.device | str | int | None = None) -> str:
 
 
 def synchronize(device: torch.device | str | int | None = None) -> None:
-    torch._C._accelerator_synchronizeDevice(_index(device))
+    """Also where this process has no tensor there: torch's own does nothing then."""
+    _check(runtime.rpctestSynchronizeDevice(_index(device)))
 
 
 def empty_cache() -> None:
@@ -187,7 +188,7 @@ def stream(chosen: torch.Stream | None) -> Iterator[None]:
         yield
     finally:
         set_stream(before)
-        set_device(before_device)
+        runtime.rpctestReturnToDevice(before_device)
 
 
 def manual_seed_all(seed: int) -> None:

@@ -8,6 +8,7 @@
 #include "devices.h"
 #include "errors.h"
 #include "memory.h"
+#include "missing_waits.h"
 #include "runtime_calls.h"
 
 using namespace rpctest;
@@ -138,7 +139,9 @@ int rpctestStreamWaitEvent(Stream* stream, Event* event, unsigned) {
   if (error != kSuccess || event == nullptr || streamAt(stream)->ended()) {
     return result(error != kSuccess ? error : kInvalidResourceHandle);
   }
-  event->block(*streamAt(stream));
+  if (!leavesOut("StreamWaitEvent")) {
+    event->block(*streamAt(stream));
+  }
   return kSuccess;
 }
 
@@ -172,6 +175,7 @@ int rpctestEventRecord(Event* event, Stream* stream) {
   if (event == nullptr || queue->ended() || event->device() != queue->device()) {
     return result(kInvalidResourceHandle);
   }
+  noteRecord(event);
   event->record(*queue);
   return kSuccess;
 }
@@ -181,7 +185,7 @@ int rpctestEventQuery(Event* event) {
   if (error != kSuccess || event == nullptr) {
     return result(error != kSuccess ? error : kInvalidResourceHandle);
   }
-  return result(event->query() ? kSuccess : kNotReady);
+  return result(leavesOut("EventQuery", event) || event->query() ? kSuccess : kNotReady);
 }
 
 int rpctestThreadExchangeStreamCaptureMode(int* mode) {

@@ -64,6 +64,8 @@ RPCTEST_API void rpctestSleep(int device, int64_t stream, int64_t microseconds);
 // The stream stands still until it is let go on.
 RPCTEST_API void* rpctestHold(int device, int64_t stream);
 RPCTEST_API void rpctestLetGo(void* hold);
+RPCTEST_API void rpctestReturnToDevice(int device); // makes no context
+RPCTEST_API int rpctestSynchronizeDevice(int device);
 RPCTEST_API int rpctestPhysicalDevice(int device);
 RPCTEST_API uint64_t rpctestContexts();
 RPCTEST_API int rpctestInBadFork();

@@ -63,6 +63,19 @@ void rpctestLetGo(void* hold) {
   delete promise;
 }
 
+void rpctestReturnToDevice(int device) {
+  setCurrentDevice(device);
+}
+
+int rpctestSynchronizeDevice(int device) {
+  const int error = checkNoCapture();
+  if (error == kSuccess) {
+    countSynchronization();
+    synchronizeDevice(device);
+  }
+  return result(error);
+}
+
 int rpctestPhysicalDevice(int device) {
   return physicalDevice(device);
 }

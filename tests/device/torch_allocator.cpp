@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <list>
 #include <map>
 #include <mutex>
@@ -117,10 +118,11 @@ char* carve(size_t size, int device, Stream* stream) {
 
 Block* take(size_t size, int device, Stream* stream) {
   releaseWhatIsDone();
-  const auto found = pool().free.find(Pool::Key{device, stream, size});
-  if (found != pool().free.end()) {
-    Block* block = found->second;
-    pool().free.erase(found);
+  const auto [first, last] = pool().free.equal_range(Pool::Key{device, stream, size});
+  if (first != last) {
+    const auto latest = std::prev(last); // whoever still uses it is soonest found out
+    Block* block = latest->second;
+    pool().free.erase(latest);
     return block;
   }
   return new Block{carve(size, device, stream), size, device, stream, {}};

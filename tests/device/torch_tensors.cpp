@@ -1,6 +1,7 @@
 // How tensors come to be, are copied and seen anew. A copy is queued as CUDA queues it.
 #include <optional>
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_local_scalar_dense.h>
@@ -53,6 +54,7 @@ constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
 c10::Device deviceFor(std::optional<c10::Device> device, std::optional<bool> pin) {
   TORCH_CHECK(!pin.value_or(false), "Only dense CPU tensors can be pinned");
+  at::globalContext().lazyInitDevice(at::kPrivateUse1); // else torch knows of no pinned memory
   const c10::Device chosen = device.value_or(asDevice(currentDevice()));
   const c10::Device with = chosen.has_index() ? chosen : asDevice(currentDevice());
   TORCH_CHECK(physicalDevice(with.index()) >= 0, "rpctest: there is no device ", int{with.index()});

@@ -32,9 +32,9 @@ def module() -> Any:
     return getattr(torch, KIND)
 
 
-def maps(*pairs: tuple[str, str]) -> dict[str, Any]:
+def maps(*pairs: tuple[str, str], ranks: int = RANKS) -> dict[str, Any]:
     """Options by which every worker's devices go to those of every worker, itself too."""
-    return {"device_maps": {f"worker{rank}": dict(pairs) for rank in range(RANKS)}}
+    return {"device_maps": {f"worker{rank}": dict(pairs) for rank in range(ranks)}}
 
 
 IDENTITY = maps((FIRST, FIRST))

@@ -17,12 +17,12 @@ BENCH = [sys.executable, "-m", "torch_rpc_mpi.bench"]
 LIMIT = 250.0  # seconds
 
 
-def run(command: list[str], output: Path) -> tuple[str, dict[str, Any]]:
+def run(command: list[str], output: Path, **env: str) -> tuple[str, dict[str, Any]]:
     # From a directory without the sources: what is installed is tested.
     done = subprocess.run(
         [*command, "--output", str(output)],
         cwd=output.parent,
-        env=launcher.environment({}),
+        env=launcher.environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,6 +57,22 @@ def test_worlds_of_its_own(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
         f"{name}.svg" for name in ("latency", "bandwidth", "rate", "start")
     }
+
+
+def test_tensors_on_devices(tmp_path: Path) -> None:
+    cases = "builtin,take_1MiB,gradients,pinned_64MiB"
+    where = ["--device=rpctest", "--import=bench_device", "--backends=mpi,limit"]
+    text, found = run(
+        [*BENCH, *where, f"--cases={cases}", "--rounds=2"], tmp_path / "out", PYTHONPATH=str(launcher.HERE)
+    )
+    assert found["failures"] == {}
+    results = {result["case"]: result["backends"] for result in found["results"]}
+    assert set(results) == set(cases.split(","))
+    for name, backends in results.items():
+        assert set(backends) == {"mpi", "limit"}, name
+        assert all(len(measured["medians"]) == 2 for measured in backends.values()), name
+    assert found["device"] == "test device"
+    assert "2 ranks, test device" in text
 
 
 def test_first_sessions_alone(tmp_path: Path) -> None:
@@ -148,10 +164,13 @@ def find_descendant(pid: int, argument: str) -> psutil.Process:
         ("--cases=builtins", "builtins is none of start, builtin, "),
         ("--ranks=1", "a world has at least 2 ranks"),
         ("--rounds=0", "--rounds: at least 1"),
+        ("--backends=limit", "limit needs --device"),
+        ("--device=cuda --cases=builtin,start", "start is not for --device cuda"),
+        ("--device=cuda --backends=mpi,raw", "raw is not for --device cuda"),
     ],
 )
 def test_arguments(arguments: str, message: str) -> None:
-    done = subprocess.run([*BENCH, arguments], capture_output=True, text=True, timeout=LIMIT, cwd="/")
+    done = subprocess.run([*BENCH, *arguments.split()], capture_output=True, text=True, timeout=LIMIT, cwd="/")
     assert done.returncode == 2
     assert message in done.stderr
 

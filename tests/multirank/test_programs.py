@@ -10,7 +10,17 @@ from multirank_plugin import parametrize_programs
 pytestmark = pytest.mark.timeout(300)
 
 
-@parametrize_programs(["cases_drop_in", "cases_exit", "cases_failure", "cases_pickling", "cases_main", "cases_signals"])
+@parametrize_programs(
+    [
+        "cases_device_losses",
+        "cases_drop_in",
+        "cases_exit",
+        "cases_failure",
+        "cases_main",
+        "cases_pickling",
+        "cases_signals",
+    ]
+)
 def test_program(module: str, name: str, backend: str) -> None:
     program = harness.PROGRAMS[module][name]
     if backend == "tensorpipe" and program.tensorpipe:

@@ -93,15 +93,13 @@ def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServe
 
 
 @pytest.fixture
-def run_forked_with_fakes(torch_server: ForkServer, tmp_path: Path) -> RunPython:
-    """As `run_with_fakes`, for many programs to which it does not matter how torch was imported."""
-    unit_fakes.write_mpi4py(tmp_path / "fakes")
+def run_forked(torch_server: ForkServer, tmp_path: Path) -> RunPython:
+    """As `run_python`, for many programs to which it does not matter how torch was imported."""
 
-    def run(preamble: str, program: str, **environment: str) -> str:
+    def run(program: str, *, path: tuple[Path, ...] = (), **environment: str) -> str:
         output = tmp_path / "output"
         output.touch()
-        arguments = [GUARD + preamble + program, str(tmp_path), str(tmp_path / "fakes")]
-        child = torch_server.fork(arguments, environment, output)
+        child = torch_server.fork([GUARD + program, str(tmp_path), *map(str, path)], environment, output)
         try:
             status = child.wait(CHILD_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -109,6 +107,17 @@ def run_forked_with_fakes(torch_server: ForkServer, tmp_path: Path) -> RunPython
             raise
         assert status == 0, f"exit code {status}\n{output.read_text()}"
         return output.read_text()
+
+    return run
+
+
+@pytest.fixture
+def run_forked_with_fakes(run_forked: RunPython, tmp_path: Path) -> RunPython:
+    """As `run_with_fakes`, forked."""
+    unit_fakes.write_mpi4py(tmp_path / "fakes")
+
+    def run(preamble: str, program: str, **environment: str) -> str:
+        return run_forked(preamble + program, path=(tmp_path / "fakes",), **environment)
 
     return run
 

@@ -96,23 +96,23 @@ def _arguments() -> argparse.Namespace:
     possible = DEVICE_BACKENDS if arguments.device else BACKENDS
     if arguments.backends is None:
         arguments.backends = list(QUICK_BACKENDS if arguments.quick and not arguments.device else possible)
-    possible_cases = _possible_cases(arguments.device is not None)
+    possible_cases = _possible_cases(arguments.device)
     for option, asked, known in (
         ("--backends", arguments.backends, possible),
         ("--cases", arguments.cases or [], possible_cases),
     ):
         if others := [name for name in asked if name not in known]:
-            without = " to be without" if arguments.device else ""
-            parser.error(f"{option}: {', '.join(others)} needs{without} --device")
+            how = f"is not for --device {arguments.device}" if arguments.device else "needs --device"
+            parser.error(f"{option}: {', '.join(others)} {how}")
     if arguments.cases is None:
         quick = [name for name in possible_cases if name == START or CASES[name].quick]
         arguments.cases = quick if arguments.quick else possible_cases
     return arguments
 
 
-def _possible_cases(on_devices: bool) -> list[str]:
-    if on_devices:
-        return [name for name, case in CASES.items() if case.devices]
+def _possible_cases(device: str | None) -> list[str]:
+    if device:
+        return [name for name, case in CASES.items() if case.devices and case.devices_of in (None, device)]
     return [START, *(name for name, case in CASES.items() if case.host)]
 
 

@@ -58,6 +58,7 @@ class Case:
         restarts: begins a new session.
         host: is measured with tensors in the memory of the host.
         devices: is measured with tensors on devices.
+        devices_of: the only type of devices with which it can be, if there is such a one.
         limit: which copy between devices is its counterpart, if there is one.
         ours: is about what the other backends have not.
     """
@@ -80,6 +81,7 @@ class Case:
     restarts: bool = False
     host: bool = True
     devices: bool = False
+    devices_of: str | None = None
     limit: Literal["direct", "pinned"] = "direct"
     ours: bool = False
 
