@@ -136,6 +136,23 @@ def test_trials(run_python: RunPython) -> None:
     assert "in hangs" in hangs[3]
 
 
+LOOK_UPS = """
+import json, socket, time
+from torch_rpc_mpi.tools import network
+
+found = [network.resolve("localhost"), network.resolve("no.such.host.invalid")]
+socket.getaddrinfo = lambda *arguments, **options: time.sleep(600)
+print(json.dumps([*found, network.resolve("north", limit=0.5)]))
+"""
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(run_python: RunPython) -> None:
+    localhost, unknown, silent = json.loads(run_python(LOOK_UPS))
+    assert "127.0.0.1" in localhost
+    assert unknown in ([], None)  # as the system's name servers have it
+    assert silent is None
+
+
 class TestPairs:
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
     def test_rounds(self, size: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -198,18 +196,6 @@ class TestNetwork:
         fact = network.host_name(MPICH, "h" * 64, ["10.1.0.4"])
         assert fact.status is PROBLEM
         assert "64 characters" in fact.value
-
-    def test_a_name_server_that_does_not_answer_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        answered = threading.Event()
-
-        def look_up(*arguments: object, **options: object) -> list[object]:
-            answered.wait()
-            return []
-
-        monkeypatch.setattr(socket, "getaddrinfo", look_up)
-        assert network.resolve("north", limit=0.01) is None
-        answered.set()
-        assert network.resolve("north") == []
 
     def test_settings(self) -> None:
         assert network.settings({"OMPI_MCA_num_procs": "2", "UCX_TLS": "tcp"}) == Fact("settings", "UCX_TLS=tcp", NOTE)

@@ -24,6 +24,7 @@ _LARGE = 4 << 20  # bytes
 _PAIR_LIMIT = 10.0  # seconds
 _SECONDS_A_ROUND = 2.0  # at most, on a busy machine; broken pairs come on top
 _SECOND_LOOKS = 32  # pairs that seemed slow
+_UNKNOWN_SIZE = 256  # ranks that there may be where the launcher does not say
 
 _facts: list[Fact] = []  # of this rank, which its child has from the fork
 
@@ -36,7 +37,7 @@ def run(place: Place, facts: Sequence[Fact], init_timeout: float) -> Trial:
 
 def limit_of(place: Place, init_timeout: float) -> float:
     """Seconds that it may take."""
-    return init_timeout + 30 + _SECONDS_A_ROUND * (place.size or 1)
+    return init_timeout + 30 + _SECONDS_A_ROUND * (place.size or _UNKNOWN_SIZE)
 
 
 def _session(tell: Tell, place: Place, init_timeout: float) -> None:
