@@ -98,6 +98,10 @@ class TestHost:
         check(host.cores(Resources(2, cgroup_cores=1.5), 64), OK, "2 of the host's 64", "the cgroup allows 1.5")
         check(host.cores(Resources(), 64), NOTE, "not known")
 
+    def test_load(self) -> None:
+        check(host.load(7.5, 8), OK, "7.5 on 8 cores")
+        check(host.load(9.25, 8), NOTE, "9.2 on 8 cores", "compete")
+
     @pytest.mark.parametrize(
         ("usable", "available", "ranks", "status", "words"),
         [
@@ -154,7 +158,7 @@ class TestHost:
 
     def test_this_host(self) -> None:
         found = host.host_facts(Place(), MPICH, Resources(2, GIB), others_read=True, environ={})
-        assert len({fact.key for fact in found}) == len(found) == 11
+        assert len({fact.key for fact in found}) == len(found) == 12
 
 
 class TestNetwork:
