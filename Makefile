@@ -5,6 +5,7 @@
 # make soak [CALLS=…]    random calls of every kind between four ranks, 200 000 unless told otherwise, which takes five
 #                        minutes; `make test` makes 40 000
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
+# make slurm             under a Slurm of its own, every way to start ranks there, on four MPIs; as root
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make sdist             the sources as an archive, dist/sdist/*.tar.gz
@@ -32,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel sdist wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test fuzz soak hosts slurm torch-versions always wheel sdist wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -62,6 +63,9 @@ soak: .venv/.test
 
 hosts:
 	ci/hosts.sh $(KILLS)
+
+slurm:
+	ci/slurm.sh
 
 torch-versions:
 	ci/torch_versions.sh

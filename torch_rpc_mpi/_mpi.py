@@ -185,8 +185,8 @@ def load_extension() -> ModuleType:
                 "the sources where they are: `pip install --editable .`"
             ) from error
         raise ImportError(
-            f"the extension of torch_rpc_mpi does not load into torch {torch.__version__}: {error}. It is built for "
-            f"one torch release. {reinstall}"
+            f"the extension of torch_rpc_mpi does not load into torch {torch.__version__}: {error}. It was built for "
+            f"torch {_built_for() or 'of another release'}. {reinstall}"
         ) from error
     built_for = extension.__torch_version__
     if _minor(built_for) != _minor(torch.__version__):
@@ -194,6 +194,17 @@ def load_extension() -> ModuleType:
             f"torch_rpc_mpi was built for torch {built_for}, but this is torch {torch.__version__}. {reinstall}"
         )
     return extension
+
+
+def _built_for() -> str | None:
+    """The torch of an extension that does not load, as its file says."""
+    try:
+        spec = importlib.util.find_spec("torch_rpc_mpi._C")
+        content = Path(spec.origin).read_bytes() if spec is not None and spec.origin else b""
+    except (OSError, ValueError):
+        return None
+    found = re.search(rb"torch_rpc_mpi was built for torch ([0-9][\w.+]*)", content)
+    return found[1].decode() if found else None
 
 
 def _minor(version: str) -> list[str]:

@@ -6,8 +6,10 @@ of what is not known here, MPI itself finds out.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import _mpi
@@ -17,7 +19,10 @@ from ._launchers import PMI, PMIX, SLURM, Launcher
 OPEN_MPI, MPICH = "openmpi", "mpich"
 
 # An MPICH that was configured with these has another's PMI, of which nothing is known here.
-_PMI_OF_OTHERS = re.compile(r"--with-(slurm|pmilib|pmi=(?!embedded|install|yes))|--with-pm=(slurm|none|no)\b")
+_PMI_OF_OTHERS = re.compile(r"--with-(pmilib|pmi)=(?!embedded|install|yes)|--with-pm=(slurm|none|no)\b")
+
+# Of Open MPI 4, those that take PMI, where Slurm, Cray's ALPS or Flux offer it.
+_PMI_PLUGINS = {"s1", "s2", "cray", "flux"}
 
 
 def taken_by(library: str) -> tuple[str, ...] | None:
@@ -27,12 +32,26 @@ def taken_by(library: str) -> tuple[str, ...] | None:
         library: the whole text of MPI_Get_library_version.
     """
     if version := re.match(r"Open MPI v(\d+)", library):
-        return (PMIX,) if int(version[1]) >= 5 else None  # 4 can be built for Slurm's PMI, too
+        return None if int(version[1]) < 5 and _open_mpi_may_take_pmi(Path("/proc/self/maps").read_text()) else (PMIX,)
     if library.startswith("MPICH Version:") and not _PMI_OF_OTHERS.search(library):
         return (PMI, PMIX) if re.search(r"--with-pmix\b", library) else (PMI,)
     if library.startswith("Intel(R) MPI"):
         return (PMI,)
     return None
+
+
+def _open_mpi_may_take_pmi(maps: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether Open MPI 4 has a plugin for the PMI of who offers it here, or has its plugins where we do not find them.
+
+    Args:
+        maps: the files that this process has mapped, as the kernel lists them.
+    """
+    library = re.search(r"/\S*/libmpi\.so\S*", maps)
+    files = Path(library[0]).parent.glob("openmpi*/**/mca_pmix_*.so") if library else ()
+    plugins = {file.stem.removeprefix("mca_pmix_") for file in files}
+    if "FLUX_JOB_ID" not in environ:
+        plugins.discard("flux")
+    return not plugins or bool(plugins & _PMI_PLUGINS)
 
 
 def reaches_mpi(launcher: Launcher) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import _hints
+
 if TYPE_CHECKING:
     from ._torch_api import RpcAgent
     from .options import MPIRpcBackendOptions
@@ -64,6 +66,7 @@ def register() -> None:
         return
     _register_rendezvous()
     _synchronize_backend_type(rpc)
+    _hints.watch_spawned_child()
     if not hasattr(rpc.init_rpc, _WRAPPER_MARK):
         _torch_api.INIT_RPC.set(_wrap_init_rpc(rpc.init_rpc))
 
@@ -172,7 +175,14 @@ def _wrap_init_rpc(original: Callable[..., None]) -> Callable[..., None]:
             name, rank, world_size, rpc_backend_options = implementation.prepare(
                 name, rank, world_size, rpc_backend_options
             )
-        original(name, backend=backend, rank=rank, world_size=world_size, rpc_backend_options=rpc_backend_options)
+        else:
+            _hints.check_name(backend, _ours)
+        try:
+            original(name, backend=backend, rank=rank, world_size=world_size, rpc_backend_options=rpc_backend_options)
+        except ValueError as error:
+            if ours is None:
+                _hints.explain_forgotten_backend(error)
+            raise
 
     setattr(init_rpc, _WRAPPER_MARK, True)
     return init_rpc

@@ -170,7 +170,8 @@ def _check_fit(members: Sequence[Member]) -> None:
                 f"{member} is in {'none yet' if world is None else f'world {world[:8]}'}"
                 for world, member in worlds.items()
             )
-            + ". Sessions after the first can have the same processes or some of them; start new processes for others."
+            + ". Sessions after the first can have the same processes or some of them. For others start them all anew: "
+            "a notebook's process by restarting its kernel, that of tests by a parent of its own for each session."
         )
 
 

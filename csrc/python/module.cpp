@@ -1,6 +1,7 @@
 // The Python face of the core. With python_functions.cpp the only place that knows Python.
 #include <algorithm>
 #include <cmath>
+#include <string_view>
 
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
@@ -330,7 +331,9 @@ PYBIND11_MODULE(_C, module) {
   bindFunctions(module);
   bindFutures(module);
   bindInterruptibleWaits(module);
-  module.attr("__torch_version__") = TORCH_VERSION;
+  // With words that the file is searched for where it does not load: load_extension() in _mpi.py.
+  static constexpr std::string_view kBuiltFor = "torch_rpc_mpi was built for torch " TORCH_VERSION;
+  module.attr("__torch_version__") = kBuiltFor.substr(kBuiltFor.rfind(' ') + 1);
 }
 
 } // namespace torch_rpc_mpi

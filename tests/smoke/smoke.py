@@ -2,7 +2,7 @@
 
     python tests/smoke/smoke.py                    a world of one, which calls itself
     python tests/smoke/smoke.py --spawn 2          a world of two, by torch.multiprocessing.spawn
-    mpirun -n 2 python tests/smoke/smoke.py --launched
+    mpirun -n 2 python tests/smoke/smoke.py --launched      or srun, or torchrun
 
 Ends with status 0 if everything worked in every rank, and then says so.
 """
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import faulthandler
 import io
-import os
 import sys
 import tempfile
 import warnings
@@ -168,16 +167,18 @@ def run(rank: int, size: int, init_method: str | None) -> None:
 
 def launched_place() -> tuple[int, int]:
     """From the launchers' variables, because importing mpi4py before init_rpc would initialise MPI."""
-    for family in ("PMI", "OMPI_COMM_WORLD"):
-        if f"{family}_RANK" in os.environ:
-            return int(os.environ[f"{family}_RANK"]), int(os.environ[f"{family}_SIZE"])
-    raise SystemExit("--launched: no launcher's variables are set; start this program with mpirun")
+    from torch_rpc_mpi import _launchers
+
+    place = _launchers.find_torchrun() or _launchers.find_launcher()
+    if place is None or place.rank is None or place.size is None:
+        raise SystemExit("--launched: no launcher's variables are set; start this program with mpirun")
+    return place.rank, place.size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--launched", action="store_true", help="mpirun has started this process")
+    how.add_argument("--launched", action="store_true", help="mpirun, srun or torchrun has started this process")
     how.add_argument("--spawn", type=int, metavar="N", help="start N processes")
     arguments = parser.parse_args()
     if arguments.launched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ pytestmark = pytest.mark.usefixtures("no_launcher", "fresh_mpi")
 
 WHEEL = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH configure:    --with-pm=hydra:gforker\n"
 WITH_PMIX = WHEEL + "--with-pmix=/usr"
+DEBIANS_MPICH = (
+    "MPICH Version:\t4.0.2\nMPICH configure:\t--with-slurm=/usr --with-ucx=/usr --with-pm=hydra --enable-shared"
+)
 SLURMS_MPICH = "MPICH Version: 3.4\nMPICH configure:  --with-slurm=/opt/slurm --with-pmi=pmi2"
 OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@host Distribution, ident: 5.0.11"
 OPEN_MPI_4 = "Open MPI v4.1.4, package: Debian OpenMPI"
@@ -184,6 +188,7 @@ class TestSlurmWithoutPmi:
     [
         (WHEEL, (PMI,)),
         (WITH_PMIX, (PMI, PMIX)),
+        (DEBIANS_MPICH, (PMI,)),
         (OPEN_MPI, (PMIX,)),
         (INTEL, (PMI,)),
         (OPEN_MPI_4, None),
@@ -194,6 +199,27 @@ class TestSlurmWithoutPmi:
 )
 def test_what_an_mpi_learns_of_its_world_by(text: str, taken: object) -> None:
     assert _pmi.taken_by(text) == taken
+
+
+@pytest.mark.parametrize(
+    ("plugins", "environment", "may"),
+    [
+        ((), {}, True),  # within the library, or elsewhere
+        (("ext3x", "isolated"), {}, False),
+        (("ext3x", "isolated", "flux"), {}, False),
+        (("ext3x", "isolated", "flux"), {"FLUX_JOB_ID": "f"}, True),
+        (("ext3x", "s1", "s2"), {}, True),
+    ],
+)
+@pytest.mark.parametrize("folder", ["openmpi", "openmpi/lib/openmpi3"])
+def test_plugins_of_open_mpi_4(
+    tmp_path: Path, folder: str, plugins: tuple[str, ...], environment: dict[str, str], may: bool
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    for plugin in plugins:
+        (tmp_path / folder / f"mca_pmix_{plugin}.so").touch()
+    maps = f"7f00-7f01 r-xp 0 fe:00 1    /usr/lib/libc.so.6\n7f02-7f03 r-xp 0 fe:00 1    {tmp_path}/libmpi.so.40.30.4\n"
+    assert _pmi._open_mpi_may_take_pmi(maps, environment) is may
 
 
 @pytest.mark.parametrize(

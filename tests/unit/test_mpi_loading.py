@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -148,6 +149,22 @@ class TestExtension:
         extension.__torch_version__ = "2.6.0"  # type: ignore[attr-defined]
         with pytest.raises(ImportError, match=r"was built for torch 2\.6\.0, but this is torch .*Reinstall"):
             _mpi.load_extension()
+
+    def test_that_does_not_load_names_the_torch_that_it_was_built_for(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        built = tmp_path / "_C.so"
+        built.write_bytes(b"\x7fELF\0torch_rpc_mpi was built for torch 2.6.0\0")
+        monkeypatch.setattr(_mpi, "__file__", str(tmp_path / "torch_rpc_mpi" / "_mpi.py"))
+        monkeypatch.setitem(sys.modules, "torch_rpc_mpi._C", None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(built)))
+        with pytest.raises(
+            ImportError, match=r"does not load into torch 2.*It was built for torch 2\.6\.0\. Reinstall"
+        ):
+            _mpi.load_extension()
+
+    def test_says_which_torch_it_was_built_for(self) -> None:
+        assert _mpi._built_for() == _mpi.load_extension().__torch_version__
 
     def test_of_the_same_torch_series(self, extension: ModuleType) -> None:
         extension.__torch_version__ = ".".join(torch.__version__.split(".")[:2]) + ".99"  # type: ignore[attr-defined]
