@@ -223,6 +223,10 @@ class TestSession:
         (fact,) = self_test.facts_of(done, Place("mpirun", 0, 3))
         check(fact, PROBLEM, "init_rpc failed: the process has ended with status 16; it printed: Abort", "the launcher")
 
+    def test_a_session_for_which_there_is_no_shared_memory(self) -> None:
+        (fact,) = self_test.facts_of(Trial({}, "init_rpc", "the process was killed by SIGBUS"), Place())
+        check(fact, PROBLEM, "killed by SIGBUS", "make /dev/shm larger")
+
     def test_thread_level(self) -> None:
         fact = self_test.facts_of(Trial({"thread_level": 2, "init_seconds": 0.5}), Place())[0]
         check(fact, WARNING, "MPI_THREAD_SERIALIZED")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.rpc as rpc
 
 from .. import _mpi, _world
+from .._system import SHARED_MEMORY
 from . import pairs, trial
 from .facts import Fact, Status, count_text
 from .pairs import Pair
@@ -173,6 +174,8 @@ def _outcome(done: Trial, place: Place) -> Fact:
     said = f"; it printed: {done.said}" if done.said else ""
     ours = "RuntimeError: " in done.failure or "ImportError: " in done.failure or "TimeoutError: " in done.failure
     remedy = "" if ours else _REMEDIES.get(done.step, "")
+    if "SIGBUS" in done.failure:
+        remedy = f"make {SHARED_MEMORY} larger (`docker run --shm-size=1g`): so ends who finds it full"
     return Fact(key, f"{done.step} failed: {done.failure}{'' if ours else said}", Status.PROBLEM, remedy)
 
 
