@@ -5,7 +5,7 @@
 # make soak [CALLS=…]    random calls of every kind between four ranks, 200 000 unless told otherwise, which takes five
 #                        minutes; `make test` makes 40 000
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
-# make slurm             under a Slurm of its own, every way to start ranks there, on MPICH and Open MPI; as root
+# make slurm             under a Slurm of its own, every way to start ranks there, on four MPIs; as root
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make gpu [ARGS=...]    on a machine with a GPU and a torch for it: device cases, torch's CUDA suites, benchmark of device
 #                        tensors; ci/gpu.sh says more

@@ -15,6 +15,7 @@ assert series(extension.__torch_version__) == series(torch.__version__), (extens
 print("installed", torch_rpc_mpi.__version__, "for torch", torch.__version__, "in", torch_rpc_mpi.__file__)
 CODE
     "$1/bin/python" "$source_tree/tests/smoke/smoke.py" # a world of one, which calls itself
+    "$1/bin/torch-rpc-mpi" doctor
   )
   "$1/bin/pip" check
 }

@@ -33,13 +33,17 @@ def explain_forgotten_backend(error: ValueError) -> None:
     ) from error
 
 
+_watched = False
+
+
 def watch_spawned_child() -> None:
     """Has a spawned process say what to do where it does not find a function of the notebook that started it.
 
     Such a process has a ``__main__`` without a file; that of a program has the program's.
     """
+    global _watched
     # multiprocessing does not know of a parent yet when the child reads what it is to run.
-    if "--multiprocessing-fork" in sys.orig_argv and not hasattr(sys.modules["__main__"], "__file__"):
+    if not _watched and "--multiprocessing-fork" in sys.orig_argv and not hasattr(sys.modules["__main__"], "__file__"):
         show_before = sys.excepthook
 
         def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -53,4 +57,4 @@ def watch_spawned_child() -> None:
                     file=sys.stderr,
                 )
 
-        sys.excepthook = show
+        sys.excepthook, _watched = show, True

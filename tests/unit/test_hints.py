@@ -40,6 +40,7 @@ def test_a_forgotten_backend_under_a_launcher(monkeypatch: pytest.MonkeyPatch, n
 def test_a_function_of_a_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     hook = sys.excepthook
     monkeypatch.setattr(sys, "excepthook", hook)
+    monkeypatch.setattr(_hints, "_watched", False)
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     _hints.watch_spawned_child()
     assert sys.excepthook is hook
@@ -49,8 +50,15 @@ def test_a_function_of_a_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "run is defined in a notebook" in capsys.readouterr().err.splitlines()[-1]
     sys.excepthook(AttributeError, AttributeError("another"), None)
     assert capsys.readouterr().err.splitlines()[-1] == "AttributeError: another"
-    sys.modules["__main__"].__file__ = "program.py"
-    monkeypatch.setattr(sys, "excepthook", hook)
+
+
+def test_a_program_of_a_file_needs_no_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = sys.excepthook
+    monkeypatch.setattr(_hints, "_watched", False)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "…", "--multiprocessing-fork"])
+    main = ModuleType("__main__")
+    main.__file__ = "program.py"
+    monkeypatch.setitem(sys.modules, "__main__", main)
     _hints.watch_spawned_child()
     assert sys.excepthook is hook
 
@@ -58,4 +66,4 @@ def test_a_function_of_a_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_function_of_a_notebook_in_a_process_that_was_spawned() -> None:
     program = "import torch, torch.multiprocessing as mp\ndef run(rank): pass\nmp.spawn(run)"
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert "\ntorch_rpc_mpi: run is defined in a notebook" in child.stderr, child.stderr
+    assert child.stderr.count("\ntorch_rpc_mpi: run is defined in a notebook") == 1, child.stderr

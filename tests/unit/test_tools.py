@@ -136,6 +136,23 @@ def test_trials(run_python: RunPython) -> None:
     assert "in hangs" in hangs[3]
 
 
+LOOK_UPS = """
+import json, socket, time
+from torch_rpc_mpi.tools import network
+
+found = [network.resolve("localhost"), network.resolve("no.such.host.invalid")]
+socket.getaddrinfo = lambda *arguments, **options: time.sleep(600)
+print(json.dumps([*found, network.resolve("north", limit=0.5)]))
+"""
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(run_python: RunPython) -> None:
+    localhost, unknown, silent = json.loads(run_python(LOOK_UPS))
+    assert "127.0.0.1" in localhost
+    assert unknown in ([], None)  # as the system's name servers have it
+    assert silent is None
+
+
 class TestPairs:
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
     def test_rounds(self, size: int) -> None:
@@ -205,6 +222,10 @@ class TestSession:
         done = Trial({}, "init_rpc", "the process has ended with status 16", "Abort: unsupported PMI")
         (fact,) = self_test.facts_of(done, Place("mpirun", 0, 3))
         check(fact, PROBLEM, "init_rpc failed: the process has ended with status 16; it printed: Abort", "the launcher")
+
+    def test_a_session_for_which_there_is_no_shared_memory(self) -> None:
+        (fact,) = self_test.facts_of(Trial({}, "init_rpc", "the process was killed by SIGBUS"), Place())
+        check(fact, PROBLEM, "killed by SIGBUS", "make /dev/shm larger")
 
     def test_thread_level(self) -> None:
         fact = self_test.facts_of(Trial({"thread_level": 2, "init_seconds": 0.5}), Place())[0]

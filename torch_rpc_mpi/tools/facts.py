@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Status(str, enum.Enum):
+class Status(enum.Enum):
     """How a fact is to be taken."""
 
     OK = "ok"

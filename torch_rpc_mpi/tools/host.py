@@ -68,6 +68,14 @@ def cores(resources: Resources, host: int) -> Fact:
     return Fact(key, value)
 
 
+def load(average: float, host: int) -> Fact:
+    """Args: how many processes of the host have wanted to run in the last minute, on average; the host's cores."""
+    value = f"{average:.1f} on {count_text(host, 'core')}"
+    if average <= host:
+        return Fact("load", value)
+    return Fact("load", f"{value}: other processes compete for them, and times measured now mean little", Status.NOTE)
+
+
 def open_files(soft: int, hard: int, ranks_here: int, others: int) -> Fact:
     """Args: the limits; how many ranks of this host, and of other hosts."""
     needed = _FILES + _FILES_A_NEIGHBOUR * (ranks_here - 1) + _FILES_A_STRANGER * others
@@ -145,6 +153,7 @@ def host_facts(
     return [
         container(environ, Path("/")),
         cores(resources, os.cpu_count() or 1),
+        load(os.getloadavg()[0], os.cpu_count() or 1),
         affinity(allowed, _nearest_with_more(allowed), environ, place.launcher != ""),
         memory.usable_memory(resources, host_memory, int(available[0]) * 1024 if available else None, place.ranks_here),
         memory.shared_memory(limits, library, place, resources.cores),

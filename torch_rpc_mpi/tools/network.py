@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import queue
 import re
 import socket
 import struct
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +14,10 @@ from typing import NamedTuple
 
 from .. import _system
 from .._system import Limits
+from . import trial
 from .facts import Fact, Status
 from .place import Place
+from .trial import Tell
 
 _SIOCGIFADDR, _SIOCGIFFLAGS, _IFF_UP = 0x8915, 0x8913, 1
 # What containers and virtual machines are behind. Every host may have such, all with the same addresses.
@@ -110,19 +110,15 @@ def network_facts(place: Place, library: str, environ: Mapping[str, str] = os.en
 
 def resolve(name: str, limit: float = _LOOKUP_LIMIT) -> list[str] | None:
     """The addresses of a name; None if nobody has answered by then, for which the system may wait for half a minute."""
-    answers: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
-    def look_up() -> None:
-        found: list[str] = []
+    def look_up(tell: Tell) -> None:
         with suppress(OSError, UnicodeError):
             found = [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-        answers.put(list(dict.fromkeys(found)))
+            tell({"addresses": list(dict.fromkeys(found))}, "")
 
-    threading.Thread(target=look_up, daemon=True).start()
-    try:
-        return answers.get(timeout=limit)
-    except queue.Empty:
-        return None
+    done = trial.run(look_up, limit)
+    addresses: list[str] | None = done.found.get("addresses", None if done.failure else [])
+    return addresses
 
 
 def _interfaces() -> list[Interface]:

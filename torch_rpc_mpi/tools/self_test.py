@@ -13,6 +13,7 @@ import torch
 import torch.distributed.rpc as rpc
 
 from .. import _mpi, _world
+from .._system import SHARED_MEMORY
 from . import pairs, trial
 from .facts import Fact, Status, count_text
 from .pairs import Pair
@@ -23,7 +24,8 @@ _CALLS, _LARGE_CALLS = 20, 3
 _LARGE = 4 << 20  # bytes
 _PAIR_LIMIT = 10.0  # seconds
 _SECONDS_A_ROUND = 2.0  # at most, on a busy machine; broken pairs come on top
-_SECOND_LOOKS = 32  # pairs that seemed slow
+_LOOKS, _LOOKED_AT = 4, 32  # further ones at pairs that seemed slow, and at how many of them
+_UNKNOWN_SIZE = 256  # ranks that there may be where the launcher does not say
 
 _facts: list[Fact] = []  # of this rank, which its child has from the fork
 
@@ -36,7 +38,7 @@ def run(place: Place, facts: Sequence[Fact], init_timeout: float) -> Trial:
 
 def limit_of(place: Place, init_timeout: float) -> float:
     """Seconds that it may take."""
-    return init_timeout + 30 + _SECONDS_A_ROUND * (place.size or 1)
+    return init_timeout + 30 + _SECONDS_A_ROUND * (place.size or _UNKNOWN_SIZE)
 
 
 def _session(tell: Tell, place: Place, init_timeout: float) -> None:
@@ -70,12 +72,13 @@ def _measure_all(tell: Tell) -> bool:
     for round_ in pairs.rounds(len(names)):
         measured += _measure_some(round_, names)
     hosts = [rank["host"] for rank in ranks]
-    # Once more, with nobody else about: what was slow because others were busy is not.
-    for pair in pairs.mark_slow(measured, hosts)[:_SECOND_LOOKS]:
-        (again,) = _measure_some([(pair.first, pair.second)], names)
-        if not again.error:
-            pair.latency = min(filter(None, (pair.latency, again.latency)))
-            pair.bandwidth = max(filter(None, (pair.bandwidth, again.bandwidth)))
+    # Again, with nobody else about: what was slow because others were busy is not.
+    for _ in range(_LOOKS):
+        for pair in pairs.mark_slow(measured, hosts)[:_LOOKED_AT]:
+            (again,) = _measure_some([(pair.first, pair.second)], names)
+            if not again.error:
+                pair.latency = min(filter(None, (pair.latency, again.latency)))
+                pair.bandwidth = max(filter(None, (pair.bandwidth, again.bandwidth)))
     pairs.mark_slow(measured, hosts)
     tell({"pairs": [pair.as_json() for pair in measured]}, "")
     return not any(pair.error for pair in measured) and not any("error" in rank for rank in ranks)
@@ -171,6 +174,8 @@ def _outcome(done: Trial, place: Place) -> Fact:
     said = f"; it printed: {done.said}" if done.said else ""
     ours = "RuntimeError: " in done.failure or "ImportError: " in done.failure or "TimeoutError: " in done.failure
     remedy = "" if ours else _REMEDIES.get(done.step, "")
+    if "SIGBUS" in done.failure:
+        remedy = f"make {SHARED_MEMORY} larger (`docker run --shm-size=1g`): so ends who finds it full"
     return Fact(key, f"{done.step} failed: {done.failure}{'' if ours else said}", Status.PROBLEM, remedy)
 
 
