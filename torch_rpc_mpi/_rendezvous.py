@@ -103,6 +103,13 @@ def _store_of_environment(rank: int, world_size: int) -> Store:
             "script.py` or with torchrun, set MASTER_ADDR and MASTER_PORT, or give init_method (tcp://host:port or "
             "file:///path) in the options."
         ) from error
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RuntimeError(
+            f"rank {rank} is to serve the store in which the ranks find each other, but its port is in use ({where}). "
+            "Set MASTER_PORT to a free one, the same for all ranks."
+        ) from error
 
 
 def environments_url(rank: int, world_size: int) -> str:

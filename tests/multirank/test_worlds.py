@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -92,6 +93,24 @@ def test_torchrun(run: Callable[..., None]) -> None:
 @mpich
 def test_torchrun_with_several_sessions(run: Callable[..., None]) -> None:
     run([python(*torchrun("twice", 3))], 3)
+
+
+@mpich
+def test_tasks_of_slurm_without_pmi() -> None:
+    """With nothing in common but what Slurm says. Two sessions."""
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_STEP_NODELIST": "localhost,other[1-2]",
+    }
+    commands = [
+        Command(["main", "world_program", "twice"], {**step, "SLURM_PROCID": str(rank), "RANK": str(rank)}, forked=True)
+        for rank in range(3)
+    ]
+    status, output = launcher.run_commands(commands, 240)
+    assert status == 0, output
+    assert all(f"rank {rank}: ok" in output for rank in range(3)), output
 
 
 @mpich

@@ -1,8 +1,9 @@
-"""A Slurm of one node on this machine, for as long as a command runs: python cluster.py COMMAND [ARGUMENTS...].
+"""A Slurm of two nodes on this machine, for as long as a command runs: python cluster.py COMMAND [ARGUMENTS...].
 
 As root, with Debian's packages slurm-wlm, munge and libpmix-dev (without which srun has no --mpi=pmix). All its files
-lie in a directory of its own, its daemons listen at free ports, and nothing of it is left. The node seems to have 16
-cores. Jobs of partition "urgent" take the place of those of "all", as SIGTERM and 3 s later SIGKILL tell them.
+lie in a directory of its own, its daemons listen at free ports, and nothing of it is left. The nodes are named as this
+host and "localhost", so that both names can be found, and seem to have 8 cores each. Jobs of partition "urgent" take
+the place of those of "all", as SIGTERM and 3 s later SIGKILL tell them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ CONFIGURATION = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser=root
 FirstJobId={first_job}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={directory}/munge.socket
 StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/spool
+SlurmdSpoolDir={directory}/spool.%n
 SlurmctldPidFile={directory}/slurmctld.pid
-SlurmdPidFile={directory}/slurmd.pid
+SlurmdPidFile={directory}/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SlurmdParameters=config_overrides
@@ -45,7 +45,8 @@ ReturnToService=2
 KillWait=3
 PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
-NodeName={host} NodeAddr=127.0.0.1 CPUs=16 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 State=UNKNOWN
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={other_port} CPUs=8 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES PriorityTier=1 GraceTime=3
 PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
@@ -61,18 +62,20 @@ def cluster() -> Iterator[dict[str, str]]:
         key = directory / "munge.key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(1024))
+        host = socket.gethostname().partition(".")[0]
         configuration = directory / "slurm.conf"
         configuration.write_text(
             CONFIGURATION.format(
-                host=socket.gethostname().partition(".")[0],
+                host=host,
                 directory=directory,
                 controller_port=_free_port(),
-                node_port=_free_port(),
+                port=_free_port(),
+                other_port=_free_port(),
                 # MPICH finds what a job that was killed has left in /dev/shm by the job's id.
                 first_job=secrets.randbelow(10**6) + 1,
             )
         )
-        for name in ("state", "spool"):
+        for name in ("state", f"spool.{host}", "spool.localhost"):
             (directory / name).mkdir()
         environment = {**os.environ, "SLURM_CONF": str(configuration)}
         munge = {"key-file": key, **{f"{name}-file": directory / f"munged.{name}" for name in ("pid", "log", "seed")}}
@@ -80,7 +83,8 @@ def cluster() -> Iterator[dict[str, str]]:
         daemons = (
             ["munged", "--foreground", "--force", f"--socket={directory}/munge.socket", *options],
             ["slurmctld", "-D"],
-            ["slurmd", "-D"],
+            ["slurmd", "-D", "-N", host],
+            ["slurmd", "-D", "-N", "localhost"],
         )
         for command in daemons:
             stack.enter_context(_running([f"/usr/sbin/{command[0]}", *command[1:]], environment, directory))
@@ -100,7 +104,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _running(command: list[str], environment: dict[str, str], directory: Path) -> Iterator[None]:
-    with open(directory / f"{Path(command[0]).name}.out", "w") as output:
+    with open(directory / f"{Path(command[0]).name}.out", "a") as output:
         daemon = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -113,6 +117,11 @@ def _running(command: list[str], environment: dict[str, str], directory: Path) -
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
+
+
+def _nodes(environment: dict[str, str]) -> list[str]:
+    """Their states."""
+    return _said("sinfo", "--noheader", "--Node", "--partition=all", "--format=%T", environment=environment).split()
 
 
 def _said(*command: str, environment: dict[str, str]) -> str:

@@ -29,6 +29,7 @@ SMOKE = shlex.quote(str(HERE.parent / "smoke" / "smoke.py"))
 LAUNCHED = f"python {SMOKE} --launched"
 
 OK = ("rank 0 of 2: .*ok$", "rank 1 of 2: .*ok$")
+OK_OF_3 = ("rank 0 of 3: .*ok$", "rank 1 of 3: .*ok$", "rank 2 of 3: .*ok$")
 ALONE = ("rank 0 of 1: .*ok$",)
 NEEDS_PMIX = ("takes PMIx, and is offered .*PMI.* Start it with `srun --mpi=pmix`",)
 NEEDS_LAUNCHER = ("Open MPI .* makes ranks of processes only under its launcher",)
@@ -46,7 +47,7 @@ sbatch --wait -n 2 -o job.out job.sh
 cat job.out
 """
 
-# A job that needs the whole node takes the place of the one that waits, of which one rank has no ear for SIGTERM.
+# A job that needs both nodes whole takes the place of the one that waits, of which one rank has no ear for SIGTERM.
 PREEMPTION = f"""
 srun --mpi=$PMI -n 2 {RANKS} waits >job.out 2>&1 &
 until [ $(grep -c waits job.out) = 2 ]; do sleep 0.1; done
@@ -67,6 +68,7 @@ CASES = (
     Case("srun --mpi=pmi2", f"srun --mpi=pmi2 -n 2 {LAUNCHED}", OK, NEEDS_PMIX),
     Case("srun --mpi=pmix", f"srun --mpi=pmix -n 2 {LAUNCHED}", OK, OK),
     Case("srun --mpi=none", f"srun --mpi=none -n 2 {LAUNCHED}", OK, NEEDS_PMIX),
+    Case("two nodes, --mpi=none", f"srun --mpi=none -N 2 -n 3 {LAUNCHED}", OK_OF_3, NEEDS_PMIX),
     Case("sbatch, mpirun", f"sbatch --wait -n 2 -o job.out --wrap '$MPIRUN -n 2 {LAUNCHED}'; cat job.out", OK, OK),
     Case("salloc, mpirun", f"salloc -n 2 $MPIRUN -n 2 {LAUNCHED}", OK, OK),
     Case("salloc, python", f"salloc -n 2 python {SMOKE}", ALONE, ALONE),
@@ -131,7 +133,7 @@ def check(name: str, script: str, says: tuple[str, ...], environment: dict[str, 
         return False
     # With the whole line, which is one of an error.
     lines = [line for line in output.splitlines() if re.search(says[-1], line)]
-    print(f"{name:36} {seconds:5.1f} s  {'works' if says in (OK, ALONE) else lines[0]}", flush=True)
+    print(f"{name:36} {seconds:5.1f} s  {'works' if says in (OK, OK_OF_3, ALONE) else lines[0]}", flush=True)
     return True
 
 

@@ -36,3 +36,16 @@ def test_a_rank_waits_for_rank_0_no_longer_than_init_timeout(address: str, monke
     assert time.monotonic() - begin < 3
     store, *_ = next(_rendezvous.rendezvous(f"{address}?rank=0&world_size=2"))  # so that the one left alone ends
     store.set("key", "value")
+
+
+def test_a_port_that_is_in_use_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_rendezvous, "_abandoned", [])
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        place = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(_rendezvous, "_environments_url", lambda rank, world_size: place)
+        with pytest.raises(
+            RuntimeError, match=rf"^rank 0 is to serve .* its port is in use \({place}\)\. Set MASTER_PORT"
+        ):
+            _rendezvous._store_of_environment(0, 2)
