@@ -1,4 +1,4 @@
-"""fairscale's DistributedPipeline: a model in two parts, each in a process of its own, and a third one that trains it."""
+"""fairscale's DistributedPipeline: a model in two parts, each in a process of its own, which a third one trains."""
 
 import os
 import sys
