@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.multiprocessing as mp
 from torch_geometric.distributed import DistContext, LocalFeatureStore
-from torch_geometric.distributed.rpc import RPCRouter, init_rpc, rpc_partition_to_workers, shutdown_rpc
+from torch_geometric.distributed.rpc import RPCRouter, global_barrier, init_rpc, rpc_partition_to_workers, shutdown_rpc
 
 NODES, FEATURES, LOOKUPS = 4000, 256, 300
 
@@ -21,6 +21,7 @@ def run(rank, size, port):
     store.num_partitions, store.partition_idx = size, rank
     store.node_feat_pb = torch.arange(NODES) % size
     store.set_rpc_router(RPCRouter(rpc_partition_to_workers(context, size, rank)))
+    global_barrier()  # one answers only when it has registered
     for lookup in range(LOOKUPS):
         index = (torch.arange(500) * (lookup + 1)) % NODES
         features = store.lookup_features(index).wait()

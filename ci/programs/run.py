@@ -92,9 +92,8 @@ def main() -> None:
         command = " ".join([program.file.name, *program.arguments])
         rows.append(f"| {program.name} | `{command}` | {shown(times[False])} | {shown(times[True])} |")
         print(rows[-1], flush=True)
-    print(
-        "\n| program | command, after `python` or `python -m torch_rpc_mpi` | TensorPipe, s | MPI, s |\n|---|---|---|---|"
-    )
+    print("\n| program | command, after `python` or `python -m torch_rpc_mpi` | TensorPipe, s | MPI, s |")
+    print("|---|---|---|---|")
     print("\n".join(rows))
     sys.exit(failed)
 
