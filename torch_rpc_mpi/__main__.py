@@ -4,4 +4,5 @@ import sys
 
 from torch_rpc_mpi import _program
 
-_program.main(sys.argv[1:])
+if __name__ == "__main__":
+    _program.main(sys.argv[1:])

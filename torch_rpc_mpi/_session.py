@@ -21,7 +21,9 @@ from torch.distributed.rpc import internal
 
 from . import _C, _all_gather, _exit, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
+from ._tensorpipe import TranslatedOptions
 from ._torch_api import Place, Replacements, RpcBackendOptions, Store, TensorPipeAgent
+from .options import MPIRpcBackendOptions
 
 _WAKING_LIMIT = 0.5  # seconds
 
@@ -53,12 +55,20 @@ class StandInAgent(Agent):
 
     is_static_group = True  # torch's shutdown asks for it
 
-    def stand_in(self, options: RpcBackendOptions, store: Store) -> None:
-        """Takes what the program has given to ``init_rpc``, and the store of the rendezvous."""
+    def __init__(self, options: RpcBackendOptions, store: Store, *arguments: Any) -> None:
+        """Takes what the program has given to ``init_rpc``, the store of the rendezvous, and what every agent takes."""
+        Agent.__init__(self, *arguments)
         self._options, self.store = options, store
 
     def _get_backend_options(self) -> RpcBackendOptions:
         return self._options
+
+
+def agent_class(options: MPIRpcBackendOptions, store: Store) -> Callable[..., Agent]:
+    """What makes the agent of a session with these options."""
+    if isinstance(options, TranslatedOptions):
+        return functools.partial(StandInAgent, options.original, store)
+    return Agent
 
 
 @dataclass

@@ -163,14 +163,13 @@ def init_backend(
         communicator.free()
         raise
     # Here and not above, because they import the extension.
-    from . import _pickler, _remote_errors, _session, _tensorpipe
+    from . import _pickler, _remote_errors, _session
 
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
     names, hosts = [member.name for member in members], [member.host for member in members]
     whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
-
-    agent_class = _session.StandInAgent if isinstance(options, _tensorpipe.TranslatedOptions) else _session.Agent
+    agent_class = _session.agent_class(options, store)
 
     def make_agent() -> tuple[bool, int]:
         agents.append(
@@ -197,8 +196,6 @@ def init_backend(
     if all(reaches_all for reaches_all, _ in reached):
         neighbours.ring_each_other()
     agent = agents.pop()
-    if isinstance(options, _tensorpipe.TranslatedOptions) and isinstance(agent, _session.StandInAgent):
-        agent.stand_in(options.original, store)
     hosts_of_ranks = [host for _, host in reached]
     if len(set(hosts_of_ranks)) > 1:
         _watch_other_hosts(agent, neighbours, hosts_of_ranks, options.heartbeat_timeout, on_all_ranks)
@@ -246,7 +243,6 @@ def _checked_options(options: Any) -> MPIRpcBackendOptions:
 
 
 def integer(what: str, value: Any) -> int:
-    """An argument of ``init_rpc`` that is to be one; raises TypeError with its name."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"init_rpc: {what} must be an integer, but got {value!r} of type {type(value).__name__}")
     return int(value)
