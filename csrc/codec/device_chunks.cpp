@@ -160,19 +160,14 @@ class TicketSource final : public ChunkSource {
     return chunksOf(memory_.bytes, kLentAtOnce);
   }
   std::optional<ConstSpan> next() override {
-    const size_t bytes = std::min(kLentAtOnce, memory_.bytes - lent_);
-    const c10::DeviceIndex device = stream_.device_index();
-    const auto lease = devices_->lender()->lend(device, bytes);
-    if (!lease) {
-      return std::nullopt;
+    while (lent_ < memory_.bytes && begin()) {
     }
-    const OnDevice onDevice(devices_->runtime(), device);
-    void* const stream = devices_->runtime().handleOf(stream_);
-    devices_->runtime().copy(lease->memory, memory_.data + lent_, bytes, stream);
-    devices_->runtime().record(lease->event, stream);
-    lent_ += bytes;
-    devices_->counters.sentIpc.fetch_add(bytes, std::memory_order_relaxed);
-    leaving_.push_back(lease->ticket);
+    const RelaxedCapture relaxed(devices_->runtime());
+    if (coming_.empty() || !coming_.front().event.complete()) {
+      return std::nullopt; // see OutboundSlices::lend()
+    }
+    leaving_.push_back(coming_.front().ticket);
+    coming_.pop_front();
     return ConstSpan{reinterpret_cast<const char*>(&leaving_.back()), sizeof(Ticket)};
   }
   void sent() override {
@@ -180,10 +175,33 @@ class TicketSource final : public ChunkSource {
   }
 
  private:
+  struct Coming {
+    Ticket ticket;
+    DeviceEvent event;
+  };
+  bool begin() { // false: there is no piece free
+    const size_t bytes = std::min(kLentAtOnce, memory_.bytes - lent_);
+    const c10::DeviceIndex device = stream_.device_index();
+    const auto lease = devices_->lender()->lend(device, bytes);
+    if (!lease) {
+      return false;
+    }
+    const OnDevice onDevice(devices_->runtime(), device);
+    void* const stream = devices_->runtime().handleOf(stream_);
+    devices_->runtime().copy(lease->memory, memory_.data + lent_, bytes, stream);
+    devices_->runtime().record(lease->event, stream);
+    coming_.push_back({lease->ticket, devices_->event(stream_.device())});
+    coming_.back().event.record(stream);
+    lent_ += bytes;
+    devices_->counters.sentIpc.fetch_add(bytes, std::memory_order_relaxed);
+    return true;
+  }
+
   const std::shared_ptr<Devices> devices_;
   const c10::Stream stream_;
   const ConstSpan memory_;
-  size_t lent_ = 0;            // bytes
+  size_t lent_ = 0; // bytes
+  std::deque<Coming> coming_;
   std::deque<Ticket> leaving_; // their places do not change
 };
 

@@ -130,6 +130,10 @@ void OutboundSlices::lend(const TensorWriter& writer, size_t inlineLimit) {
       devices_->counters.sentIpc.fetch_add(slices_[k].bytes, std::memory_order_relaxed);
     }
     devices_->runtime().record(lease->event, stream);
+    // Two processes take turns on a GPU: one whose stream waits for the other's there keeps it from its turn, for 150
+    // us and more (H200). So the ticket leaves when its event is complete, which the host asks for.
+    events_.push_back(devices_->event(here));
+    events_.back().record(stream);
   }
 }
 

@@ -19,6 +19,7 @@ from device_world import (
     FROM_CPU,
     IDENTITY,
     MIXED,
+    PINNED,
     SECOND,
     SWAPPED,
     TO_CPU,
@@ -63,7 +64,24 @@ def add_two(world: World, variant: Any) -> None:
     equal(api(world.next, function, args=(x, y)), x + y)
 
 
-@device_case(IDENTITY, each=[0, 1, 100, 5_000, 20_000, 262_144, 1_000_000, 16_777_216])
+SIZES = [0, 1, 100, 5_000, 20_000, 262_144, 1_000_000, 16_777_216]
+
+
+@device_case(PINNED, each=SIZES)
+def sizes_through_pinned_memory(world: World, size: int) -> None:
+    sizes(world, size)
+    if world.mpi and size > 0:
+        assert int(rpc._get_debug_info()["mpi.device_bytes_sent_ipc"]) == 0
+
+
+@device_case(PINNED)
+def many_at_once_through_pinned_memory(world: World) -> None:
+    many_tensors_and_others_between_them(world)
+    argument_freed_at_once(world)
+    from_both_sides_and_many_threads(world)
+
+
+@device_case(IDENTITY, each=SIZES)
 def sizes(world: World, size: int) -> None:
     x = late(size, seed=world.rank)
     equal(rpc.rpc_sync(world.next, identity, args=(x,)), x)
@@ -345,3 +363,14 @@ def nothing_is_left(world: World) -> None:
         eventually(
             lambda: int(rpc._get_debug_info()["mpi.pinned_bytes"]) <= before + (4 << 20), "pinned memory is kept"
         )
+
+
+@device_case(IDENTITY)
+def neighbours_share_memory(world: World) -> None:
+    x = late(1000)
+    rpc.rpc_sync(world.next, identity, args=(x,))  # which offers it
+    if world.mpi:
+        eventually(lambda: rpc._get_debug_info()[f"mpi.device_path.{world.next}"] == "0->0 ipc", "memory is shared")
+        before = int(rpc._get_debug_info()["mpi.device_bytes_sent_ipc"])
+        equal(rpc.rpc_sync(world.next, identity, args=(x,)).cpu(), x.cpu())
+        assert int(rpc._get_debug_info()["mpi.device_bytes_sent_ipc"]) >= before + 4000

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import WAIT_LIMIT, World, case
+from harness import case
 
 KIND = os.environ.get("RPC_TEST_DEVICE", "rpctest")
 IS_TEST_DEVICE = KIND == "rpctest"
@@ -41,6 +41,7 @@ IDENTITY = maps((FIRST, FIRST))
 BOTH = maps((FIRST, FIRST), (SECOND, SECOND))
 SWAPPED = maps((FIRST, SECOND), (SECOND, FIRST))
 FROM_CPU = maps(("cpu", FIRST))
+PINNED = {**IDENTITY, "device_path": "pinned"}
 TO_CPU = maps((FIRST, "cpu"))
 MIXED = maps(("cpu", SECOND), (FIRST, FIRST))
 
@@ -85,9 +86,3 @@ def late(size: int, device: str = FIRST, seed: int = 0) -> torch.Tensor:
     busy()
     result.add_(values)
     return result
-
-
-__all__ = [
-    "BOTH", "FIRST", "FROM_CPU", "IDENTITY", "IS_TEST_DEVICE", "MIXED", "SECOND", "SWAPPED", "TO_CPU", "WAIT_LIMIT",
-    "World", "busy", "device_case", "late", "maps", "module", "numbers",
-]  # fmt: skip

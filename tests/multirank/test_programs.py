@@ -12,13 +12,13 @@ pytestmark = pytest.mark.timeout(300)
 
 @parametrize_programs(
     [
-        "cases_device_losses",
         "cases_drop_in",
         "cases_exit",
         "cases_failure",
         "cases_main",
         "cases_pickling",
         "cases_signals",
+        "device_losses",
     ]
 )
 def test_program(module: str, name: str, backend: str) -> None:
