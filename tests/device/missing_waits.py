@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CASES = ["tests/multirank/test_cases.py", "-k", "cases_devices"]
+CASES = ["tests/multirank/test_cases.py", "-k", "devices"]
 LIMIT = 900.0  # seconds, of a run; one that hangs is one that fails
 
 
