@@ -30,9 +30,9 @@
 
 namespace torch_rpc_mpi {
 
-constexpr size_t kRegionBytes = size_t{32} << 20;
+constexpr size_t kRegionBytes = size_t{128} << 20;
 constexpr size_t kTickets = 64;
-constexpr size_t kLentAtOnce = size_t{8} << 20; // bytes, at most, with a ticket
+constexpr size_t kLentAtOnce = size_t{16} << 20; // bytes, at most, with a ticket
 
 // In a message. `device` is the lender's.
 struct Ticket {
