@@ -322,7 +322,7 @@ def _place_devices(
     counts = on_all_ranks(lambda: {device_type: _devices.count(device_type) for device_type in types})
     _devices.check(wishes, counts)
     placement = _devices.place(name, wishes)
-    _devices.initialize(placement.devices)
+    on_all_ranks(lambda: _devices.initialize(placement.devices))
     return placement
 
 

@@ -4,11 +4,11 @@
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // When a message is sent, it takes a stream for each device that its tensors are on; the stream waits for what lies in
 // the sender's current one, and the caching allocator is told that the memory is used in it (recordStream), so that the
-// tensors may be changed in later work, or freed, at once. The receiver takes a stream for each of its devices; memory
-// is allocated in it, what arrives is copied in it, and the callee's function, or the callbacks of the call's future,
-// run with it as the current one: so nobody waits, and all is in order.
-// Small slices are copied to one pinned block and from there into the frame, larger ones chunk by chunk through a ring
-// of pinned blocks; what the host reads it reads after an event. See Note [Nothing waits for a device].
+// tensors may be freed at once, though not written to before the call's answer. The receiver takes a stream for each of
+// its devices; memory is allocated in it, what arrives is copied in it, and the callee's function, or the callbacks of
+// the call's future, run with it as the current one: so nobody waits, and all is in order. Small slices are copied to
+// one pinned block and from there into the frame, larger ones chunk by chunk through a ring of pinned blocks; what the
+// host reads it reads after an event. See Note [Nothing waits for a device].
 #pragma once
 
 #include <deque>

@@ -319,6 +319,9 @@ OutboundPtr OutboundRpc::releaseSource() {
     RpcMessage message;
     std::unique_ptr<TensorWriter> tensors;
   };
+  if (message_ == nullptr) { // everything was copied, see dropSource()
+    return nullptr;
+  }
   auto source = std::make_unique<Source>(peer(), header().kind, header().callId);
   storages_ = tensors_->storages();
   payload_ = std::move(*message_).movePayload(); // which stays where it lies

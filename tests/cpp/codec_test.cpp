@@ -346,6 +346,21 @@ TEST(codec_what_a_lost_peer_was_sent_gives_its_memory_back) {
   CHECK_EQUAL(foreign[kSize / 2], 1);
 }
 
+// Its body is too long for a frame, and holds all of its tensors.
+TEST(codec_what_was_copied_into_a_long_body_is_released_already) {
+  class Nobody final : public SendFailureListener {
+    void onSendFailed(FrameKind, int, uint64_t, const std::string&) noexcept override {}
+  } listener;
+  std::vector<at::Tensor> tensors{at::ones({2500}), at::ones({2500}), at::ones({2500})};
+  auto message = c10::make_intrusive<rpc::Message>(std::vector<char>(), std::move(tensors), rpc::SCRIPT_CALL);
+  OutboundRpc out(1, FrameKind::kRequest, 3, std::move(message), 16384, listener);
+  out.encode(*std::make_shared<FramePool>(16384));
+  CHECK_EQUAL(out.header().bodyInBulk, 1);
+  out.dropSource();
+  CHECK_THAT(out.releaseSource() == nullptr);
+  CHECK_THAT(out.giveBackMemory());
+}
+
 TEST(codec_says_who_and_what_when_a_message_ends_early) {
   for (Arrival& arrival : arrivals(/*together=*/false)) {
     CHECK_THAT(!arrival.decode()->payload().empty());

@@ -222,10 +222,13 @@ def argument_freed_at_once(world: World) -> None:
 
 
 @device_case(IDENTITY)
-def argument_changed_afterwards(world: World) -> None:
+def argument_changed_after_the_answer(world: World) -> None:
+    """In the stream that waits for it, and before anything has synchronised."""
     x = late(500_000, seed=1)
-    kept = rpc.remote(world.next, identity, args=(x,))
-    equal(kept.to_here().cpu(), numbers(500_000, "cpu", seed=1))
+    future = rpc.rpc_async(world.next, identity, args=(x,))
+    answer = future.wait()
+    x.zero_()
+    equal(answer.cpu(), numbers(500_000, "cpu", seed=1))
 
 
 @device_case(IDENTITY)
