@@ -370,6 +370,9 @@ void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason
   }
   FlightRecorder::instance().record(CallEvent::kPeerLost, peer, 0);
   flightLog_.note("lost ", peer);
+  if (devices_ != nullptr && devices_->lender() != nullptr) {
+    devices_->lender()->lose(peer);
+  }
   caller_.onPeerEnded(peer, reason);
   lost_.push_back({peer, Clock::now()});
   join_.fail(cause);

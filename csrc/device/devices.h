@@ -11,6 +11,7 @@
 
 #include <c10/core/Allocator.h>
 
+#include "base/clock.h"
 #include "device/lending.h"
 #include "device/pools.h"
 #include "device/runtime.h"
@@ -65,7 +66,7 @@ class Devices {
 
   // Before anything is sent: lets neighbours read from device memory of this process, and this one from theirs. See
   // Lender.
-  void share(const std::vector<DeviceName>& names, std::vector<bool> neighbours);
+  void share(const std::vector<DeviceName>& names, std::vector<bool> neighbours, size_t largest);
   Lender* lender() const { // null: does not share
     return lender_.get();
   }
@@ -128,6 +129,7 @@ class Devices {
   std::mutex mutex_;
   std::vector<Held> held_;
   size_t next_ = 0; // of held_, to be asked for
+  Clock::time_point nextPoll_{};
   std::atomic<bool> holds_{false};
 };
 
