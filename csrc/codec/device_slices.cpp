@@ -204,7 +204,7 @@ OutboundSlices::~OutboundSlices() {
       DeviceEvent event = devices_->event(device);
       event.record(devices_->runtime().handleOf(streamOf(streams_, device)));
       devices_->holdUntil(std::move(event), std::make_shared<AtLast>([lender = devices_->lender(), ticket] {
-                            lender->takeBack(ticket.device, ticket.number);
+                            lender->withdraw(ticket);
                           }));
     }
   } catch (const std::exception&) { // then they are lost

@@ -133,7 +133,20 @@ void Devices::letGo() {
   holds_ = false;
 }
 
+bool Devices::keepsMemory() const {
+  return pinnedBytes() > 0 || (lender_ != nullptr && (lender_->keepsMore() || borrower_->keepsMore()));
+}
+
 void Devices::trim() {
+  const Clock::time_point before(Clock::duration(lastTrim_.exchange(Clock::now().time_since_epoch().count())));
+  if (lender_ != nullptr) {
+    borrower_->closeUnused(before);
+    lender_->freeUnused();
+  }
+  const uint64_t pinned = counters.sentPinned + counters.receivedPinned;
+  if (pinnedAtTrim_.exchange(pinned) != pinned) {
+    return;
+  }
   for (auto& [index, pools] : pools_) {
     pools.pinned->trim();
   }

@@ -102,8 +102,9 @@ class Devices {
   }
   // Destroys what is held, whatever the devices still do. For the end: blocks of pinned memory are not used again.
   void letGo();
-  // Gives memory back that nothing uses. It may wait for the devices.
+  // Gives memory back that nothing has used since the time before. It may wait for the devices.
   void trim();
+  bool keepsMemory() const; // that trim() would look at
   size_t pinnedBytes() const;
 
   DeviceCounters counters;
@@ -130,6 +131,8 @@ class Devices {
   std::vector<Held> held_;
   size_t next_ = 0; // of held_, to be asked for
   Clock::time_point nextPoll_{};
+  std::atomic<uint64_t> pinnedAtTrim_{0}; // bytes that had gone through pinned memory
+  std::atomic<Clock::rep> lastTrim_{0};
   std::atomic<bool> holds_{false};
 };
 

@@ -82,6 +82,7 @@ void Lender::addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, 
   }
   region.memory = static_cast<char*>(memory);
   region.bytes = bytes;
+  region.id = regions.nextId++;
   regions.all.push_back(region);
 }
 
@@ -112,8 +113,7 @@ size_t Lender::pieceFor(c10::DeviceIndex device, size_t bytes) {
 }
 
 std::optional<Lender::Lent> Lender::find(const Regions& regions, size_t bytes) {
-  for (size_t number = 0; number < regions.all.size(); ++number) {
-    const Region& region = regions.all[number];
+  for (const Region& region : regions.all) {
     if (region.retired || region.small != (bytes <= kSmallPiece)) {
       continue;
     }
@@ -122,7 +122,7 @@ std::optional<Lender::Lent> Lender::find(const Regions& regions, size_t bytes) {
     for (size_t unit = 0; unit < kUnits; ++unit) {
       run = region.used[unit] ? 0 : run + 1;
       if (run == units) {
-        return Lent{0, number, unit + 1 - units, units};
+        return Lent{0, region.id, unit + 1 - units, units};
       }
     }
   }
@@ -144,28 +144,82 @@ std::optional<Lender::Lease> Lender::lend(int peer, c10::DeviceIndex device, siz
   regions.nextTicket = number + 1;
   regions.tickets[number] = *place;
   regions.tickets[number].peer = peer;
-  Region& region = regions.all[place->region];
+  Region& region = regions.byId(place->region);
+  ++region.readers[peer].sent;
+  region.readers[peer].closed = false;
   for (size_t unit = place->firstUnit; unit < place->firstUnit + place->units; ++unit) {
     region.used.set(unit);
   }
   const size_t offset = place->firstUnit * region.unit();
   return Lease{
-      {device, static_cast<uint32_t>(number), static_cast<uint32_t>(place->region), 0, offset, bytes, region.handle},
-      region.memory + offset};
+      {device, static_cast<uint32_t>(number), place->region, 0, offset, bytes, region.handle}, region.memory + offset};
 }
 
-void Lender::takeBack(int32_t device, uint32_t ticket) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = regions_.find(static_cast<c10::DeviceIndex>(device));
-  if (found == regions_.end() || ticket >= kTickets || found->second.tickets[ticket].units == 0) {
-    return;
-  }
-  Lent& lent = found->second.tickets[ticket];
-  Region& region = found->second.all[lent.region];
+Lender::Region& Lender::endLoan(Regions& regions, Lent& lent) {
+  Region& region = regions.byId(lent.region);
   for (size_t unit = lent.firstUnit; unit < lent.firstUnit + lent.units; ++unit) {
     region.used.reset(unit);
   }
   lent.units = 0;
+  return region;
+}
+
+void Lender::takeBack(int peer, const LendingReturn& back) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = regions_.find(static_cast<c10::DeviceIndex>(back.device));
+  if (found == regions_.end()) {
+    return;
+  }
+  Regions& regions = found->second;
+  if (back.ticket != LendingReturn::kClosed) {
+    if (back.ticket < kTickets && regions.tickets[back.ticket].units != 0 &&
+        regions.tickets[back.ticket].peer == peer) {
+      (void)endLoan(regions, regions.tickets[back.ticket]);
+    }
+    return;
+  }
+  const auto region = std::ranges::find(regions.all, back.region, &Region::id);
+  if (region == regions.all.end()) {
+    return;
+  }
+  Region::Reader& reader = region->readers[peer];
+  reader.closed = reader.sent == back.received; // else tickets are on their way, and open it again
+}
+
+void Lender::withdraw(const Ticket& ticket) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Regions& regions = regions_.at(static_cast<c10::DeviceIndex>(ticket.device));
+  Lent& lent = regions.tickets.at(ticket.number);
+  Region::Reader& reader = endLoan(regions, lent).readers[lent.peer];
+  --reader.sent;
+  reader.closed = reader.sent == 0;
+}
+
+bool Lender::keepsMore() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::ranges::any_of(regions_, [](const auto& each) { return each.second.all.size() > 1; });
+}
+
+void Lender::freeUnused() {
+  std::vector<std::pair<c10::DeviceIndex, char*>> unused;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [device, regions] : regions_) {
+      std::erase_if(regions.all, [&, device = device](const Region& region) {
+        const bool free = region.id != 0 && !region.readers.empty() && region.used.none() &&
+            std::ranges::all_of(region.readers, [](const auto& reader) { return reader.second.closed; });
+        if (free) {
+          unused.emplace_back(device, region.memory);
+        }
+        return free;
+      });
+    }
+  }
+  for (const auto& [device, memory] : unused) {
+    const OnDevice onDevice(*runtime_, device);
+    const RelaxedCapture relaxed(*runtime_);
+    (void)runtime_->table().Free(memory);
+  }
 }
 
 void Lender::lose(int peer) {
@@ -173,7 +227,7 @@ void Lender::lose(int peer) {
   for (auto& [device, regions] : regions_) {
     for (const Lent& lent : regions.tickets) {
       if (lent.units != 0 && lent.peer == peer) {
-        regions.all[lent.region].retired = true;
+        regions.byId(lent.region).retired = true;
       }
     }
   }
@@ -263,10 +317,49 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
   return verdict;
 }
 
+void Borrower::received(int lender, const Ticket& ticket) {
+  if (ticket.region != 0) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Use& use = uses_[{lender, ticket.device, ticket.region}];
+    ++use.received;
+    ++use.loans;
+    use.open = true;
+  }
+}
+
+bool Borrower::keepsMore() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::ranges::any_of(uses_, [](const auto& each) { return each.second.open; });
+}
+
+// Under the lock: what is closed must not be opened meanwhile.
+void Borrower::closeUnused(Clock::time_point since) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [key, use] : uses_) {
+    if (!use.open || use.loans > 0 || use.last >= since) {
+      continue;
+    }
+    const auto [lender, device, number] = key;
+    for (auto region = regions_.begin(); region != regions_.end();) {
+      const auto& [itsLender, itsDevice, itsNumber, reader] = region->first;
+      if (itsLender != lender || itsDevice != device || itsNumber != number) {
+        ++region;
+        continue;
+      }
+      const OnDevice onDevice(*runtime_, reader);
+      const RelaxedCapture relaxed(*runtime_);
+      (void)runtime_->table().IpcCloseMemHandle(region->second);
+      region = regions_.erase(region);
+    }
+    use.open = false;
+    returns_[lender].push_back({device, LendingReturn::kClosed, number, use.received});
+    hasReturns_ = true;
+  }
+}
+
 const char* Borrower::open(const Loan& loan, c10::DeviceIndex device) {
-  constexpr uint32_t kRegions = 32; // of a device, more than there can be
   const Ticket& ticket = loan.ticket();
-  if (ticket.number >= kTickets || ticket.region >= kRegions) {
+  if (ticket.number >= kTickets) {
     throw std::out_of_range("it lends what it does not have");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -286,14 +379,19 @@ const char* Borrower::open(const Loan& loan, c10::DeviceIndex device) {
 void Borrower::giveBack(int lender, const Ticket& ticket) noexcept {
   try {
     const std::lock_guard<std::mutex> lock(mutex_);
-    returns_[lender].push_back({ticket.device, ticket.number});
+    if (ticket.region != 0) {
+      Use& use = uses_[{lender, ticket.device, ticket.region}];
+      --use.loans;
+      use.last = Clock::now();
+    }
+    returns_[lender].push_back({ticket.device, ticket.number, ticket.region, 0});
     urgent_ = urgent_ || ticket.bytes >= kReturnAtOnce || ++waiting_ >= kReturnsTogether;
     hasReturns_ = true;
   } catch (const std::bad_alloc&) { // then it is lost
   }
 }
 
-std::map<int, std::vector<Borrower::Return>> Borrower::takeReturns(bool all) {
+std::map<int, std::vector<LendingReturn>> Borrower::takeReturns(bool all) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!urgent_ && !all) {
     return {};

@@ -12,8 +12,11 @@
 // copy is done, which it learns in the same way; a ticket that nobody has read is given back as well. What a peer had
 // that has failed is not lent again. A pair of devices begins with an offer, which the peer tries to open. Until it
 // has, and if it cannot, tensors go through pinned memory.
+// A region that nothing was read from for some seconds is closed by those that have opened it, and freed by its lender
+// when all have; but not the first.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bitset>
@@ -27,6 +30,7 @@
 #include <tuple>
 #include <vector>
 
+#include "base/clock.h"
 #include "device/runtime.h"
 
 namespace torch_rpc_mpi {
@@ -44,6 +48,15 @@ struct Ticket {
   uint64_t offset = 0; // in the region
   uint64_t bytes = 0;
   IpcHandle memory{}; // the region's
+};
+
+// A ticket that comes back; or a region that has been closed, by one to whom so many tickets of it had come.
+struct LendingReturn {
+  static constexpr uint32_t kClosed = UINT32_MAX; // instead of a ticket
+  int32_t device = 0;
+  uint32_t ticket = 0;
+  uint32_t region = 0;
+  uint32_t received = 0;
 };
 
 using DeviceName = std::array<char, 64>; // its UUID as text, the rest zeros
@@ -90,7 +103,12 @@ class Lender {
     char* memory;
   };
   std::optional<Lease> lend(int peer, c10::DeviceIndex device, size_t bytes);
-  void takeBack(int32_t device, uint32_t ticket);
+  void takeBack(int peer, const LendingReturn& back);
+  // One that was not sent.
+  void withdraw(const Ticket& ticket);
+  // Frees the regions that all have closed. It may wait for the devices.
+  void freeUnused();
+  bool keepsMore() const; // than the first regions
   // The peer has ended with what it has: nothing is lent any more from the regions in which that lies.
   void lose(int peer);
 
@@ -110,20 +128,31 @@ class Lender {
     char* memory = nullptr;
     size_t bytes = 0;
     IpcHandle handle{};
+    uint32_t id = 0;
     bool small = false;   // for small pieces
     bool retired = false; // a peer has ended with a piece of it
     std::bitset<kUnits> used;
+    struct Reader {
+      uint32_t sent = 0;  // tickets
+      bool closed = true; // since
+    };
+    std::map<int, Reader> readers; // by peer
     size_t unit() const {
       return bytes / kUnits;
     }
   };
   struct Lent {
     int peer = 0;
-    size_t region = 0, firstUnit = 0, units = 0; // 0 units: not lent
+    uint32_t region = 0;
+    size_t firstUnit = 0, units = 0; // 0 units: not lent
   };
   struct Regions {           // of a device
     std::vector<Region> all; // the first was offered; none: there cannot be any
-    bool full = false;       // there is no memory for more
+    uint32_t nextId = 0;
+    Region& byId(uint32_t id) {
+      return *std::ranges::find(all, id, &Region::id);
+    }
+    bool full = false; // there is no memory for more
     std::array<Lent, kTickets> tickets;
     size_t nextTicket = 0;
   };
@@ -134,6 +163,7 @@ class Lender {
   void addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, bool small);
   static size_t largestOf(const Regions& regions, bool small); // bytes of a region
   static std::optional<Lent> find(const Regions& regions, size_t bytes);
+  static Region& endLoan(Regions& regions, Lent& lent);
 
   const std::shared_ptr<const DeviceRuntime> runtime_;
   const std::vector<DeviceName> names_;
@@ -165,7 +195,9 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
     Loan(std::shared_ptr<Borrower> borrower, int lender, const Ticket& ticket)
         : borrower_(std::move(borrower)),
           lender_(lender),
-          ticket_(ticket) {}
+          ticket_(ticket) {
+      borrower_->received(lender_, ticket_);
+    }
     ~Loan() {
       borrower_->giveBack(lender_, ticket_);
     }
@@ -188,17 +220,24 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
   // std::out_of_range for a ticket that makes no sense.
   const char* open(const Loan& loan, c10::DeviceIndex device);
 
-  struct Return {
-    int32_t device = 0;
-    uint32_t ticket = 0;
-  };
+  // Closes the regions that nothing was read from since. It may wait for the devices.
+  void closeUnused(Clock::time_point since);
+  bool keepsMore() const; // open than what was offered
+
   bool hasReturns() const {
     return hasReturns_.load(std::memory_order_relaxed);
   }
   // By lender; those that may still wait, for others to go with them, only if it is time.
-  std::map<int, std::vector<Return>> takeReturns(bool all);
+  std::map<int, std::vector<LendingReturn>> takeReturns(bool all);
 
  private:
+  struct Use {
+    uint32_t received = 0; // tickets
+    uint32_t loans = 0;    // of them, those that have not gone back
+    Clock::time_point last;
+    bool open = false; // or may be, for all that the lender knows
+  };
+  void received(int lender, const Ticket& ticket);
   void giveBack(int lender, const Ticket& ticket) noexcept;
   std::string whyNot(const LendingOffer& offer) const;
 
@@ -208,7 +247,8 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
   mutable std::mutex mutex_;
   // By lender, its device and region, and the device of this process that reads. The first region has been offered.
   std::map<std::tuple<int, int32_t, uint32_t, c10::DeviceIndex>, char*> regions_;
-  std::map<int, std::vector<Return>> returns_;
+  std::map<std::tuple<int, int32_t, uint32_t>, Use> uses_; // by lender, its device and region, but for the first
+  std::map<int, std::vector<LendingReturn>> returns_;
   bool urgent_ = false;
   size_t waiting_ = 0; // returns
   std::atomic<bool> hasReturns_{false};

@@ -182,7 +182,7 @@ TEST(all_that_is_lent_is_apart_and_is_lent_again) {
       CHECK_THAT(ranges[i - 1].second <= ranges[i].first);
     }
     for (const auto& lease : leases) {
-      two.lender.takeBack(lease.ticket.device, lease.ticket.number);
+      two.lender.takeBack(1, {lease.ticket.device, lease.ticket.number, lease.ticket.region, 0});
     }
   }
 }
@@ -206,12 +206,49 @@ TEST(what_a_peer_has_that_ended_is_not_lent_again_and_others_get_room_elsewhere)
 TEST(tickets_that_make_no_sense_are_refused) {
   Two two;
   two.meet();
-  for (const Ticket& ticket :
-       {Ticket{0, kTickets, 0, 0, 0, 1, {}}, Ticket{0, 0, 99, 0, 0, 1, {}}, Ticket{1, 0, 0, 0, 0, 1, {}}}) {
+  for (const Ticket& ticket : {Ticket{0, kTickets, 0, 0, 0, 1, {}}, Ticket{1, 0, 0, 0, 0, 1, {}}}) {
     const Borrower::Loan loan(two.borrower, 0, ticket);
     CHECK_THROWS(two.borrower->open(loan, 0), "it lends what it");
   }
-  two.lender.takeBack(0, 1000);
-  two.lender.takeBack(7, 0);
-  two.lender.takeBack(0, 3); // not lent
+  two.lender.takeBack(1, {0, 1000, 0, 0});
+  two.lender.takeBack(1, {7, 0, 0, 0});
+  two.lender.takeBack(1, {0, 3, 0, 0}); // not lent
+  two.lender.takeBack(1, {0, LendingReturn::kClosed, 77, 0});
+}
+
+TEST(a_region_is_freed_when_its_readers_have_closed_it_and_not_before) {
+  Two two;
+  two.meet();
+  const size_t bytes = size_t{40} << 20;
+  two.lender.pieceFor(0, bytes);
+  const auto lease = two.lender.lend(1, 0, bytes);
+  const auto receive = [&](const Lender::Lease& lent) {
+    const Borrower::Loan loan(two.borrower, 0, lent.ticket);
+    (void)two.borrower->open(loan, 0);
+  };
+  const auto answer = [&] {
+    for (const auto& [lender, returns] : two.borrower->takeReturns(/*all=*/true)) {
+      for (const LendingReturn& back : returns) {
+        two.lender.takeBack(1, back);
+      }
+    }
+    two.lender.freeUnused();
+  };
+  receive(*lease);
+  two.borrower->closeUnused(Clock::now() - std::chrono::hours(1)); // it was used since
+  answer();
+  CHECK_THAT(two.lender.keepsMore() && two.borrower->keepsMore());
+
+  const auto onItsWay = two.lender.lend(1, 0, bytes);
+  two.borrower->closeUnused(Clock::time_point::max());
+  answer();
+  CHECK_THAT(two.lender.keepsMore()); // for the ticket that will come
+  receive(*onItsWay);
+  two.lender.withdraw(two.lender.lend(1, 0, bytes)->ticket); // one that never comes
+  two.borrower->closeUnused(Clock::time_point::max());
+  answer();
+  CHECK_THAT(!two.lender.keepsMore() && !two.borrower->keepsMore());
+  CHECK_THAT(!two.lender.lend(1, 0, bytes));
+  CHECK_EQUAL(two.lender.pieceFor(0, bytes), bytes);
+  receive(*two.lender.lend(1, 0, bytes));
 }
