@@ -92,6 +92,7 @@ class AgentOptions:
     any_source: bool
     flight_recorder_dir: str
     devices: list[torch.device]
+    device_memory: int
     device_names: list[str]
     device_maps: list[tuple[dict[torch.device, torch.device], dict[torch.device, torch.device]]]
     messages_to_fail: list[str]

@@ -186,3 +186,11 @@ def names(devices: Sequence[torch.device]) -> list[str]:
         return []
     found = [getattr(properties(index), "uuid", None) for index in range(module.device_count())]
     return [] if None in found else [str(uuid) for uuid in found]
+
+
+def memory(devices: Sequence[torch.device]) -> int:
+    """The bytes that the smallest of them has; 0 where torch does not tell."""
+    properties = getattr(_module(devices[0].type), "get_device_properties", None) if devices else None
+    if properties is None:
+        return 0
+    return min(int(getattr(properties(device), "total_memory", 0)) for device in devices)

@@ -335,6 +335,7 @@ def _agent_options(
     for device_type, (library, prefix) in _devices.runtimes().items():
         extension.register_device_runtime(device_type, library, prefix)
     agent_options.devices = placement.devices
+    agent_options.device_memory = _devices.memory(placement.devices)
     agent_options.device_names = _devices.names(placement.devices) if options.device_path == "auto" else []
     if placement.requests or placement.responses:
         agent_options.device_maps = [

@@ -59,7 +59,7 @@ bool DeviceLending::send(ProgressToken& token) {
   for (const auto& [lender, returns] : devices_->borrower()->takeReturns(all)) {
     post(
         lender, FrameKind::kReturn,
-        {reinterpret_cast<const char*>(returns.data()), returns.size() * sizeof(Borrower::Return)});
+        {reinterpret_cast<const char*>(returns.data()), returns.size() * sizeof(LendingReturn)});
     returnsSince_ = Clock::time_point::max();
   }
   return any;
@@ -91,13 +91,13 @@ void DeviceLending::onFrame(ProgressToken& token, const InboundMessage& message)
       break;
     }
     default: {
-      if (body.bytes % sizeof(Borrower::Return) != 0) {
+      if (body.bytes % sizeof(LendingReturn) != 0) {
         throw std::runtime_error("it gives back a part of a ticket");
       }
-      for (size_t at = 0; at < body.bytes; at += sizeof(Borrower::Return)) {
-        Borrower::Return back;
+      for (size_t at = 0; at < body.bytes; at += sizeof(LendingReturn)) {
+        LendingReturn back;
         std::memcpy(&back, body.data + at, sizeof(back));
-        devices_->lender()->takeBack(back.device, back.ticket);
+        devices_->lender()->takeBack(message.source, back);
       }
     }
   }

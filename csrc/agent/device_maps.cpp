@@ -12,6 +12,16 @@ namespace {
 
 const rpc::DeviceMap kNone;
 
+constexpr size_t kCopiedInCurrent = size_t{1} << 20; // bytes
+
+size_t bytesShown(const std::vector<at::Tensor>& tensors) {
+  size_t bytes = 0;
+  for (const at::Tensor& tensor : tensors) {
+    bytes += tensor.defined() && tensor.layout() == at::kStrided ? tensor.nbytes() : kCopiedInCurrent;
+  }
+  return bytes;
+}
+
 std::string names(const std::vector<c10::Device>& devices) {
   std::string text;
   for (const c10::Device device : devices) {
@@ -73,7 +83,10 @@ std::shared_ptr<OutboundSlices> DeviceMaps::slicesOf(
   if (!anyOnDevice(tensors, targets)) {
     return nullptr;
   }
-  return std::make_shared<OutboundSlices>(devices_, tensors, std::move(targets), peer, /*inCurrent=*/!isRequest);
+  // A response has streams of its own already. Of a small request the copies are in the caller's stream no more than an
+  // event there and a wait would be.
+  const bool inCurrent = !isRequest || bytesShown(tensors) <= kCopiedInCurrent;
+  return std::make_shared<OutboundSlices>(devices_, tensors, std::move(targets), peer, inCurrent);
 }
 
 } // namespace torch_rpc_mpi

@@ -66,6 +66,25 @@ class LossTask final : public Task {
   const std::string reason_;
 };
 
+// In a task, because to free memory of a device, or for it, waits for the device.
+class TrimTask final : public Task {
+ public:
+  explicit TrimTask(std::shared_ptr<Devices> devices) : devices_(std::move(devices)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override {
+    try {
+      devices_->trim();
+    } catch (const std::exception& error) {
+      LOG(WARNING) << "RPC could not give back memory of its devices: " << errorText(error);
+    }
+  }
+
+ private:
+  const std::shared_ptr<Devices> devices_;
+};
+
 class FlightLogTask final : public Task {
  public:
   explicit FlightLogTask(FlightLog& log) : log_(log) {}
@@ -170,6 +189,9 @@ bool Dispatcher::progress(ProgressToken& token) {
   if (now >= nextTrim_) {
     nextTrim_ = now + kTrimAfter;
     ReceivePool::instance().trim(now - kTrimAfter);
+    if (devices_ != nullptr && devices_->keepsMemory()) {
+      arrivals_.push_back(std::make_unique<TrimTask>(devices_));
+    }
   }
   caller_.expire(token, now, arrivals_);
   join_.advance(
@@ -370,6 +392,9 @@ void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason
   }
   FlightRecorder::instance().record(CallEvent::kPeerLost, peer, 0);
   flightLog_.note("lost ", peer);
+  if (devices_ != nullptr && devices_->lender() != nullptr) {
+    devices_->lender()->lose(peer);
+  }
   caller_.onPeerEnded(peer, reason);
   lost_.push_back({peer, Clock::now()});
   join_.fail(cause);

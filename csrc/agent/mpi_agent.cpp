@@ -238,6 +238,7 @@ void MpiAgent::shutdownImpl() {
   if (options_.devices != nullptr) {
     options_.devices->letGo();
     options_.devices->trim();
+    options_.devices->trim(); // what had been used since the time before
   }
   if (!stopped) {
     LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " was shut down while " << engine_->counts().busy

@@ -152,19 +152,26 @@ class PinnedSink final : public ChunkSink {
 // The chunks are tickets of pieces that are lent.
 class TicketSource final : public ChunkSource {
  public:
-  TicketSource(std::shared_ptr<Devices> devices, const c10::Stream& stream, ConstSpan memory)
+  TicketSource(
+      std::shared_ptr<Devices> devices,
+      int borrower,
+      const c10::Stream& stream,
+      ConstSpan memory,
+      size_t piece)
       : devices_(std::move(devices)),
+        borrower_(borrower),
         stream_(stream),
-        memory_(memory) {}
+        memory_(memory),
+        piece_(piece) {}
   size_t chunks() const override {
-    return chunksOf(memory_.bytes, kLentAtOnce);
+    return chunksOf(memory_.bytes, piece_);
   }
   std::optional<ConstSpan> next() override {
     while (lent_ < memory_.bytes && begin()) {
     }
     const RelaxedCapture relaxed(devices_->runtime());
     if (coming_.empty() || !coming_.front().event.complete()) {
-      return std::nullopt; // see OutboundSlices::lend()
+      return std::nullopt;
     }
     leaving_.push_back(coming_.front().ticket);
     coming_.pop_front();
@@ -180,16 +187,16 @@ class TicketSource final : public ChunkSource {
     DeviceEvent event;
   };
   bool begin() { // false: there is no piece free
-    const size_t bytes = std::min(kLentAtOnce, memory_.bytes - lent_);
+    const size_t bytes = std::min(piece_, memory_.bytes - lent_);
     const c10::DeviceIndex device = stream_.device_index();
-    const auto lease = devices_->lender()->lend(device, bytes);
+    const auto lease = devices_->lender()->lend(borrower_, device, bytes);
     if (!lease) {
+      (void)devices_->lender()->pieceFor(device, bytes); // should the region have gone with a peer
       return false;
     }
     const OnDevice onDevice(devices_->runtime(), device);
     void* const stream = devices_->runtime().handleOf(stream_);
     devices_->runtime().copy(lease->memory, memory_.data + lent_, bytes, stream);
-    devices_->runtime().record(lease->event, stream);
     coming_.push_back({lease->ticket, devices_->event(stream_.device())});
     coming_.back().event.record(stream);
     lent_ += bytes;
@@ -198,22 +205,25 @@ class TicketSource final : public ChunkSource {
   }
 
   const std::shared_ptr<Devices> devices_;
+  const int borrower_;
   const c10::Stream stream_;
   const ConstSpan memory_;
-  size_t lent_ = 0; // bytes
+  const size_t piece_; // bytes
+  size_t lent_ = 0;
   std::deque<Coming> coming_;
   std::deque<Ticket> leaving_; // their places do not change
 };
 
 class TicketSink final : public ChunkSink {
  public:
-  TicketSink(std::shared_ptr<Devices> devices, int source, const c10::Stream& stream, MutableSpan memory)
+  TicketSink(std::shared_ptr<Devices> devices, int source, const c10::Stream& stream, MutableSpan memory, size_t piece)
       : devices_(std::move(devices)),
         source_(source),
         stream_(stream),
-        memory_(memory) {}
+        memory_(memory),
+        piece_(piece) {}
   size_t chunks() const override {
-    return chunksOf(memory_.bytes, kLentAtOnce);
+    return chunksOf(memory_.bytes, piece_);
   }
   std::optional<MutableSpan> next() override {
     coming_.emplace_back();
@@ -222,7 +232,7 @@ class TicketSink final : public ChunkSink {
   void received() override {
     const auto loan = std::make_shared<Borrower::Loan>(devices_->borrower(), source_, coming_.front());
     coming_.pop_front();
-    const size_t bytes = std::min(kLentAtOnce, memory_.bytes - copied_);
+    const size_t bytes = std::min(piece_, memory_.bytes - copied_);
     require(loan->ticket().bytes == bytes, "a piece that it lends has another size than it says");
     if (memory_.data == nullptr) {
       copied_ += bytes;
@@ -230,7 +240,7 @@ class TicketSink final : public ChunkSink {
     }
     const OnDevice onDevice(devices_->runtime(), stream_.device_index());
     void* const stream = devices_->runtime().handleOf(stream_);
-    const char* const from = devices_->borrower()->open(*loan, stream_.device_index(), stream);
+    const char* const from = devices_->borrower()->open(*loan, stream_.device_index());
     devices_->runtime().copy(memory_.data + copied_, from, bytes, stream);
     copied_ += bytes;
     DeviceEvent event = devices_->event(stream_.device());
@@ -244,6 +254,7 @@ class TicketSink final : public ChunkSink {
   const int source_;
   const c10::Stream stream_;
   const MutableSpan memory_; // without data: there is none for it
+  const size_t piece_;
   size_t copied_ = 0;
   std::deque<Ticket> coming_; // that the transport writes to
 };
@@ -263,17 +274,20 @@ std::unique_ptr<ChunkSink> pinnedSink(std::shared_ptr<Devices> devices, const c1
 
 std::unique_ptr<ChunkSource> ticketSource(
     std::shared_ptr<Devices> devices,
+    int borrower,
     const c10::Stream& stream,
-    ConstSpan memory) {
-  return std::make_unique<TicketSource>(std::move(devices), stream, memory);
+    ConstSpan memory,
+    size_t piece) {
+  return std::make_unique<TicketSource>(std::move(devices), borrower, stream, memory, piece);
 }
 
 std::unique_ptr<ChunkSink> ticketSink(
     std::shared_ptr<Devices> devices,
     int lender,
     const c10::Stream& stream,
-    MutableSpan memory) {
-  return std::make_unique<TicketSink>(std::move(devices), lender, stream, memory);
+    MutableSpan memory,
+    size_t piece) {
+  return std::make_unique<TicketSink>(std::move(devices), lender, stream, memory, piece);
 }
 
 } // namespace torch_rpc_mpi

@@ -17,14 +17,18 @@ std::unique_ptr<ChunkSource> pinnedSource(
     const c10::Stream& stream,
     ConstSpan memory);
 std::unique_ptr<ChunkSink> pinnedSink(std::shared_ptr<Devices> devices, const c10::Stream& stream, MutableSpan memory);
+// piece: bytes of a ticket.
 std::unique_ptr<ChunkSource> ticketSource(
     std::shared_ptr<Devices> devices,
+    int borrower,
     const c10::Stream& stream,
-    ConstSpan memory);
+    ConstSpan memory,
+    size_t piece);
 std::unique_ptr<ChunkSink> ticketSink(
     std::shared_ptr<Devices> devices,
     int lender,
     const c10::Stream& stream,
-    MutableSpan memory);
+    MutableSpan memory,
+    size_t piece);
 
 } // namespace torch_rpc_mpi

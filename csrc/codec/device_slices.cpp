@@ -85,8 +85,9 @@ void OutboundSlices::chooseWays(const TensorWriter& writer, size_t inlineLimit) 
     }
     const bool lends = slice.bytes > 0 && !there.is_cpu() && devices_->lender() != nullptr &&
         devices_->lender()->lendsTo(peer_, here.index(), there.index());
-    if (lends) {
-      slice.way = slice.bytes <= kLentAtOnce ? Way::kLent : Way::kTickets;
+    slice.piece = lends ? devices_->lender()->pieceFor(here.index(), slice.bytes) : 0;
+    if (slice.piece > 0) {
+      slice.way = slice.bytes <= slice.piece ? Way::kLent : Way::kTickets;
     } else {
       slice.way = slice.bytes <= inlineLimit ? Way::kGathered : Way::kBytes;
     }
@@ -107,14 +108,15 @@ void OutboundSlices::lend(const TensorWriter& writer, size_t inlineLimit) {
     for (size_t k = i; k < slices_.size(); ++k) {
       const auto& other = writer.whereabouts()[k];
       if (slices_[k].way == Way::kLent && !seen[k] && other.here == here && other.there == there &&
-          bytes + slices_[k].bytes <= kLentAtOnce) {
+          (k == i || bytes + slices_[k].bytes <= kSmallPiece)) {
         seen[k] = true;
         slices_[k].offset = bytes;
-        bytes = std::min((bytes + slices_[k].bytes + kAlignment - 1) / kAlignment * kAlignment, kLentAtOnce);
+        bytes = bytes + slices_[k].bytes;
+        bytes += bytes <= kSmallPiece - kAlignment ? (kAlignment - bytes % kAlignment) % kAlignment : 0;
         together.push_back(k);
       }
     }
-    const auto lease = devices_->lender()->lend(here.index(), bytes);
+    const auto lease = devices_->lender()->lend(peer_, here.index(), bytes);
     if (!lease || tickets_.size() >= kTickets) {
       for (const size_t k : together) {
         slices_[k].way = slices_[k].bytes <= inlineLimit ? Way::kGathered : Way::kTickets;
@@ -129,9 +131,6 @@ void OutboundSlices::lend(const TensorWriter& writer, size_t inlineLimit) {
       devices_->runtime().copy(lease->memory + slices_[k].offset, writer.slices()[k].data, slices_[k].bytes, stream);
       devices_->counters.sentIpc.fetch_add(slices_[k].bytes, std::memory_order_relaxed);
     }
-    devices_->runtime().record(lease->event, stream);
-    // Two processes take turns on a GPU: one whose stream waits for the other's there keeps it from its turn, for 150
-    // us and more (H200). So the ticket leaves when its event is complete, which the host asks for.
     events_.push_back(devices_->event(here));
     events_.back().record(stream);
   }
@@ -205,7 +204,7 @@ OutboundSlices::~OutboundSlices() {
       DeviceEvent event = devices_->event(device);
       event.record(devices_->runtime().handleOf(streamOf(streams_, device)));
       devices_->holdUntil(std::move(event), std::make_shared<AtLast>([lender = devices_->lender(), ticket] {
-                            lender->takeBack(ticket.device, ticket.number);
+                            lender->withdraw(ticket);
                           }));
     }
   } catch (const std::exception&) { // then they are lost
@@ -218,7 +217,7 @@ std::unique_ptr<ChunkSource> OutboundSlices::sourceOf(const TensorWriter& writer
     case Way::kBytes:
       return pinnedSource(devices_, streamOf(streams_, here), writer.slices()[slice]);
     case Way::kTickets:
-      return ticketSource(devices_, streamOf(streams_, here), writer.slices()[slice]);
+      return ticketSource(devices_, peer_, streamOf(streams_, here), writer.slices()[slice], slices_[slice].piece);
     default:
       return nullptr;
   }
@@ -261,13 +260,13 @@ void InboundSlices::copy(const std::vector<Copy>& copies) const {
   devices_->counters.receivedPinned.fetch_add(bytes, std::memory_order_relaxed);
 }
 
-std::unique_ptr<ChunkSink> InboundSlices::sinkFor(c10::Device device, void* memory, size_t bytes, bool tickets) const {
+std::unique_ptr<ChunkSink> InboundSlices::sinkFor(c10::Device device, void* memory, size_t bytes, size_t piece) const {
   const MutableSpan span{static_cast<char*>(memory), bytes};
-  if (!tickets) {
+  if (piece == 0) {
     return pinnedSink(devices_, streamOf(streams_, device), span);
   }
   require(devices_->borrower() != nullptr, "it lends memory to a worker that takes none");
-  return ticketSink(devices_, source_, streamOf(streams_, device), span);
+  return ticketSink(devices_, source_, streamOf(streams_, device), span, piece);
 }
 
 void InboundSlices::borrow(const Ticket& ticket) {
@@ -285,7 +284,7 @@ void InboundSlices::copyLent(uint32_t ticket, size_t offset, c10::Device device,
   const OnDevice onDevice(devices_->runtime(), device.index());
   void* const handle = devices_->runtime().handleOf(stream);
   if (!borrowed.reader) {
-    borrowed.memory = devices_->borrower()->open(*borrowed.loan, device.index(), handle);
+    borrowed.memory = devices_->borrower()->open(*borrowed.loan, device.index());
     borrowed.reader = stream;
   }
   devices_->runtime().copy(to, borrowed.memory + offset, bytes, handle);

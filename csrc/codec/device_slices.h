@@ -62,6 +62,10 @@ class OutboundSlices {
   Way wayOf(size_t slice) const {
     return slices_[slice].way;
   }
+  // Of one that goes as tickets: the bytes of each.
+  size_t pieceOf(size_t slice) const {
+    return slices_[slice].piece;
+  }
   // What a lent one lies in, counted from 1, and where.
   uint32_t ticketOf(size_t slice) const {
     return slices_[slice].ticket;
@@ -92,6 +96,7 @@ class OutboundSlices {
   struct Slice {
     Way way = Way::kHost;
     uint32_t ticket = 0;
+    size_t piece = 0;
     size_t offset = 0; // in the block or the lent piece
     size_t bytes = 0;
     char* place = nullptr;
@@ -139,8 +144,9 @@ class InboundSlices {
     size_t bytes;
   };
   void copy(const std::vector<Copy>& copies) const;
-  // What takes the chunks of a larger one. Without memory it drops them. tickets: that is what comes.
-  std::unique_ptr<ChunkSink> sinkFor(c10::Device device, void* memory, size_t bytes, bool tickets) const;
+  // What takes the chunks of a larger one. Without memory it drops them. piece: bytes of each, where
+  // they are tickets; else 0.
+  std::unique_ptr<ChunkSink> sinkFor(c10::Device device, void* memory, size_t bytes, size_t piece) const;
   // Tickets that came with the frame: each goes back when it has been used, or with this.
   void borrow(const Ticket& ticket);
   // Copies from what was borrowed with one of them, counted from 1. Throws BadMessage.

@@ -30,7 +30,7 @@ struct BodyHead {
 struct SlicePlace {
   int32_t device = -1; // none: its host
   uint32_t ticket = 0; // of the memory that it lies in, counted from 1; kTicketsFollow: of its chunks; 0: none
-  uint64_t offset = 0; // in that memory
+  uint64_t offset = 0; // in that memory; kTicketsFollow: bytes of each piece
 };
 constexpr uint32_t kTicketsFollow = UINT32_MAX;
 
@@ -113,7 +113,7 @@ class ReceiveTarget final : public BulkTarget {
 
   // device: -1 for the host. Of a message that has slices for devices nothing is refused for want of memory: what is
   // announced comes all the same, and not every sink takes it in the same chunks.
-  void add(size_t bytes, int device, bool tickets) {
+  void add(size_t bytes, int device, size_t piece) {
     at::DataPtr memory;
     std::unique_ptr<ChunkSink> sink;
     try {
@@ -130,7 +130,7 @@ class ReceiveTarget final : public BulkTarget {
     }
     auto* const data = static_cast<char*>(memory.get());
     if (device >= 0) {
-      sink = slices->sinkFor(slices->device(device), data, bytes, tickets);
+      sink = slices->sinkFor(slices->device(device), data, bytes, piece);
     }
     storages.push_back(std::move(memory));
     storageBytes.push_back(bytes);
@@ -270,7 +270,7 @@ void OutboundRpc::writeBody(char* body) {
     SlicePlace place;
     place.device = there.is_cpu() ? -1 : there.index();
     place.ticket = onDevices_->wayOf(i) == OutboundSlices::Way::kTickets ? kTicketsFollow : onDevices_->ticketOf(i);
-    place.offset = isLent(i) ? onDevices_->offsetOf(i) : 0;
+    place.offset = place.ticket == kTicketsFollow ? onDevices_->pieceOf(i) : isLent(i) ? onDevices_->offsetOf(i) : 0;
     write(&place, sizeof(place));
   }
   for (size_t i = 0; i < head.tickets; ++i) {
@@ -368,9 +368,9 @@ std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body, const std::shared_
   for (size_t i = 0; i < outline.sizes.size(); ++i) {
     if (outline.isBulk(i)) {
       const bool onHost = outline.onHost(i);
-      target->add(
-          outline.sizes[i], onHost ? -1 : outline.places[i].device,
-          !onHost && outline.places[i].ticket == kTicketsFollow);
+      const bool tickets = !onHost && outline.places[i].ticket == kTicketsFollow;
+      require(!tickets || outline.places[i].offset > 0, "it lends nothing");
+      target->add(outline.sizes[i], onHost ? -1 : outline.places[i].device, tickets ? outline.places[i].offset : 0);
     }
   }
   return target;

@@ -15,6 +15,8 @@ namespace {
 
 // Of a turn, so that many events do not make it long.
 constexpr size_t kAskedInTurn = 16;
+// No call waits for what is held.
+constexpr auto kBetweenPolls = std::chrono::microseconds(15);
 
 // Also when the device is broken: nothing more will be done there.
 bool isOver(const DeviceEvent& event) {
@@ -44,8 +46,8 @@ Devices::Devices(std::vector<c10::Device> devices, size_t chunk, std::shared_ptr
   }
 }
 
-void Devices::share(const std::vector<DeviceName>& names, std::vector<bool> neighbours) {
-  lender_ = std::make_unique<Lender>(runtime_, names, std::move(neighbours));
+void Devices::share(const std::vector<DeviceName>& names, std::vector<bool> neighbours, size_t largest) {
+  lender_ = std::make_unique<Lender>(runtime_, names, std::move(neighbours), largest);
   borrower_ = std::make_shared<Borrower>(runtime_, names);
 }
 
@@ -103,8 +105,13 @@ bool Devices::poll() {
   if (!holds()) {
     return false;
   }
-  const RelaxedCapture relaxed(*runtime_);
   const std::lock_guard<std::mutex> lock(mutex_);
+  const auto now = Clock::now();
+  if (now < nextPoll_) {
+    return false;
+  }
+  nextPoll_ = now + kBetweenPolls;
+  const RelaxedCapture relaxed(*runtime_);
   for (size_t asked = std::min(held_.size(), kAskedInTurn); asked > 0 && !held_.empty(); --asked) {
     next_ = next_ < held_.size() ? next_ : 0;
     if (isOver(held_[next_].event)) {
@@ -126,7 +133,20 @@ void Devices::letGo() {
   holds_ = false;
 }
 
+bool Devices::keepsMemory() const {
+  return pinnedBytes() > 0 || (lender_ != nullptr && (lender_->keepsMore() || borrower_->keepsMore()));
+}
+
 void Devices::trim() {
+  const Clock::time_point before(Clock::duration(lastTrim_.exchange(Clock::now().time_since_epoch().count())));
+  if (lender_ != nullptr) {
+    borrower_->closeUnused(before);
+    lender_->freeUnused();
+  }
+  const uint64_t pinned = counters.sentPinned + counters.receivedPinned;
+  if (pinnedAtTrim_.exchange(pinned) != pinned) {
+    return;
+  }
   for (auto& [index, pools] : pools_) {
     pools.pinned->trim();
   }

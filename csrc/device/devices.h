@@ -11,6 +11,7 @@
 
 #include <c10/core/Allocator.h>
 
+#include "base/clock.h"
 #include "device/lending.h"
 #include "device/pools.h"
 #include "device/runtime.h"
@@ -65,7 +66,7 @@ class Devices {
 
   // Before anything is sent: lets neighbours read from device memory of this process, and this one from theirs. See
   // Lender.
-  void share(const std::vector<DeviceName>& names, std::vector<bool> neighbours);
+  void share(const std::vector<DeviceName>& names, std::vector<bool> neighbours, size_t largest);
   Lender* lender() const { // null: does not share
     return lender_.get();
   }
@@ -101,8 +102,9 @@ class Devices {
   }
   // Destroys what is held, whatever the devices still do. For the end: blocks of pinned memory are not used again.
   void letGo();
-  // Gives memory back that nothing uses. It may wait for the devices.
+  // Gives memory back that nothing has used since the time before. It may wait for the devices.
   void trim();
+  bool keepsMemory() const; // that trim() would look at
   size_t pinnedBytes() const;
 
   DeviceCounters counters;
@@ -128,6 +130,9 @@ class Devices {
   std::mutex mutex_;
   std::vector<Held> held_;
   size_t next_ = 0; // of held_, to be asked for
+  Clock::time_point nextPoll_{};
+  std::atomic<uint64_t> pinnedAtTrim_{0}; // bytes that had gone through pinned memory
+  std::atomic<Clock::rep> lastTrim_{0};
   std::atomic<bool> holds_{false};
 };
 

@@ -1,6 +1,7 @@
 #include "device/lending.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 
@@ -25,18 +26,12 @@ Lender::~Lender() {
   if (inForkedChild()) {
     return;
   }
-  for (auto& [device, region] : regions_) {
-    if (region == nullptr) {
-      continue;
-    }
+  for (auto& [device, regions] : regions_) {
     const OnDevice onDevice(*runtime_, device);
     const RelaxedCapture relaxed(*runtime_);
-    for (const Lent& ticket : region->tickets) {
-      if (ticket.event != nullptr) {
-        runtime_->destroyEvent(ticket.event);
-      }
+    for (const Region& region : regions.all) {
+      (void)runtime_->table().Free(region.memory);
     }
-    (void)runtime_->table().Free(region->memory);
   }
 }
 
@@ -49,98 +44,193 @@ bool Lender::lendsTo(int peer, c10::DeviceIndex here, c10::DeviceIndex there) {
   if (found != ways_.end()) {
     return found->second == Way::kOpen;
   }
-  const Region* const region = regionOf(here);
-  ways_.emplace(Pair{peer, here, there}, region == nullptr ? Way::kClosed : Way::kOffered);
-  if (region != nullptr) {
-    LendingOffer offer{here, there, names_.at(here), region->handle};
-    offers_.emplace_back(peer, offer);
+  const Regions& regions = regionsOf(here);
+  ways_.emplace(Pair{peer, here, there}, regions.all.empty() ? Way::kClosed : Way::kOffered);
+  if (!regions.all.empty()) {
+    offers_.emplace_back(peer, LendingOffer{here, there, names_.at(here), regions.all.front().handle});
     hasOffers_ = true;
   }
   return false;
 }
 
-Lender::Region* Lender::regionOf(c10::DeviceIndex device) {
-  const auto found = regions_.find(device);
-  if (found != regions_.end()) {
-    return found->second.get();
+Lender::Regions& Lender::regionsOf(c10::DeviceIndex device) {
+  const auto [found, isNew] = regions_.try_emplace(device);
+  if (isNew) {
+    addRegion(found->second, device, kSmallRegion, /*small=*/true);
   }
-  auto region = std::make_unique<Region>();
+  return found->second;
+}
+
+void Lender::addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, bool small) {
+  if (regions.full) {
+    return;
+  }
+  Region region;
+  region.small = small;
   const OnDevice onDevice(*runtime_, device);
   const RelaxedCapture relaxed(*runtime_);
   void* memory = nullptr;
   try {
-    runtime_->check(runtime_->table().Malloc(&memory, kRegionBytes), "Malloc");
-    runtime_->check(runtime_->table().IpcGetMemHandle(&region->handle, memory), "IpcGetMemHandle");
-    region->memory = static_cast<char*>(memory);
-  } catch (const DeviceError& error) {
-    noRegion_ = error.what();
+    runtime_->check(runtime_->table().Malloc(&memory, bytes), "Malloc");
+    runtime_->check(runtime_->table().IpcGetMemHandle(&region.handle, memory), "IpcGetMemHandle");
+  } catch (const DeviceError&) {
     if (memory != nullptr) {
       (void)runtime_->table().Free(memory);
     }
-    region = nullptr;
+    regions.full = true;
+    return;
   }
-  return regions_.emplace(device, std::move(region)).first->second.get();
+  region.memory = static_cast<char*>(memory);
+  region.bytes = bytes;
+  region.id = regions.nextId++;
+  regions.all.push_back(region);
 }
 
-// Small pieces are taken from the end, so that large ones stay whole.
-std::optional<size_t> Lender::findUnits(const Region& region, size_t units) const {
-  const bool small = units * kUnit <= kSmall;
-  size_t run = 0;
-  for (size_t i = 0; i < (small ? kUnits : kUnitsOfLarge); ++i) {
-    const size_t unit = small ? kUnits - 1 - i : i;
-    run = region.used[unit] ? 0 : run + 1;
-    if (run == units) {
-      return small ? unit : unit + 1 - units;
+size_t Lender::largestOf(const Regions& regions, bool small) {
+  size_t bytes = 0;
+  for (const Region& region : regions.all) {
+    bytes = region.small == small && !region.retired ? std::max(bytes, region.bytes) : bytes;
+  }
+  return bytes;
+}
+
+// Four such pieces fit a region, so that the copies into some overlap with those out of others.
+size_t Lender::pieceFor(c10::DeviceIndex device, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Regions& regions = regionsOf(device);
+  if (largestOf(regions, /*small=*/true) == 0) {
+    addRegion(regions, device, kSmallRegion, /*small=*/true);
+  }
+  const size_t small = largestOf(regions, /*small=*/true) == 0 ? 0 : std::min(bytes, kSmallPiece);
+  if (bytes <= kSmallPiece) {
+    return small;
+  }
+  const size_t wanted = std::min(std::bit_ceil(std::max(4 * bytes, 2 * kSmallRegion)), largest_);
+  if (largestOf(regions, /*small=*/false) < wanted) {
+    addRegion(regions, device, wanted, /*small=*/false);
+  }
+  return std::max(small, std::min(bytes, largestOf(regions, /*small=*/false) / 4));
+}
+
+std::optional<Lender::Lent> Lender::find(const Regions& regions, size_t bytes) {
+  for (const Region& region : regions.all) {
+    if (region.retired || region.small != (bytes <= kSmallPiece)) {
+      continue;
+    }
+    const size_t units = (bytes + region.unit() - 1) / region.unit();
+    size_t run = 0;
+    for (size_t unit = 0; unit < kUnits; ++unit) {
+      run = region.used[unit] ? 0 : run + 1;
+      if (run == units) {
+        return Lent{0, region.id, unit + 1 - units, units};
+      }
     }
   }
   return std::nullopt;
 }
 
-std::optional<Lender::Lease> Lender::lend(c10::DeviceIndex device, size_t bytes) {
-  const size_t units = (std::max<size_t>(bytes, 1) + kUnit - 1) / kUnit;
+std::optional<Lender::Lease> Lender::lend(int peer, c10::DeviceIndex device, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Region* const region = regionOf(device);
-  if (region == nullptr) {
-    return std::nullopt;
-  }
+  Regions& regions = regionsOf(device);
   size_t number = 0;
-  for (; number < kTickets && region->tickets[(region->nextTicket + number) % kTickets].units != 0; ++number) {
+  while (number < kTickets && regions.tickets[(regions.nextTicket + number) % kTickets].units != 0) {
+    ++number;
   }
-  const auto first = number < kTickets ? findUnits(*region, units) : std::nullopt;
-  if (!first) {
+  const auto place = number == kTickets ? std::nullopt : find(regions, std::max<size_t>(bytes, 1));
+  if (!place) {
     return std::nullopt;
   }
-  number = (region->nextTicket + number) % kTickets;
-  Lent& lent = region->tickets[number];
-  if (lent.event == nullptr) {
-    const OnDevice onDevice(*runtime_, device);
-    const RelaxedCapture relaxed(*runtime_);
-    lent.event = runtime_->createEvent(/*interprocess=*/true);
-    runtime_->check(runtime_->table().IpcGetEventHandle(&lent.handle, lent.event), "IpcGetEventHandle");
+  number = (regions.nextTicket + number) % kTickets;
+  regions.nextTicket = number + 1;
+  regions.tickets[number] = *place;
+  regions.tickets[number].peer = peer;
+  Region& region = regions.byId(place->region);
+  ++region.readers[peer].sent;
+  region.readers[peer].closed = false;
+  for (size_t unit = place->firstUnit; unit < place->firstUnit + place->units; ++unit) {
+    region.used.set(unit);
   }
-  region->nextTicket = number + 1;
-  lent.firstUnit = *first;
-  lent.units = units;
-  for (size_t unit = *first; unit < *first + units; ++unit) {
-    region->used.set(unit);
-  }
-  const size_t offset = *first * kUnit;
+  const size_t offset = place->firstUnit * region.unit();
   return Lease{
-      {device, static_cast<uint32_t>(number), offset, bytes, lent.handle}, region->memory + offset, lent.event};
+      {device, static_cast<uint32_t>(number), place->region, 0, offset, bytes, region.handle}, region.memory + offset};
 }
 
-void Lender::takeBack(int32_t device, uint32_t ticket) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = regions_.find(static_cast<c10::DeviceIndex>(device));
-  if (found == regions_.end() || found->second == nullptr || ticket >= kTickets) {
-    return;
-  }
-  Region& region = *found->second;
-  Lent& lent = region.tickets[ticket];
+Lender::Region& Lender::endLoan(Regions& regions, Lent& lent) {
+  Region& region = regions.byId(lent.region);
   for (size_t unit = lent.firstUnit; unit < lent.firstUnit + lent.units; ++unit) {
     region.used.reset(unit);
   }
   lent.units = 0;
+  return region;
+}
+
+void Lender::takeBack(int peer, const LendingReturn& back) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = regions_.find(static_cast<c10::DeviceIndex>(back.device));
+  if (found == regions_.end()) {
+    return;
+  }
+  Regions& regions = found->second;
+  if (back.ticket != LendingReturn::kClosed) {
+    if (back.ticket < kTickets && regions.tickets[back.ticket].units != 0 &&
+        regions.tickets[back.ticket].peer == peer) {
+      (void)endLoan(regions, regions.tickets[back.ticket]);
+    }
+    return;
+  }
+  const auto region = std::ranges::find(regions.all, back.region, &Region::id);
+  if (region == regions.all.end()) {
+    return;
+  }
+  Region::Reader& reader = region->readers[peer];
+  reader.closed = reader.sent == back.received; // else tickets are on their way, and open it again
+}
+
+void Lender::withdraw(const Ticket& ticket) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Regions& regions = regions_.at(static_cast<c10::DeviceIndex>(ticket.device));
+  Lent& lent = regions.tickets.at(ticket.number);
+  Region::Reader& reader = endLoan(regions, lent).readers[lent.peer];
+  --reader.sent;
+  reader.closed = reader.sent == 0;
+}
+
+bool Lender::keepsMore() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::ranges::any_of(regions_, [](const auto& each) { return each.second.all.size() > 1; });
+}
+
+void Lender::freeUnused() {
+  std::vector<std::pair<c10::DeviceIndex, char*>> unused;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [device, regions] : regions_) {
+      std::erase_if(regions.all, [&, device = device](const Region& region) {
+        const bool free = region.id != 0 && !region.readers.empty() && region.used.none() &&
+            std::ranges::all_of(region.readers, [](const auto& reader) { return reader.second.closed; });
+        if (free) {
+          unused.emplace_back(device, region.memory);
+        }
+        return free;
+      });
+    }
+  }
+  for (const auto& [device, memory] : unused) {
+    const OnDevice onDevice(*runtime_, device);
+    const RelaxedCapture relaxed(*runtime_);
+    (void)runtime_->table().Free(memory);
+  }
+}
+
+void Lender::lose(int peer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [device, regions] : regions_) {
+    for (const Lent& lent : regions.tickets) {
+      if (lent.units != 0 && lent.peer == peer) {
+        regions.byId(lent.region).retired = true;
+      }
+    }
+  }
 }
 
 std::vector<std::pair<int, LendingOffer>> Lender::takeOffers() {
@@ -178,11 +268,8 @@ Borrower::~Borrower() {
   if (inForkedChild()) {
     return;
   }
-  for (const auto& [key, event] : events_) {
-    runtime_->destroyEvent(event);
-  }
   for (const auto& [key, memory] : regions_) {
-    const OnDevice onDevice(*runtime_, std::get<2>(key));
+    const OnDevice onDevice(*runtime_, std::get<3>(key));
     (void)runtime_->table().IpcCloseMemHandle(memory);
   }
 }
@@ -217,7 +304,7 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
       void* memory = nullptr;
       runtime_->check(runtime_->table().IpcOpenMemHandle(&memory, offer.memory, kPeerAccess), "IpcOpenMemHandle");
       const std::lock_guard<std::mutex> lock(mutex_);
-      regions_[{lender, offer.here, reader}] = static_cast<char*>(memory);
+      regions_[{lender, offer.here, 0, reader}] = static_cast<char*>(memory);
       verdict.accepted = 1;
     }
   } catch (const DeviceError& error) {
@@ -230,38 +317,81 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
   return verdict;
 }
 
-const char* Borrower::open(const Loan& loan, c10::DeviceIndex device, void* stream) {
+void Borrower::received(int lender, const Ticket& ticket) {
+  if (ticket.region != 0) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Use& use = uses_[{lender, ticket.device, ticket.region}];
+    ++use.received;
+    ++use.loans;
+    use.open = true;
+  }
+}
+
+bool Borrower::keepsMore() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::ranges::any_of(uses_, [](const auto& each) { return each.second.open; });
+}
+
+// Under the lock: what is closed must not be opened meanwhile.
+void Borrower::closeUnused(Clock::time_point since) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [key, use] : uses_) {
+    if (!use.open || use.loans > 0 || use.last >= since) {
+      continue;
+    }
+    const auto [lender, device, number] = key;
+    for (auto region = regions_.begin(); region != regions_.end();) {
+      const auto& [itsLender, itsDevice, itsNumber, reader] = region->first;
+      if (itsLender != lender || itsDevice != device || itsNumber != number) {
+        ++region;
+        continue;
+      }
+      const OnDevice onDevice(*runtime_, reader);
+      const RelaxedCapture relaxed(*runtime_);
+      (void)runtime_->table().IpcCloseMemHandle(region->second);
+      region = regions_.erase(region);
+    }
+    use.open = false;
+    returns_[lender].push_back({device, LendingReturn::kClosed, number, use.received});
+    hasReturns_ = true;
+  }
+}
+
+const char* Borrower::open(const Loan& loan, c10::DeviceIndex device) {
   const Ticket& ticket = loan.ticket();
-  if (ticket.number >= kTickets || ticket.offset > kRegionBytes || ticket.bytes > kRegionBytes - ticket.offset) {
+  if (ticket.number >= kTickets) {
     throw std::out_of_range("it lends what it does not have");
   }
-  char* memory = nullptr;
-  void* event = nullptr;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    memory = regions_.at({loan.lender(), ticket.device, device});
-    void*& known = events_[{loan.lender(), ticket.device, ticket.number}];
-    if (known == nullptr) {
-      const RelaxedCapture relaxed(*runtime_);
-      runtime_->check(runtime_->table().IpcOpenEventHandle(&known, ticket.event), "IpcOpenEventHandle");
-    }
-    event = known;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!regions_.contains({loan.lender(), ticket.device, 0, device})) {
+    throw std::out_of_range("it lends what it has not offered");
   }
-  runtime_->waitFor(stream, event);
-  return memory + ticket.offset;
+  char*& region = regions_[{loan.lender(), ticket.device, ticket.region, device}];
+  if (region == nullptr) {
+    const RelaxedCapture relaxed(*runtime_);
+    void* memory = nullptr;
+    runtime_->check(runtime_->table().IpcOpenMemHandle(&memory, ticket.memory, kPeerAccess), "IpcOpenMemHandle");
+    region = static_cast<char*>(memory);
+  }
+  return region + ticket.offset;
 }
 
 void Borrower::giveBack(int lender, const Ticket& ticket) noexcept {
   try {
     const std::lock_guard<std::mutex> lock(mutex_);
-    returns_[lender].push_back({ticket.device, ticket.number});
+    if (ticket.region != 0) {
+      Use& use = uses_[{lender, ticket.device, ticket.region}];
+      --use.loans;
+      use.last = Clock::now();
+    }
+    returns_[lender].push_back({ticket.device, ticket.number, ticket.region, 0});
     urgent_ = urgent_ || ticket.bytes >= kReturnAtOnce || ++waiting_ >= kReturnsTogether;
     hasReturns_ = true;
   } catch (const std::bad_alloc&) { // then it is lost
   }
 }
 
-std::map<int, std::vector<Borrower::Return>> Borrower::takeReturns(bool all) {
+std::map<int, std::vector<LendingReturn>> Borrower::takeReturns(bool all) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!urgent_ && !all) {
     return {};

@@ -2,17 +2,21 @@
 //
 // Note [Lent memory]
 // ~~~~~~~~~~~~~~~~~~
-// A sender keeps a region of device memory for each of its devices, allocated at first use, into which it copies what
-// it sends to a neighbour; the neighbour copies it out from there. Only this memory is ever exported, not that of
-// torch's tensors: handles name whole allocations, torch's may lie in segments that have none, and an open handle keeps
-// the memory. A piece of the region is lent with a ticket, of which each has an event: it is recorded behind the copy
-// into the piece, and the borrower's stream waits for it. So the message that names the ticket is sent at once, and no
-// host waits for a device. The borrower gives the ticket back when its own copy is done, which it learns by asking for
-// an event; a ticket that nobody has read is given back as well. What a peer had that has failed is not lent again. A
-// pair of devices begins with an offer, which the peer tries to open. Until it has, and if it cannot, tensors go
-// through pinned memory.
+// A sender keeps regions of device memory, allocated when they are first needed, into which it copies what it sends to
+// a neighbour; the neighbour copies it out from there. Only this memory is ever exported, not that of torch's tensors:
+// handles name whole allocations, torch's may lie in segments that have none, and an open handle keeps the memory. A
+// piece is lent with a ticket, which is sent when the copy into the piece is complete, as the sender's host has asked.
+// (An event of the sender's for which the receiver's stream waits would spare that. But two processes take turns on a
+// GPU, and one whose stream waits for the other keeps it from its turn: measured on an H200. There a turn takes 137 us,
+// whatever is in it, so that large tensors go in few large pieces.) The borrower gives the ticket back when its own
+// copy is done, which it learns in the same way; a ticket that nobody has read is given back as well. What a peer had
+// that has failed is not lent again. A pair of devices begins with an offer, which the peer tries to open. Until it
+// has, and if it cannot, tensors go through pinned memory.
+// A region that nothing was read from for some seconds is closed by those that have opened it, and freed by its lender
+// when all have; but not the first.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bitset>
@@ -26,21 +30,33 @@
 #include <tuple>
 #include <vector>
 
+#include "base/clock.h"
 #include "device/runtime.h"
 
 namespace torch_rpc_mpi {
 
-constexpr size_t kRegionBytes = size_t{128} << 20;
-constexpr size_t kTickets = 64;
-constexpr size_t kLentAtOnce = size_t{16} << 20; // bytes, at most, with a ticket
+constexpr size_t kSmallPiece = size_t{4} << 20;   // bytes; larger ones have regions of their own
+constexpr size_t kSmallRegion = size_t{32} << 20; // bytes
+constexpr size_t kTickets = 128;                  // at once
 
 // In a message. `device` is the lender's.
 struct Ticket {
   int32_t device = 0;
   uint32_t number = 0;
+  uint32_t region = 0; // of the device; the first was offered
+  uint32_t reserved = 0;
   uint64_t offset = 0; // in the region
   uint64_t bytes = 0;
-  IpcHandle event{};
+  IpcHandle memory{}; // the region's
+};
+
+// A ticket that comes back; or a region that has been closed, by one to whom so many tickets of it had come.
+struct LendingReturn {
+  static constexpr uint32_t kClosed = UINT32_MAX; // instead of a ticket
+  int32_t device = 0;
+  uint32_t ticket = 0;
+  uint32_t region = 0;
+  uint32_t received = 0;
 };
 
 using DeviceName = std::array<char, 64>; // its UUID as text, the rest zeros
@@ -62,24 +78,39 @@ struct LendingVerdict {
 class Lender {
  public:
   // names: of all devices that this process sees. neighbours: by rank, who shares this host's devices.
-  Lender(std::shared_ptr<const DeviceRuntime> runtime, std::vector<DeviceName> names, std::vector<bool> neighbours)
+  // largest: bytes of the largest region of a device. All that it lends of one is less than twice that.
+  Lender(
+      std::shared_ptr<const DeviceRuntime> runtime,
+      std::vector<DeviceName> names,
+      std::vector<bool> neighbours,
+      size_t largest)
       : runtime_(std::move(runtime)),
         names_(std::move(names)),
-        neighbours_(std::move(neighbours)) {}
+        neighbours_(std::move(neighbours)),
+        largest_(largest) {}
   ~Lender();
   Lender(const Lender&) = delete;
   Lender& operator=(const Lender&) = delete;
 
   // Whether tensors can go this way. The first question makes an offer.
   bool lendsTo(int peer, c10::DeviceIndex here, c10::DeviceIndex there);
-  // A piece of the region, and where it is; nothing if there is none free. The event is to be recorded behind the copy.
+  // How large the pieces are in which so many bytes are lent: all in one, if they are no more than there is memory for.
+  // Of that size there is always one, sooner or later.
+  size_t pieceFor(c10::DeviceIndex device, size_t bytes);
+  // A piece, and where it is; nothing if there is none free.
   struct Lease {
     Ticket ticket;
     char* memory;
-    void* event;
   };
-  std::optional<Lease> lend(c10::DeviceIndex device, size_t bytes);
-  void takeBack(int32_t device, uint32_t ticket);
+  std::optional<Lease> lend(int peer, c10::DeviceIndex device, size_t bytes);
+  void takeBack(int peer, const LendingReturn& back);
+  // One that was not sent.
+  void withdraw(const Ticket& ticket);
+  // Frees the regions that all have closed. It may wait for the devices.
+  void freeUnused();
+  bool keepsMore() const; // than the first regions
+  // The peer has ended with what it has: nothing is lent any more from the regions in which that lies.
+  void lose(int peer);
 
   bool hasOffers() const {
     return hasOffers_.load(std::memory_order_relaxed);
@@ -91,39 +122,58 @@ class Lender {
   std::map<int, std::string> ways() const;
 
  private:
-  static constexpr size_t kUnit = size_t{64} << 10;
-  static constexpr size_t kUnits = kRegionBytes / kUnit;
-  // Large pieces leave room for small ones.
-  static constexpr size_t kSmall = size_t{1} << 20;
-  static constexpr size_t kUnitsOfLarge = kUnits - 2 * (kSmall / kUnit);
+  static constexpr size_t kUnits = 512; // of a region
 
-  struct Lent {
-    void* event = nullptr; // made at first use
-    IpcHandle handle{};
-    size_t firstUnit = 0, units = 0; // 0: not lent
-  };
   struct Region {
     char* memory = nullptr;
+    size_t bytes = 0;
     IpcHandle handle{};
+    uint32_t id = 0;
+    bool small = false;   // for small pieces
+    bool retired = false; // a peer has ended with a piece of it
     std::bitset<kUnits> used;
+    struct Reader {
+      uint32_t sent = 0;  // tickets
+      bool closed = true; // since
+    };
+    std::map<int, Reader> readers; // by peer
+    size_t unit() const {
+      return bytes / kUnits;
+    }
+  };
+  struct Lent {
+    int peer = 0;
+    uint32_t region = 0;
+    size_t firstUnit = 0, units = 0; // 0 units: not lent
+  };
+  struct Regions {           // of a device
+    std::vector<Region> all; // the first was offered; none: there cannot be any
+    uint32_t nextId = 0;
+    Region& byId(uint32_t id) {
+      return *std::ranges::find(all, id, &Region::id);
+    }
+    bool full = false; // there is no memory for more
     std::array<Lent, kTickets> tickets;
     size_t nextTicket = 0;
   };
   enum class Way { kOffered, kOpen, kClosed };
   using Pair = std::tuple<int, c10::DeviceIndex, c10::DeviceIndex>; // peer, here, there
 
-  Region* regionOf(c10::DeviceIndex device); // null: there is no memory for it, or it cannot be exported
-  std::optional<size_t> findUnits(const Region& region, size_t units) const;
+  Regions& regionsOf(c10::DeviceIndex device);
+  void addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, bool small);
+  static size_t largestOf(const Regions& regions, bool small); // bytes of a region
+  static std::optional<Lent> find(const Regions& regions, size_t bytes);
+  static Region& endLoan(Regions& regions, Lent& lent);
 
   const std::shared_ptr<const DeviceRuntime> runtime_;
   const std::vector<DeviceName> names_;
   const std::vector<bool> neighbours_;
+  const size_t largest_;
 
   mutable std::mutex mutex_;
-  std::map<c10::DeviceIndex, std::unique_ptr<Region>> regions_; // null: there cannot be one
+  std::map<c10::DeviceIndex, Regions> regions_;
   std::map<Pair, Way> ways_;
   std::vector<std::pair<int, LendingOffer>> offers_;
-  std::string noRegion_; // why
   std::atomic<bool> hasOffers_{false};
 };
 
@@ -145,7 +195,9 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
     Loan(std::shared_ptr<Borrower> borrower, int lender, const Ticket& ticket)
         : borrower_(std::move(borrower)),
           lender_(lender),
-          ticket_(ticket) {}
+          ticket_(ticket) {
+      borrower_->received(lender_, ticket_);
+    }
     ~Loan() {
       borrower_->giveBack(lender_, ticket_);
     }
@@ -164,21 +216,28 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
     const int lender_;
     const Ticket ticket_;
   };
-  // The stream goes on behind the lender's copy. Returns where the piece is. Throws DeviceError; std::out_of_range for
-  // a ticket of memory that was not offered.
-  const char* open(const Loan& loan, c10::DeviceIndex device, void* stream);
+  // Returns where the piece is, for a device of this process, which is the current one. Throws DeviceError;
+  // std::out_of_range for a ticket that makes no sense.
+  const char* open(const Loan& loan, c10::DeviceIndex device);
 
-  struct Return {
-    int32_t device = 0;
-    uint32_t ticket = 0;
-  };
+  // Closes the regions that nothing was read from since. It may wait for the devices.
+  void closeUnused(Clock::time_point since);
+  bool keepsMore() const; // open than what was offered
+
   bool hasReturns() const {
     return hasReturns_.load(std::memory_order_relaxed);
   }
   // By lender; those that may still wait, for others to go with them, only if it is time.
-  std::map<int, std::vector<Return>> takeReturns(bool all);
+  std::map<int, std::vector<LendingReturn>> takeReturns(bool all);
 
  private:
+  struct Use {
+    uint32_t received = 0; // tickets
+    uint32_t loans = 0;    // of them, those that have not gone back
+    Clock::time_point last;
+    bool open = false; // or may be, for all that the lender knows
+  };
+  void received(int lender, const Ticket& ticket);
   void giveBack(int lender, const Ticket& ticket) noexcept;
   std::string whyNot(const LendingOffer& offer) const;
 
@@ -186,10 +245,10 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
   const std::vector<DeviceName> names_;
 
   mutable std::mutex mutex_;
-  // By lender, its device, and the one of this process that reads.
-  std::map<std::tuple<int, int32_t, c10::DeviceIndex>, char*> regions_;
-  std::map<std::tuple<int, int32_t, uint32_t>, void*> events_; // by lender, its device, and ticket
-  std::map<int, std::vector<Return>> returns_;
+  // By lender, its device and region, and the device of this process that reads. The first region has been offered.
+  std::map<std::tuple<int, int32_t, uint32_t, c10::DeviceIndex>, char*> regions_;
+  std::map<std::tuple<int, int32_t, uint32_t>, Use> uses_; // by lender, its device and region, but for the first
+  std::map<int, std::vector<LendingReturn>> returns_;
   bool urgent_ = false;
   size_t waiting_ = 0; // returns
   std::atomic<bool> hasReturns_{false};

@@ -28,7 +28,7 @@ void* EventPool::get() {
     free_.reserve(free_.capacity() + 1); // put() must not throw
   }
   const OnDevice onDevice(*runtime_, device_);
-  return runtime_->createEvent(/*interprocess=*/false);
+  return runtime_->createEvent();
 }
 
 void EventPool::put(void* event) noexcept {

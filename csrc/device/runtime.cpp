@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kNotReady = 600;
 constexpr int kCopyDefault = 4; // the runtime sees from the addresses which way
-constexpr unsigned kDisableTiming = 2, kInterprocess = 4;
+constexpr unsigned kDisableTiming = 2;
 constexpr unsigned kPortable = 1;
 
 struct Library {
@@ -168,10 +168,9 @@ bool DeviceRuntime::complete(void* event) const {
   return true;
 }
 
-void* DeviceRuntime::createEvent(bool interprocess) const {
+void* DeviceRuntime::createEvent() const {
   void* event = nullptr;
-  check(
-      table_.EventCreateWithFlags(&event, kDisableTiming | (interprocess ? kInterprocess : 0)), "EventCreateWithFlags");
+  check(table_.EventCreateWithFlags(&event, kDisableTiming), "EventCreateWithFlags");
   return event;
 }
 

@@ -3,10 +3,10 @@
 // Note [Devices without a toolkit]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // Streams, guards, allocation and recordStream come from c10's interfaces, which are the same for every kind of device.
-// What these lack (asynchronous copies from thread to thread, events that another process waits for, handles of
-// memory, pinned memory of our own) is called through a table of functions of the runtime library, looked up when a
-// session with devices begins. So nothing of a vendor is needed to build, and one build serves every build of a torch
-// minor. The functions have CUDA's signatures and constants, which HIP's share.
+// What these lack (asynchronous copies between any memory, handles of memory, pinned memory of our own) is called
+// through a table of functions of the runtime library, looked up when a session with devices begins. So nothing of a
+// vendor is needed to build, and one build serves every build of a torch minor. The functions have CUDA's signatures
+// and constants, which HIP's share.
 //
 // Note [Nothing waits for a device]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -80,7 +80,7 @@ class DeviceRuntime {
   void waitFor(void* stream, void* event) const;
   void record(void* event, void* stream) const;
   bool complete(void* event) const;
-  void* createEvent(bool interprocess) const;
+  void* createEvent() const;
   void destroyEvent(void* event) const noexcept;
   void* allocatePinned(size_t bytes) const;
   void freePinned(void* memory) const noexcept;

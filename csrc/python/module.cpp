@@ -1,5 +1,6 @@
 // The Python face of the core. With python_functions.cpp the only place that knows Python.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <string_view>
 
@@ -44,6 +45,14 @@ std::vector<DeviceName> namesOf(const std::vector<std::string>& texts) {
   return names;
 }
 
+// Of the regions in which a sender lends memory: together they are less than twice the largest, and so no more than a
+// 64th of the device's memory, nor than 1 GiB.
+size_t largestRegion(size_t deviceMemory) {
+  constexpr size_t kSmallest = size_t{64} << 20;
+  constexpr size_t kLargest = size_t{512} << 20;
+  return std::bit_floor(std::clamp(deviceMemory / 128, kSmallest, kLargest));
+}
+
 // AgentOptions as Python sees them: seconds.
 struct PyAgentOptions {
   int numWorkerThreads = AgentOptions().numWorkerThreads;
@@ -56,6 +65,7 @@ struct PyAgentOptions {
   std::string flightRecorderDir;
   std::vector<c10::Device> devices;
   std::vector<std::string> deviceNames; // UUIDs of all that this process sees; none: no memory is shared
+  size_t deviceMemory = 0;              // bytes, of the smallest of them
   std::vector<std::pair<rpc::DeviceMap, rpc::DeviceMap>> deviceMaps; // of requests and responses, by rank; or none
   FaultOptions faults;
 
@@ -88,7 +98,7 @@ struct PyAgentOptions {
     if (!devices.empty()) {
       options.devices = std::make_shared<Devices>(devices, bulkChunk);
       if (!deviceNames.empty()) {
-        options.devices->share(namesOf(deviceNames), std::move(neighbours));
+        options.devices->share(namesOf(deviceNames), std::move(neighbours), largestRegion(deviceMemory));
       }
     }
     for (const auto& [requests, responses] : deviceMaps) {
@@ -243,6 +253,7 @@ void bindAgent(py::module_& module) {
       .def_readwrite("any_source", &PyAgentOptions::anySource)
       .def_readwrite("flight_recorder_dir", &PyAgentOptions::flightRecorderDir)
       .def_readwrite("devices", &PyAgentOptions::devices)
+      .def_readwrite("device_memory", &PyAgentOptions::deviceMemory)
       .def_readwrite("device_names", &PyAgentOptions::deviceNames)
       .def_readwrite("device_maps", &PyAgentOptions::deviceMaps)
       .def_property(

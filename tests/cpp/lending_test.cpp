@@ -17,8 +17,10 @@ namespace {
 constexpr auto kType = c10::kPrivateUse1;
 C10_REGISTER_GUARD_IMPL(PrivateUse1, c10::impl::NoOpDeviceGuardImpl<c10::kPrivateUse1>)
 
+constexpr size_t kLargest = size_t{256} << 20;
+
 bool opens = true;
-int waits = 0;
+bool isFull = false; // the device
 
 template <typename T>
 IpcHandle handleOf(T* pointer) {
@@ -37,23 +39,11 @@ T* pointerIn(const IpcHandle& handle) {
 std::shared_ptr<const DeviceRuntime> runtime() {
   RuntimeTable table;
   table.Malloc = [](void** memory, size_t bytes) {
-    *memory = std::malloc(bytes);
-    return 0;
+    *memory = isFull ? nullptr : std::malloc(bytes);
+    return isFull ? 2 : 0;
   };
   table.Free = [](void* memory) {
     std::free(memory);
-    return 0;
-  };
-  table.StreamWaitEvent = [](void*, void*, unsigned) {
-    ++waits;
-    return 0;
-  };
-  table.EventCreateWithFlags = [](void** event, unsigned flags) {
-    *event = new unsigned(flags);
-    return 0;
-  };
-  table.EventDestroy = [](void* event) {
-    delete static_cast<unsigned*>(event);
     return 0;
   };
   table.IpcGetMemHandle = [](IpcHandle* handle, void* memory) {
@@ -65,14 +55,6 @@ std::shared_ptr<const DeviceRuntime> runtime() {
     return opens ? 0 : 201;
   };
   table.IpcCloseMemHandle = [](void*) { return 0; };
-  table.IpcGetEventHandle = [](IpcHandle* handle, void* event) {
-    *handle = handleOf(static_cast<unsigned*>(event));
-    return 0;
-  };
-  table.IpcOpenEventHandle = [](void** event, IpcHandle handle) {
-    *event = new unsigned(*pointerIn<unsigned>(handle));
-    return 0;
-  };
   table.DeviceCanAccessPeer = [](int* can, int, int peer) {
     *can = peer == 2 ? 0 : 1;
     return 0;
@@ -95,7 +77,7 @@ const std::vector<DeviceName> kNames{named("first"), named("second"), named("thi
 struct Two {
   Two() {
     opens = true;
-    waits = 0;
+    isFull = false;
   }
   LendingVerdict meet(int here = 0, int there = 0) {
     CHECK_THAT(!lender.lendsTo(1, static_cast<c10::DeviceIndex>(here), static_cast<c10::DeviceIndex>(there)));
@@ -107,7 +89,7 @@ struct Two {
     return verdict;
   }
   std::shared_ptr<const DeviceRuntime> fake = runtime();
-  Lender lender{fake, kNames, {false, true, false}};
+  Lender lender{fake, kNames, {false, true, false}, kLargest};
   std::shared_ptr<Borrower> borrower = std::make_shared<Borrower>(fake, kNames);
   std::string warning;
 };
@@ -142,65 +124,131 @@ TEST(a_device_that_the_neighbour_does_not_see_or_reach_is_refused) {
   CHECK_THAT(apart.warning.find("devices 0 and 2 cannot access each other's memory") == 0);
 }
 
-TEST(what_is_lent_is_read_behind_its_event_and_comes_back) {
+TEST(what_is_lent_is_read_and_comes_back) {
   Two two;
   two.meet();
-  const auto lease = two.lender.lend(0, 6);
-  CHECK_EQUAL(lease->ticket.bytes, 6U);
-  CHECK_EQUAL(*static_cast<unsigned*>(lease->event), 6U); // interprocess, without timing
-  std::memcpy(lease->memory, "bytes", 6);
-  {
-    const Borrower::Loan loan(two.borrower, 0, lease->ticket);
-    CHECK_EQUAL(std::string(two.borrower->open(loan, 0, nullptr)), "bytes");
-    CHECK_EQUAL(waits, 1);
-    CHECK_THAT(!two.borrower->hasReturns());
+  for (const size_t bytes : {size_t{6}, size_t{20} << 20}) { // of two regions, of which only the first was offered
+    CHECK_EQUAL(two.lender.pieceFor(0, bytes), bytes);
+    const auto lease = two.lender.lend(1, 0, bytes);
+    CHECK_EQUAL(lease->ticket.bytes, bytes);
+    std::memcpy(lease->memory, "bytes", 6);
+    {
+      const Borrower::Loan loan(two.borrower, 0, lease->ticket);
+      CHECK_EQUAL(std::string(two.borrower->open(loan, 0)), "bytes");
+      CHECK_THAT(!two.borrower->hasReturns());
+    }
+    CHECK_THAT(two.borrower->hasReturns());
+    if (bytes < 100) {
+      CHECK_EQUAL(two.borrower->takeReturns(/*all=*/false).size(), 0U); // it waits for others
+    }
+    const auto returns = two.borrower->takeReturns(/*all=*/true);
+    CHECK_EQUAL(returns.at(0).size(), 1U);
+    CHECK_EQUAL(returns.at(0)[0].ticket, lease->ticket.number);
   }
-  CHECK_THAT(two.borrower->hasReturns());
-  CHECK_EQUAL(two.borrower->takeReturns(/*all=*/false).size(), 0U); // it waits for others
-  const auto returns = two.borrower->takeReturns(/*all=*/true);
-  CHECK_EQUAL(returns.at(0).size(), 1U);
-  CHECK_EQUAL(returns.at(0)[0].ticket, lease->ticket.number);
 }
 
-TEST(large_pieces_leave_room_for_small_ones_and_all_are_lent_again) {
+TEST(pieces_are_as_large_as_what_is_sent_while_there_is_memory) {
   Two two;
   two.meet();
+  CHECK_EQUAL(two.lender.pieceFor(0, size_t{64} << 20), size_t{64} << 20);
+  CHECK_EQUAL(two.lender.pieceFor(0, size_t{1} << 30), kLargest / 4);
+  Two small;
+  small.meet();
+  isFull = true;
+  CHECK_EQUAL(small.lender.pieceFor(0, size_t{64} << 20), kSmallPiece); // of what it has
+  CHECK_EQUAL(small.lender.pieceFor(1, 5), 0U);
+}
+
+TEST(all_that_is_lent_is_apart_and_is_lent_again) {
+  Two two;
+  two.meet();
+  const size_t piece = two.lender.pieceFor(0, size_t{40} << 20);
   for (int round = 0; round < 3; ++round) {
     std::vector<Lender::Lease> leases;
-    while (auto lease = two.lender.lend(0, kLentAtOnce)) {
+    while (auto lease = two.lender.lend(1, 0, piece)) {
       leases.push_back(*lease);
     }
-    CHECK_EQUAL(leases.size(), 7U);
-    CHECK_THAT(!two.lender.lend(0, kLentAtOnce));
-    while (auto lease = two.lender.lend(0, 1000)) {
+    CHECK_THAT(leases.size() >= 4);
+    while (auto lease = two.lender.lend(1, 0, 100'000)) { // there is room for small ones all the same
       leases.push_back(*lease);
     }
     CHECK_EQUAL(leases.size(), kTickets);
-    std::vector<std::pair<size_t, size_t>> ranges;
+    std::vector<std::pair<char*, char*>> ranges;
     for (const auto& lease : leases) {
-      ranges.emplace_back(lease.ticket.offset, lease.ticket.offset + lease.ticket.bytes);
+      ranges.emplace_back(lease.memory, lease.memory + lease.ticket.bytes);
     }
     std::ranges::sort(ranges);
     for (size_t i = 1; i < ranges.size(); ++i) {
       CHECK_THAT(ranges[i - 1].second <= ranges[i].first);
     }
-    CHECK_THAT(ranges.back().second <= kRegionBytes);
     for (const auto& lease : leases) {
-      two.lender.takeBack(lease.ticket.device, lease.ticket.number);
+      two.lender.takeBack(1, {lease.ticket.device, lease.ticket.number, lease.ticket.region, 0});
     }
+  }
+}
+
+TEST(what_a_peer_has_that_ended_is_not_lent_again_and_others_get_room_elsewhere) {
+  Two two;
+  two.meet();
+  for (const size_t bytes : {size_t{100}, size_t{40} << 20}) {
+    two.lender.pieceFor(0, bytes);
+    const auto lost = two.lender.lend(2, 0, bytes);
+    two.lender.lose(2);
+    CHECK_THAT(!two.lender.lend(1, 0, bytes)); // until somebody asks for pieces of that size
+    CHECK_EQUAL(two.lender.pieceFor(0, bytes), bytes);
+    const auto other = two.lender.lend(1, 0, bytes);
+    CHECK_THAT(other->ticket.region != lost->ticket.region);
+    const Borrower::Loan loan(two.borrower, 0, other->ticket);
+    CHECK_EQUAL(static_cast<const void*>(two.borrower->open(loan, 0)), static_cast<const void*>(other->memory));
   }
 }
 
 TEST(tickets_that_make_no_sense_are_refused) {
   Two two;
   two.meet();
-  for (const Ticket& ticket :
-       {Ticket{0, kTickets, 0, 1, {}}, Ticket{0, 0, kRegionBytes, 1, {}}, Ticket{1, 0, 0, 1, {}}}) {
+  for (const Ticket& ticket : {Ticket{0, kTickets, 0, 0, 0, 1, {}}, Ticket{1, 0, 0, 0, 0, 1, {}}}) {
     const Borrower::Loan loan(two.borrower, 0, ticket);
-    CHECK_THROWS(two.borrower->open(loan, 0, nullptr), "");
-    CHECK_EQUAL(waits, 0);
+    CHECK_THROWS(two.borrower->open(loan, 0), "it lends what it");
   }
-  two.lender.takeBack(0, 1000);
-  two.lender.takeBack(7, 0);
-  two.lender.takeBack(0, 3); // not lent
+  two.lender.takeBack(1, {0, 1000, 0, 0});
+  two.lender.takeBack(1, {7, 0, 0, 0});
+  two.lender.takeBack(1, {0, 3, 0, 0}); // not lent
+  two.lender.takeBack(1, {0, LendingReturn::kClosed, 77, 0});
+}
+
+TEST(a_region_is_freed_when_its_readers_have_closed_it_and_not_before) {
+  Two two;
+  two.meet();
+  const size_t bytes = size_t{40} << 20;
+  two.lender.pieceFor(0, bytes);
+  const auto lease = two.lender.lend(1, 0, bytes);
+  const auto receive = [&](const Lender::Lease& lent) {
+    const Borrower::Loan loan(two.borrower, 0, lent.ticket);
+    (void)two.borrower->open(loan, 0);
+  };
+  const auto answer = [&] {
+    for (const auto& [lender, returns] : two.borrower->takeReturns(/*all=*/true)) {
+      for (const LendingReturn& back : returns) {
+        two.lender.takeBack(1, back);
+      }
+    }
+    two.lender.freeUnused();
+  };
+  receive(*lease);
+  two.borrower->closeUnused(Clock::now() - std::chrono::hours(1)); // it was used since
+  answer();
+  CHECK_THAT(two.lender.keepsMore() && two.borrower->keepsMore());
+
+  const auto onItsWay = two.lender.lend(1, 0, bytes);
+  two.borrower->closeUnused(Clock::time_point::max());
+  answer();
+  CHECK_THAT(two.lender.keepsMore()); // for the ticket that will come
+  receive(*onItsWay);
+  two.lender.withdraw(two.lender.lend(1, 0, bytes)->ticket); // one that never comes
+  two.borrower->closeUnused(Clock::time_point::max());
+  answer();
+  CHECK_THAT(!two.lender.keepsMore() && !two.borrower->keepsMore());
+  CHECK_THAT(!two.lender.lend(1, 0, bytes));
+  CHECK_EQUAL(two.lender.pieceFor(0, bytes), bytes);
+  receive(*two.lender.lend(1, 0, bytes));
 }

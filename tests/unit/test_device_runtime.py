@@ -23,7 +23,6 @@ CONSTANTS = {
     "kNotReady": "cudaErrorNotReady",
     "kCopyDefault": "cudaMemcpyDefault",
     "kDisableTiming": "cudaEventDisableTiming",
-    "kInterprocess": "cudaEventInterprocess",
     "kPortable": "cudaHostAllocPortable",
     "kPeerAccess": "cudaIpcMemLazyEnablePeerAccess",
     "mode_": "cudaStreamCaptureModeRelaxed",
