@@ -147,7 +147,8 @@ bool Dispatcher::rests() const {
 }
 
 bool Dispatcher::awaitsDevice() const {
-  return awaitsDevice_.load();
+  // Also what has been posted since the last turn.
+  return awaitsDevice_.load() || exchange_.counters().waitingForDevice.load(std::memory_order_relaxed) != 0;
 }
 
 bool Dispatcher::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {

@@ -83,7 +83,7 @@ void OutboundSlices::chooseWays(const TensorWriter& writer, size_t inlineLimit) 
     if (here.is_cpu()) {
       continue;
     }
-    const bool lends = slice.bytes > 0 && !there.is_cpu() && devices_->lender() != nullptr &&
+    const bool lends = slice.bytes > inlineLimit && !there.is_cpu() && devices_->lender() != nullptr &&
         devices_->lender()->lendsTo(peer_, here.index(), there.index());
     slice.piece = lends ? devices_->lender()->pieceFor(here.index(), slice.bytes) : 0;
     if (slice.piece > 0) {
@@ -119,7 +119,7 @@ void OutboundSlices::lend(const TensorWriter& writer, size_t inlineLimit) {
     const auto lease = devices_->lender()->lend(peer_, here.index(), bytes);
     if (!lease || tickets_.size() >= kTickets) {
       for (const size_t k : together) {
-        slices_[k].way = slices_[k].bytes <= inlineLimit ? Way::kGathered : Way::kTickets;
+        slices_[k].way = Way::kTickets;
       }
       continue;
     }
