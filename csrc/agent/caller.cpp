@@ -131,6 +131,26 @@ class Caller::ResponseTask final : public CompletionTask {
   InboundMessage inbound_;
 };
 
+// One that runs when what comes from a device is in pinned memory, and takes it from there.
+class Caller::CopiedTask final : public Task {
+ public:
+  CopiedTask(std::function<void()> finish, TaskPtr task) : finish_(std::move(finish)), task_(std::move(task)) {}
+  Kind kind() const override {
+    return task_->kind();
+  }
+  bool completes(const void* awaited) const override {
+    return task_->completes(awaited);
+  }
+  void run() noexcept override {
+    finish_();
+    task_->run();
+  }
+
+ private:
+  const std::function<void()> finish_;
+  const TaskPtr task_;
+};
+
 // Of a call to this worker itself, whose response comes from a device to the host.
 class Caller::OwnResponseTask final : public CompletionTask {
  public:
@@ -315,11 +335,12 @@ void Caller::sendToPeer(
     std::shared_ptr<OutboundSlices> onDevices,
     Clock::time_point deadline) {
   server_.heldByPeers().sends(peer);
+  const bool copiesNow = onDevices != nullptr && onDevices->inCurrent();
   auto out = outbox_.make(peer, FrameKind::kRequest, id, std::move(message), *this, std::move(onDevices));
   out->header().secondAttempt = sendsAgain ? 1 : 0;
   out->setDeadline(deadline);
   // What cannot leave yet is encoded when it can: until then it holds no second copy of its data.
-  if (exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
+  if (copiesNow || exchange_.wouldSendAtOnce(peer, out->header().chargedBytes)) {
     outbox_.encode(*out);
   }
   outbox_.submit(std::move(out), /*expectsReply=*/true);
@@ -412,11 +433,9 @@ void Caller::whenCopied(OwnCopy copy, TaskPtr task) {
     engine_->post(std::move(task));
     return;
   }
+  auto finishing = std::make_shared<TaskPtr>(std::make_unique<CopiedTask>(std::move(copy.finish), std::move(task)));
   const auto later = std::make_shared<AtLast>(
-      [finish = std::move(copy.finish), held = std::make_shared<TaskPtr>(std::move(task)), engine = engine_] {
-        finish();
-        engine->post(std::move(*held));
-      });
+      [finishing = std::move(finishing), engine = engine_] { engine->post(std::move(*finishing)); });
   for (DeviceEvent& event : copy.awaited) {
     devices_->holdUntil(std::move(event), later);
   }

@@ -108,6 +108,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
   class CompletionTask;
   class ResponseTask;
   class OwnResponseTask;
+  class CopiedTask;
   class ExpiryTask;
 
   void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;

@@ -12,7 +12,7 @@ namespace {
 
 const rpc::DeviceMap kNone;
 
-constexpr size_t kCopiedInCurrent = size_t{1} << 20; // bytes
+constexpr size_t kCopiedInCurrent = size_t{16} << 10; // bytes: less than a piece, and so copied while it is sent
 
 size_t bytesShown(const std::vector<at::Tensor>& tensors) {
   size_t bytes = 0;

@@ -298,8 +298,9 @@ std::unique_ptr<BulkTarget> Dispatcher::makeTarget(int source, const FrameHeader
 
 // So that device memory that is lent with a message goes back even if nobody reads the message.
 void Dispatcher::keepLoans(InboundMessage& message) const {
-  if (message.header.tickets != 0 && message.target == nullptr) {
+  if (message.header.tickets != 0 && message.target == nullptr && message.error.empty()) {
     message.target = makeReceiveTarget(message.body(), devices_, message.source);
+    require(message.target->parts.empty(), "its body announces parts that its frame does not");
   }
 }
 

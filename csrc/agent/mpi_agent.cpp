@@ -235,11 +235,6 @@ void MpiAgent::shutdownImpl() {
     watch_->leave();
   }
   ReceivePool::instance().trim(Clock::time_point::max());
-  if (options_.devices != nullptr) {
-    options_.devices->letGo();
-    options_.devices->trim();
-    options_.devices->trim(); // what had been used since the time before
-  }
   if (!stopped) {
     LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " was shut down while " << engine_->counts().busy
                  << " functions called through it were still running";
@@ -247,6 +242,14 @@ void MpiAgent::shutdownImpl() {
       keepForEver(std::move(self));
     } else {
       (void)engine_->stop(std::chrono::hours(24 * 365)); // in the destructor: they still use this object
+    }
+  }
+  if (stopped && options_.devices != nullptr) {
+    try {
+      options_.devices->close();
+    } catch (const std::exception& error) {
+      LOG(WARNING) << "RPC on " << members_.describe(members_.rank())
+                   << " could not give back all memory of its devices: " << error.what();
     }
   }
   if (leaving.interrupted() != nullptr) {

@@ -272,11 +272,7 @@ void Server::run(RpcMessage request, ReplyTo reply, Streams streams) {
     return;
   }
   if (future->completed()) {
-    if (deviceMaps_.devices() == nullptr) {
-      respond(reply, [&] { return responseOf(*future, reply.id); });
-    } else { // the callback's streams wait for the value
-      future->addCallback([&](rpc::JitFuture& done) { respond(reply, [&] { return responseOf(done, reply.id); }); });
-    }
+    respondWith(reply, *future);
     return;
   }
   servingAsync_.fetch_add(1);
@@ -289,14 +285,31 @@ void Server::run(RpcMessage request, ReplyTo reply, Streams streams) {
   };
   auto promised = std::make_shared<Promised>(running_, running);
   // Run by whoever completes the future, a user's thread perhaps.
-  future->addCallback([this, owner = owner_, reply, promised = std::move(promised)](rpc::JitFuture& done) {
-    const EngineWork work;
-    promised->request.end();
-    if (const auto alive = owner.lock()) {
-      servingAsync_.fetch_sub(1);
-      respond(reply, [&] { return responseOf(done, reply.id); });
-    }
-  });
+  future->addCallback(
+      [this, owner = owner_, reply, promised = std::move(promised)](rpc::JitFuture& done) {
+        const EngineWork work;
+        promised->request.end();
+        if (const auto alive = owner.lock()) {
+          servingAsync_.fetch_sub(1);
+          respondWith(reply, done);
+        }
+      },
+      /*uses_future=*/false); // else torch takes streams for it, from the pool in which programs capture graphs
+}
+
+// A complete one, whose value is waited for by the streams of the response.
+void Server::respondWith(ReplyTo reply, rpc::JitFuture& done) noexcept {
+  if (deviceMaps_.devices() == nullptr) {
+    respond(reply, [&] { return responseOf(done, reply.id); });
+    return;
+  }
+  try {
+    const c10::MultiStreamGuard guard(deviceMaps_.devices()->poolStreams());
+    done.wait();
+    respond(reply, [&] { return responseOf(done, reply.id); });
+  } catch (const std::exception&) {
+    respond(reply, []() -> RpcMessage { throw; });
+  }
 }
 
 void Server::respond(ReplyTo reply, MakeResponse response) noexcept {

@@ -121,6 +121,7 @@ class Server final : private SendFailureListener {
   void run(RpcMessage request, ReplyTo reply, Streams streams);
   JitFuturePtr process(torch::distributed::rpc::Message& request, Streams streams) const;
   void respond(ReplyTo reply, MakeResponse response) noexcept;
+  void respondWith(ReplyTo reply, torch::distributed::rpc::JitFuture& done) noexcept;
   void respondToSelf(ReplyTo reply, MakeResponse response) noexcept;
   void send(ReplyTo reply, RpcMessage response);
   void owe(ReplyTo reply, const std::exception& error) noexcept;

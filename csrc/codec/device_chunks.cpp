@@ -62,7 +62,6 @@ class PinnedSource final : public ChunkSource {
            (devices_->chunksOut < kChunksPinned || coming_.size() + leaving_.size() == 0)) {
       begin();
     }
-    const RelaxedCapture relaxed(devices_->runtime());
     if (coming_.empty() || !coming_.front().event.complete()) {
       return std::nullopt;
     }
@@ -121,10 +120,11 @@ class PinnedSink final : public ChunkSink {
       begun_ += bytes;
       return MutableSpan{nullptr, bytes};
     }
-    if (devices_->chunksIn >= kChunksPinned && !coming_.empty()) {
+    if (devices_->chunksIn >= kChunksPinned && (!coming_.empty() || !last_.expired())) {
       return std::nullopt;
     }
     coming_.push_back(std::make_shared<PinnedChunk>(devices_, stream_.device(), devices_->chunksIn, bytes));
+    last_ = coming_.back();
     begun_ += bytes;
     return MutableSpan{coming_.back()->data(), bytes};
   }
@@ -133,9 +133,9 @@ class PinnedSink final : public ChunkSink {
     coming_.pop_front();
     const OnDevice onDevice(devices_->runtime(), stream_.device_index());
     void* const stream = devices_->runtime().handleOf(stream_);
+    DeviceEvent event = devices_->event(stream_.device());
     devices_->runtime().copy(memory_.data + copied_, chunk->data(), chunk->bytes(), stream);
     copied_ += chunk->bytes();
-    DeviceEvent event = devices_->event(stream_.device());
     event.record(stream);
     devices_->holdUntil(std::move(event), chunk);
     devices_->counters.receivedPinned.fetch_add(chunk->bytes(), std::memory_order_relaxed);
@@ -147,6 +147,7 @@ class PinnedSink final : public ChunkSink {
   const MutableSpan memory_; // without data: there is none for it
   size_t begun_ = 0, copied_ = 0;
   std::deque<std::shared_ptr<PinnedChunk>> coming_; // that the transport writes to
+  std::weak_ptr<PinnedChunk> last_;                 // given out: while it is in use, this one has its share
 };
 
 // The chunks are tickets of pieces that are lent.
@@ -169,7 +170,6 @@ class TicketSource final : public ChunkSource {
   std::optional<ConstSpan> next() override {
     while (lent_ < memory_.bytes && begin()) {
     }
-    const RelaxedCapture relaxed(devices_->runtime());
     if (coming_.empty() || !coming_.front().event.complete()) {
       return std::nullopt;
     }
@@ -180,18 +180,18 @@ class TicketSource final : public ChunkSource {
   void sent() override {
     leaving_.pop_front();
   }
-
- private:
-  struct Coming {
-    Ticket ticket;
-    DeviceEvent event;
-  };
+  // Whether it has a piece. One that has not would wait, and all that is on the bulk channel behind it.
+  bool begun() const {
+    return lent_ > 0;
+  }
   bool begin() { // false: there is no piece free
     const size_t bytes = std::min(piece_, memory_.bytes - lent_);
     const c10::DeviceIndex device = stream_.device_index();
     const auto lease = devices_->lender()->lend(borrower_, device, bytes);
     if (!lease) {
-      (void)devices_->lender()->pieceFor(device, bytes); // should the region have gone with a peer
+      if (begun() && devices_->lender()->pieceFor(device, bytes) < bytes) { // the region has gone with a peer
+        throw DeviceError("there is no device memory for the rest of a tensor");
+      }
       return false;
     }
     const OnDevice onDevice(devices_->runtime(), device);
@@ -203,7 +203,21 @@ class TicketSource final : public ChunkSource {
     devices_->counters.sentIpc.fetch_add(bytes, std::memory_order_relaxed);
     return true;
   }
+  // Pieces whose tickets have not left go back when the device is done with them.
+  ~TicketSource() override {
+    for (Coming& coming : coming_) {
+      devices_->holdUntil(
+          std::move(coming.event), std::make_shared<AtLast>([lender = devices_->lender(), ticket = coming.ticket] {
+            lender->withdraw(ticket);
+          }));
+    }
+  }
 
+ private:
+  struct Coming {
+    Ticket ticket;
+    DeviceEvent event;
+  };
   const std::shared_ptr<Devices> devices_;
   const int borrower_;
   const c10::Stream stream_;
@@ -278,7 +292,8 @@ std::unique_ptr<ChunkSource> ticketSource(
     const c10::Stream& stream,
     ConstSpan memory,
     size_t piece) {
-  return std::make_unique<TicketSource>(std::move(devices), borrower, stream, memory, piece);
+  auto source = std::make_unique<TicketSource>(std::move(devices), borrower, stream, memory, piece);
+  return source->begin() ? std::move(source) : nullptr;
 }
 
 std::unique_ptr<ChunkSink> ticketSink(

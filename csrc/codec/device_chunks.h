@@ -17,7 +17,7 @@ std::unique_ptr<ChunkSource> pinnedSource(
     const c10::Stream& stream,
     ConstSpan memory);
 std::unique_ptr<ChunkSink> pinnedSink(std::shared_ptr<Devices> devices, const c10::Stream& stream, MutableSpan memory);
-// piece: bytes of a ticket.
+// piece: bytes of a ticket. Null if there is no piece free now.
 std::unique_ptr<ChunkSource> ticketSource(
     std::shared_ptr<Devices> devices,
     int borrower,

@@ -76,6 +76,10 @@ class OutboundSlices {
   const std::vector<Ticket>& tickets() const {
     return tickets_;
   }
+  // Whether its copies lie in the caller's own streams, and so are to be queued while the caller sends.
+  bool inCurrent() const {
+    return inCurrent_;
+  }
   // The message leaves, and its tickets with it.
   void leaves() noexcept {
     left_ = true;
@@ -90,7 +94,7 @@ class OutboundSlices {
   // With what is gathered in its place.
   bool ready();
   // What gives the chunks of one on the bulk channel; null for one of the host.
-  std::unique_ptr<ChunkSource> sourceOf(const TensorWriter& writer, size_t slice) const;
+  std::unique_ptr<ChunkSource> sourceOf(const TensorWriter& writer, size_t slice);
 
  private:
   struct Slice {
@@ -100,6 +104,7 @@ class OutboundSlices {
     size_t offset = 0; // in the block or the lent piece
     size_t bytes = 0;
     char* place = nullptr;
+    std::unique_ptr<ChunkSource> source; // of one that goes as tickets, with its first
   };
   void chooseWays(const TensorWriter& writer, size_t inlineLimit);
   void lend(const TensorWriter& writer, size_t inlineLimit);
@@ -108,6 +113,7 @@ class OutboundSlices {
   const std::shared_ptr<Devices> devices_;
   const std::vector<c10::Device> targets_;
   const int peer_;
+  const bool inCurrent_;
   Streams streams_; // of the devices that the tensors are on
   std::vector<Slice> slices_;
   std::vector<Ticket> tickets_;
@@ -151,6 +157,7 @@ class InboundSlices {
   void borrow(const Ticket& ticket);
   // Copies from what was borrowed with one of them, counted from 1. Throws BadMessage.
   void copyLent(uint32_t ticket, size_t offset, c10::Device device, void* to, size_t bytes);
+  void checkLent(uint32_t ticket, size_t offset, size_t bytes) const; // the same, before there is memory for it
   // No more is copied from there.
   void endLoans();
   ~InboundSlices();

@@ -111,6 +111,15 @@ class ReceiveTarget final : public BulkTarget {
   std::vector<at::DataPtr> storages; // of the slices that are not inside the body, in order
   std::vector<size_t> storageBytes;
 
+  // Device memory: the transport writes to the pinned chunks of the sinks.
+  void abandon() noexcept override {
+    for (size_t i = 0; i < storages.size(); ++i) {
+      if (!storages[i].device().is_cpu()) {
+        storages[i].clear();
+      }
+    }
+  }
+
   // device: -1 for the host. Of a message that has slices for devices nothing is refused for want of memory: what is
   // announced comes all the same, and not every sink takes it in the same chunks.
   void add(size_t bytes, int device, size_t piece) {
@@ -370,6 +379,7 @@ std::unique_ptr<BulkTarget> makeReceiveTarget(ConstSpan body, const std::shared_
       const bool onHost = outline.onHost(i);
       const bool tickets = !onHost && outline.places[i].ticket == kTicketsFollow;
       require(!tickets || outline.places[i].offset > 0, "it lends nothing");
+      require(onHost || outline.sizes[i] > 0, "a part for a device is empty");
       target->add(outline.sizes[i], onHost ? -1 : outline.places[i].device, tickets ? outline.places[i].offset : 0);
     }
   }
@@ -406,6 +416,7 @@ MessageInStreams decode(InboundMessage& inbound, const std::shared_ptr<Devices>&
     if (outline.isLent(i)) {
       require(slices != nullptr && !outline.onHost(i), "device memory is lent for a tensor of the host");
       const c10::Device device = slices->device(outline.places[i].device);
+      slices->checkLent(outline.places[i].ticket, outline.places[i].offset, outline.sizes[i]);
       storages[i] = slices->allocate(device, outline.sizes[i]);
       slices->copyLent(outline.places[i].ticket, outline.places[i].offset, device, storages[i].get(), outline.sizes[i]);
     } else if (outline.inside[i]) {

@@ -60,8 +60,9 @@ std::vector<c10::Stream> Devices::poolStreams() const {
   return streams;
 }
 
+// From the pool of high priority: a program that captures a graph does so in a stream of the other.
 c10::Stream Devices::poolStream(c10::Device device) const {
-  return c10::impl::VirtualGuardImpl(runtime_->type()).getStreamFromGlobalPool(device);
+  return c10::impl::VirtualGuardImpl(runtime_->type()).getStreamFromGlobalPool(device, /*isHighPriority=*/true);
 }
 
 c10::Stream Devices::currentStream(c10::Device device) const {
@@ -95,6 +96,9 @@ void Devices::keepFor(const at::DataPtr& memory, const c10::Stream& stream) cons
 }
 
 void Devices::holdUntil(DeviceEvent event, std::shared_ptr<void> object) {
+  if (closed_) {
+    return;
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   held_.push_back({std::move(event), std::move(object)});
   holds_ = true;
@@ -111,7 +115,6 @@ bool Devices::poll() {
     return false;
   }
   nextPoll_ = now + kBetweenPolls;
-  const RelaxedCapture relaxed(*runtime_);
   for (size_t asked = std::min(held_.size(), kAskedInTurn); asked > 0 && !held_.empty(); --asked) {
     next_ = next_ < held_.size() ? next_ : 0;
     if (isOver(held_[next_].event)) {
@@ -124,6 +127,18 @@ bool Devices::poll() {
   }
   holds_ = !held_.empty();
   return !over.empty();
+}
+
+void Devices::close() {
+  letGo();
+  closed_ = true;
+  if (lender_ != nullptr) {
+    borrower_->close();
+    lender_->close();
+  }
+  for (auto& [index, pools] : pools_) {
+    pools.pinned->trim();
+  }
 }
 
 void Devices::letGo() {

@@ -100,8 +100,9 @@ class Devices {
   bool holds() const {
     return holds_.load();
   }
-  // Destroys what is held, whatever the devices still do. For the end: blocks of pinned memory are not used again.
-  void letGo();
+  // At the end: nothing is held any more, and all memory is given back, whatever the devices still do. It waits for
+  // them.
+  void close();
   // Gives memory back that nothing has used since the time before. It may wait for the devices.
   void trim();
   bool keepsMemory() const; // that trim() would look at
@@ -111,6 +112,7 @@ class Devices {
   std::atomic<size_t> chunksOut{0}, chunksIn{0}; // in pinned memory now
 
  private:
+  void letGo();
   struct Pools {
     std::shared_ptr<EventPool> events;
     std::shared_ptr<PinnedPool> pinned;
@@ -134,6 +136,7 @@ class Devices {
   std::atomic<uint64_t> pinnedAtTrim_{0}; // bytes that had gone through pinned memory
   std::atomic<Clock::rep> lastTrim_{0};
   std::atomic<bool> holds_{false};
+  std::atomic<bool> closed_{false};
 };
 
 } // namespace torch_rpc_mpi

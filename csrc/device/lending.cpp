@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
+#include <c10/util/Logging.h>
 #include <c10/util/StringUtil.h>
 
 #include "host/fork_guard.h"
@@ -12,6 +14,14 @@
 namespace torch_rpc_mpi {
 
 namespace {
+
+// Of another process.
+c10::DeviceIndex indexOf(int32_t device) {
+  if (device < 0 || device > std::numeric_limits<c10::DeviceIndex>::max()) {
+    throw std::out_of_range("it names a device that cannot be");
+  }
+  return static_cast<c10::DeviceIndex>(device);
+}
 
 constexpr unsigned kPeerAccess = 1; // IpcMemLazyEnablePeerAccess
 // Returns that wait for more, so that small calls cost no message each; those of large pieces do not.
@@ -23,10 +33,20 @@ constexpr size_t kReturnAtOnce = size_t{1} << 20; // bytes
 // ---- the lender ----
 
 Lender::~Lender() {
-  if (inForkedChild()) {
-    return;
+  if (!inForkedChild()) {
+    try {
+      close();
+    } catch (const std::exception&) { // the device is broken, or the process ends
+    }
   }
-  for (auto& [device, regions] : regions_) {
+}
+
+void Lender::close() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [pair, way] : ways_) {
+    way = Way::kClosed;
+  }
+  for (auto& [device, regions] : std::exchange(regions_, {})) {
     const OnDevice onDevice(*runtime_, device);
     const RelaxedCapture relaxed(*runtime_);
     for (const Region& region : regions.all) {
@@ -73,11 +93,14 @@ void Lender::addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, 
   try {
     runtime_->check(runtime_->table().Malloc(&memory, bytes), "Malloc");
     runtime_->check(runtime_->table().IpcGetMemHandle(&region.handle, memory), "IpcGetMemHandle");
-  } catch (const DeviceError&) {
+  } catch (const DeviceError& error) {
     if (memory != nullptr) {
       (void)runtime_->table().Free(memory);
     }
     regions.full = true;
+    LOG(WARNING) << "RPC has no more than " << regions.all.size() << " regions of device " << static_cast<int>(device)
+                 << "'s memory to share with other processes, because of one more of " << bytes
+                 << " bytes: " << error.what() << ". Larger tensors may go through pinned memory of the host";
     return;
   }
   region.memory = static_cast<char*>(memory);
@@ -112,9 +135,18 @@ size_t Lender::pieceFor(c10::DeviceIndex device, size_t bytes) {
   return std::max(small, std::min(bytes, largestOf(regions, /*small=*/false) / 4));
 }
 
-std::optional<Lender::Lent> Lender::find(const Regions& regions, size_t bytes) {
+// So that one that takes nothing, because it is stopped, leaves room for others.
+bool Lender::hasEnough(const Regions& regions, const Region& region, int peer) {
+  size_t has = 0;
+  for (const Lent& lent : regions.tickets) {
+    has += lent.region == region.id && lent.peer == peer ? lent.units : 0;
+  }
+  return has > kUnits - region.used.count();
+}
+
+std::optional<Lender::Lent> Lender::find(const Regions& regions, int peer, size_t bytes) {
   for (const Region& region : regions.all) {
-    if (region.retired || region.small != (bytes <= kSmallPiece)) {
+    if (region.retired || region.small != (bytes <= kSmallPiece) || hasEnough(regions, region, peer)) {
       continue;
     }
     const size_t units = (bytes + region.unit() - 1) / region.unit();
@@ -136,7 +168,7 @@ std::optional<Lender::Lease> Lender::lend(int peer, c10::DeviceIndex device, siz
   while (number < kTickets && regions.tickets[(regions.nextTicket + number) % kTickets].units != 0) {
     ++number;
   }
-  const auto place = number == kTickets ? std::nullopt : find(regions, std::max<size_t>(bytes, 1));
+  const auto place = number == kTickets ? std::nullopt : find(regions, peer, std::max<size_t>(bytes, 1));
   if (!place) {
     return std::nullopt;
   }
@@ -152,7 +184,9 @@ std::optional<Lender::Lease> Lender::lend(int peer, c10::DeviceIndex device, siz
   }
   const size_t offset = place->firstUnit * region.unit();
   return Lease{
-      {device, static_cast<uint32_t>(number), place->region, 0, offset, bytes, region.handle}, region.memory + offset};
+      {device, static_cast<uint32_t>(number), place->region, static_cast<uint32_t>(region.bytes / kSizeUnit), offset,
+       bytes, region.handle},
+      region.memory + offset};
 }
 
 Lender::Region& Lender::endLoan(Regions& regions, Lent& lent) {
@@ -166,16 +200,17 @@ Lender::Region& Lender::endLoan(Regions& regions, Lent& lent) {
 
 void Lender::takeBack(int peer, const LendingReturn& back) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = regions_.find(static_cast<c10::DeviceIndex>(back.device));
+  const auto found = regions_.find(indexOf(back.device));
   if (found == regions_.end()) {
-    return;
+    throw std::out_of_range("it gives back what was not lent");
   }
   Regions& regions = found->second;
   if (back.ticket != LendingReturn::kClosed) {
-    if (back.ticket < kTickets && regions.tickets[back.ticket].units != 0 &&
-        regions.tickets[back.ticket].peer == peer) {
-      (void)endLoan(regions, regions.tickets[back.ticket]);
+    if (back.ticket >= kTickets || regions.tickets[back.ticket].units == 0 ||
+        regions.tickets[back.ticket].peer != peer) {
+      throw std::out_of_range("it gives back what was not lent to it");
     }
+    (void)endLoan(regions, regions.tickets[back.ticket]);
     return;
   }
   const auto region = std::ranges::find(regions.all, back.region, &Region::id);
@@ -188,9 +223,12 @@ void Lender::takeBack(int peer, const LendingReturn& back) {
 
 void Lender::withdraw(const Ticket& ticket) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Regions& regions = regions_.at(static_cast<c10::DeviceIndex>(ticket.device));
-  Lent& lent = regions.tickets.at(ticket.number);
-  Region::Reader& reader = endLoan(regions, lent).readers[lent.peer];
+  const auto found = regions_.find(static_cast<c10::DeviceIndex>(ticket.device));
+  if (found == regions_.end()) { // it has closed
+    return;
+  }
+  Lent& lent = found->second.tickets[ticket.number];
+  Region::Reader& reader = endLoan(found->second, lent).readers[lent.peer];
   --reader.sent;
   reader.closed = reader.sent == 0;
 }
@@ -241,7 +279,7 @@ std::vector<std::pair<int, LendingOffer>> Lender::takeOffers() {
 
 std::string Lender::onVerdict(int peer, const LendingVerdict& verdict) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Pair pair{peer, static_cast<c10::DeviceIndex>(verdict.here), static_cast<c10::DeviceIndex>(verdict.there)};
+  const Pair pair{peer, indexOf(verdict.here), indexOf(verdict.there)};
   const auto found = ways_.find(pair);
   if (found == ways_.end() || found->second != Way::kOffered) {
     return {};
@@ -265,10 +303,17 @@ std::map<int, std::string> Lender::ways() const {
 // ---- the borrower ----
 
 Borrower::~Borrower() {
-  if (inForkedChild()) {
-    return;
+  if (!inForkedChild()) {
+    try {
+      close();
+    } catch (const std::exception&) { // the device is broken, or the process ends
+    }
   }
-  for (const auto& [key, memory] : regions_) {
+}
+
+void Borrower::close() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [key, memory] : std::exchange(regions_, {})) {
     const OnDevice onDevice(*runtime_, std::get<3>(key));
     (void)runtime_->table().IpcCloseMemHandle(memory);
   }
@@ -296,11 +341,17 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
   LendingVerdict verdict{offer.here, offer.there, 0, {}};
   std::string why;
   try {
-    const auto reader = static_cast<c10::DeviceIndex>(offer.there);
+    const c10::DeviceIndex reader = indexOf(offer.there);
     const OnDevice onDevice(*runtime_, reader);
     const RelaxedCapture relaxed(*runtime_);
     why = whyNot(offer);
     if (why.empty()) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (regions_.contains({lender, offer.here, 0, reader})) {
+          throw std::out_of_range("it offers the same memory twice");
+        }
+      }
       void* memory = nullptr;
       runtime_->check(runtime_->table().IpcOpenMemHandle(&memory, offer.memory, kPeerAccess), "IpcOpenMemHandle");
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -359,7 +410,8 @@ void Borrower::closeUnused(Clock::time_point since) {
 
 const char* Borrower::open(const Loan& loan, c10::DeviceIndex device) {
   const Ticket& ticket = loan.ticket();
-  if (ticket.number >= kTickets) {
+  const uint64_t size = ticket.regionUnits * uint64_t{kSizeUnit};
+  if (ticket.number >= kTickets || ticket.offset > size || ticket.bytes > size - ticket.offset) {
     throw std::out_of_range("it lends what it does not have");
   }
   const std::lock_guard<std::mutex> lock(mutex_);

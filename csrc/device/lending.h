@@ -38,14 +38,15 @@ namespace torch_rpc_mpi {
 constexpr size_t kSmallPiece = size_t{4} << 20;   // bytes; larger ones have regions of their own
 constexpr size_t kSmallRegion = size_t{32} << 20; // bytes
 constexpr size_t kTickets = 128;                  // at once
+constexpr size_t kSizeUnit = size_t{1} << 20;     // of regions
 
 // In a message. `device` is the lender's.
 struct Ticket {
   int32_t device = 0;
   uint32_t number = 0;
-  uint32_t region = 0; // of the device; the first was offered
-  uint32_t reserved = 0;
-  uint64_t offset = 0; // in the region
+  uint32_t region = 0;      // of the device; the first was offered
+  uint32_t regionUnits = 0; // its size, in kSizeUnit
+  uint64_t offset = 0;      // in the region
   uint64_t bytes = 0;
   IpcHandle memory{}; // the region's
 };
@@ -97,18 +98,20 @@ class Lender {
   // How large the pieces are in which so many bytes are lent: all in one, if they are no more than there is memory for.
   // Of that size there is always one, sooner or later.
   size_t pieceFor(c10::DeviceIndex device, size_t bytes);
-  // A piece, and where it is; nothing if there is none free.
+  // A piece, and where it is; nothing if there is none free, or if the peer has more than is left for others.
   struct Lease {
     Ticket ticket;
     char* memory;
   };
   std::optional<Lease> lend(int peer, c10::DeviceIndex device, size_t bytes);
+  // Throws std::out_of_range for what the peer does not have.
   void takeBack(int peer, const LendingReturn& back);
   // One that was not sent.
   void withdraw(const Ticket& ticket);
   // Frees the regions that all have closed. It may wait for the devices.
   void freeUnused();
   bool keepsMore() const; // than the first regions
+  void close();           // frees all, and lends no more
   // The peer has ended with what it has: nothing is lent any more from the regions in which that lies.
   void lose(int peer);
 
@@ -162,7 +165,8 @@ class Lender {
   Regions& regionsOf(c10::DeviceIndex device);
   void addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, bool small);
   static size_t largestOf(const Regions& regions, bool small); // bytes of a region
-  static std::optional<Lent> find(const Regions& regions, size_t bytes);
+  static std::optional<Lent> find(const Regions& regions, int peer, size_t bytes);
+  static bool hasEnough(const Regions& regions, const Region& region, int peer);
   static Region& endLoan(Regions& regions, Lent& lent);
 
   const std::shared_ptr<const DeviceRuntime> runtime_;
@@ -223,6 +227,7 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
   // Closes the regions that nothing was read from since. It may wait for the devices.
   void closeUnused(Clock::time_point since);
   bool keepsMore() const; // open than what was offered
+  void close();
 
   bool hasReturns() const {
     return hasReturns_.load(std::memory_order_relaxed);

@@ -10,10 +10,15 @@ namespace torch_rpc_mpi {
 // A child made by fork() has no context: what it inherits of the runtime's it leaves alone.
 
 EventPool::~EventPool() {
-  if (!inForkedChild()) {
+  if (inForkedChild()) {
+    return;
+  }
+  try {
+    const OnDevice onDevice(*runtime_, device_);
     for (void* event : free_) {
       runtime_->destroyEvent(event);
     }
+  } catch (const std::exception&) { // the device is broken, or the process ends
   }
 }
 
@@ -40,7 +45,10 @@ void EventPool::put(void* event) noexcept {
 
 PinnedPool::~PinnedPool() {
   if (!inForkedChild()) {
-    trim();
+    try {
+      trim();
+    } catch (const std::exception&) { // likewise
+    }
   }
 }
 

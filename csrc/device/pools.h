@@ -28,6 +28,9 @@ class EventPool {
   const DeviceRuntime& runtime() const {
     return *runtime_;
   }
+  c10::DeviceIndex device() const {
+    return device_;
+  }
 
  private:
   const std::shared_ptr<const DeviceRuntime> runtime_;
@@ -62,8 +65,9 @@ class DeviceEvent {
   void block(void* stream) const {
     pool_->runtime().waitFor(stream, event_);
   }
-  // With the capture mode relaxed.
   bool complete() const {
+    const OnDevice onDevice(pool_->runtime(), pool_->device()); // else it would make a context on another
+    const RelaxedCapture relaxed(pool_->runtime());
     return pool_->runtime().complete(event_);
   }
 

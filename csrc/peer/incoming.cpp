@@ -261,6 +261,9 @@ void Incoming::abandon() noexcept {
   abandoned_ = true;
   for (std::unique_ptr<Message>& message : messages_) {
     if (message->chunks > 0) {
+      if (message->inbound.target != nullptr) {
+        message->inbound.target->abandon();
+      }
       (void)message.release(); // until its operations are complete
     }
   }

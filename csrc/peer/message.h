@@ -139,6 +139,9 @@ struct DoneMessages {
 class BulkTarget {
  public:
   virtual ~BulkTarget() = default;
+  // It is kept, since the transport may still write to it, but nobody will use it: lets go of what the transport does
+  // not write to.
+  virtual void abandon() noexcept {}
   std::vector<MutableSpan> parts;                // without data: its chunks are dropped
   std::vector<std::unique_ptr<ChunkSink>> sinks; // none, or one for each part, null for those that go to memory
   std::string error;                             // set by a sink, or where there was no memory for a part

@@ -12,7 +12,8 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-constexpr size_t kChunksOut = 4; // enough to keep a link busy while the next is posted
+constexpr size_t kAskedInTurn = 16; // messages, whether they are ready
+constexpr size_t kChunksOut = 4;    // enough to keep a link busy while the next is posted
 // Of a batch: it fits a cell of shared memory, of which MPICH's have 16 KiB, and is copied in a microsecond.
 constexpr size_t kBatchBytes = 8192;
 
@@ -127,7 +128,7 @@ void Outgoing::awaitDevice() {
 bool Outgoing::tryDevice(ProgressToken& token) {
   atDevice_ = false;
   bool any = false;
-  for (size_t left = staged_.size(); left > 0 && windowAllows(token, Channel::kFrame); --left) {
+  for (size_t left = std::min(staged_.size(), kAskedInTurn); left > 0 && windowAllows(token, Channel::kFrame); --left) {
     OutboundPtr message = std::move(staged_.front());
     staged_.pop_front();
     context_.counters.waitingForDevice.fetch_sub(1, std::memory_order_relaxed);

@@ -210,10 +210,16 @@ TEST(tickets_that_make_no_sense_are_refused) {
     const Borrower::Loan loan(two.borrower, 0, ticket);
     CHECK_THROWS(two.borrower->open(loan, 0), "it lends what it");
   }
-  two.lender.takeBack(1, {0, 1000, 0, 0});
-  two.lender.takeBack(1, {7, 0, 0, 0});
-  two.lender.takeBack(1, {0, 3, 0, 0}); // not lent
-  two.lender.takeBack(1, {0, LendingReturn::kClosed, 77, 0});
+  const auto lease = two.lender.lend(1, 0, 10);
+  for (const LendingReturn& back :
+       {LendingReturn{0, 1000, 0, 0}, LendingReturn{7, 0, 0, 0}, LendingReturn{256, lease->ticket.number, 0, 0},
+        LendingReturn{0, lease->ticket.number + 1, 0, 0}}) {
+    const auto giveBack = [&] { two.lender.takeBack(1, back); };
+    CHECK_THROWS((giveBack(), 0), "it ");
+  }
+  const auto byAnother = [&] { two.lender.takeBack(2, {0, lease->ticket.number, 0, 0}); };
+  CHECK_THROWS((byAnother(), 0), "it gives back what was not lent to it");
+  two.lender.takeBack(1, {0, LendingReturn::kClosed, 77, 0}); // freed long since
 }
 
 TEST(a_region_is_freed_when_its_readers_have_closed_it_and_not_before) {
@@ -251,4 +257,17 @@ TEST(a_region_is_freed_when_its_readers_have_closed_it_and_not_before) {
   CHECK_THAT(!two.lender.lend(1, 0, bytes));
   CHECK_EQUAL(two.lender.pieceFor(0, bytes), bytes);
   receive(*two.lender.lend(1, 0, bytes));
+}
+
+TEST(a_peer_that_gives_nothing_back_leaves_room_for_others) {
+  Two two;
+  two.meet();
+  const size_t bytes = kLargest / 4;
+  two.lender.pieceFor(0, bytes);
+  while (two.lender.lend(1, 0, bytes)) {
+  }
+  const auto other = two.lender.lend(2, 0, bytes);
+  CHECK_THAT(other.has_value());
+  two.lender.takeBack(2, {0, other->ticket.number, other->ticket.region, 0});
+  CHECK_THAT(two.lender.lend(2, 0, bytes).has_value());
 }
