@@ -74,6 +74,11 @@ def master_port(launcher: Launcher) -> int:
     return _DEFAULT_PORT if launcher.job is None else 20_000 + zlib.crc32(launcher.job.encode()) % 12_000
 
 
+def managers_job(environ: Environment = os.environ) -> str | None:
+    """What the cluster's manager calls the job of which the launch is part; None if there is none."""
+    return next((environ[name] for name in ("SLURM_JOB_ID", "PBS_JOBID") if environ.get(name)), None)
+
+
 def claim(environ: MutableMapping[str, str] = os.environ) -> None:
     """Tells the processes that this one starts that the variables of a launcher are about this one, not about them."""
     if find_launcher(environ) is not None and not is_claimed_by_another(environ):

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from unit_fakes import RunPython
 
-from torch_rpc_mpi import _program, _torchrun
+from torch_rpc_mpi import _launchers, _mpi, _program, _torchrun
 
 # What a program can see of how it was started, as one line of JSON; its exit shows that __main__ is still there.
 PROGRAM = """
@@ -208,8 +209,17 @@ def test_interactive(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
 
 
 PMI = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_RANK": "1",
+    "PMIX_NAMESPACE": "prterun-north-339@1",
+}
 
 
+@pytest.mark.usefixtures("no_launcher")
 class TestVariables:
     """Those of torchrun, where another launcher has started the ranks."""
 
@@ -226,10 +236,65 @@ class TestVariables:
             "MASTER_ADDR": "127.0.0.1",
         }
 
-    def test_on_several_hosts_of_a_job(self) -> None:
-        environ = {**PMI, "SLURM_JOB_NODELIST": "n[07-08]", "SLURM_JOB_ID": "12"}
+    def test_on_several_hosts_of_a_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ports = set()
+        for rank in ("1", "5"):  # of two hosts, each with a daemon of its own
+            monkeypatch.setattr(_torchrun, "_stat", lambda pid, rank=rank: [rank] * 20)
+            environ = {**PMI, "PMI_RANK": rank, "SLURM_JOB_NODELIST": "n[07-08]", "SLURM_JOB_ID": "12"}
+            _torchrun.set_variables(environ)
+            assert (environ["RANK"], environ["LOCAL_RANK"], environ["MASTER_ADDR"]) == (rank, "1", "n07")
+            ports.add(environ["MASTER_PORT"])
+        assert len(ports) == 1
+
+    def test_on_one_host_are_those_of_its_daemon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ports = []
+        for daemon in ("7", "7", "8"):
+            monkeypatch.setattr(_torchrun, "_stat", lambda pid, daemon=daemon: [daemon] * 20)
+            environ = {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1", "SLURM_JOB_ID": "12"}
+            _torchrun.set_variables(environ)
+            ports.append(environ["MASTER_PORT"])
+        assert ports[0] == ports[1] != ports[2]
+
+    @pytest.mark.parametrize("parent", [0, 1])
+    def test_come_from_mpi_where_the_environment_does_not_tell(
+        self, monkeypatch: pytest.MonkeyPatch, parent: int
+    ) -> None:
+        """As where each rank is the first process of a namespace of its own."""
+        asked = []
+
+        def as_mpi_says(launcher: _launchers.Launcher) -> _launchers.Launcher:
+            asked.append(launcher.job)
+            return replace(launcher, job="north 12")
+
+        monkeypatch.setattr("os.getppid", lambda: parent)
+        monkeypatch.setattr(_torchrun, "_as_mpi_says", as_mpi_says)
+        environ = {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1"}
         _torchrun.set_variables(environ)
-        assert (environ["RANK"], environ["LOCAL_RANK"], environ["MASTER_ADDR"]) == ("5", "1", "n07")
+        assert asked == [None]
+        assert environ["LOCAL_RANK"] == "1"
+
+    def test_are_refused_where_mpi_would_not_learn_of_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_mpi, "load", lambda timeout: pytest.fail("MPI has begun"))
+        monkeypatch.setattr(_mpi, "find_library", lambda: "MPICH Version: 5.0")
+        monkeypatch.setattr(_mpi, "is_initialized", lambda: False)
+        for name, value in OPEN_MPI.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError, match=r"rank 1 of 4, but mpi4py's MPICH Version: 5.0 will not learn of it"):
+            _torchrun.set_variables(dict(OPEN_MPI))
+
+    def test_wait_for_mpi_as_long_as_torch_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def load(timeout: float) -> Any:
+            asked.append(timeout)
+            raise InterruptedError
+
+        monkeypatch.setattr(_mpi, "load", load)
+        for patience in (1800, 20):
+            with pytest.raises(InterruptedError):
+                _torchrun.set_variables(dict(PMI))
+            monkeypatch.setenv("TORCH_RPC_MPI_INIT_TIMEOUT", "20")
+            assert asked.pop() == patience
 
     def test_of_the_user_stay(self) -> None:
         environ = {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1", "RANK": "3"}
