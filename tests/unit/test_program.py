@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import py_compile
 import re
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def place(tmp_path: Path) -> Path:
     for package in (tmp_path / "package", tmp_path / "package" / "inner"):
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(PROGRAM)
+    py_compile.compile(str(tmp_path / "prog.py"), str(tmp_path / "compiled.pyc"))
     (tmp_path / "link.py").symlink_to(tmp_path / "package" / "inner" / "__main__.py")
     with zipfile.ZipFile(tmp_path / "zipped", "w") as file:
         file.writestr("__main__.py", PROGRAM)
@@ -74,6 +76,7 @@ def as_python(place: Path, *arguments: str, stdin: str = "") -> dict[str, Any]:
     [
         (["prog.py", "--option", "-x"], ""),
         (["link.py"], ""),
+        (["compiled.pyc", "a"], ""),
         (["package/inner", "a"], ""),
         (["zipped", "a"], ""),
         (["-m", "prog", "-c"], ""),
@@ -132,7 +135,7 @@ def test_is_found_by_children_that_are_spawned(run_python: RunPython, tmp_path: 
 
 
 class TestErrors:
-    def of(self, run: RunPython, place: Path, source: str) -> list[str]:
+    def of(self, run: RunPython, place: Path, source: str, **environment: str) -> list[str]:
         """The traceback of a program that has this source."""
         (place / "prog.py").write_text(textwrap.dedent(source))
         printed = run(
@@ -145,6 +148,7 @@ except Exception as error:
     import sys  # again: the program's names have taken the place of this one's
     sys.excepthook(type(error), error, error.__traceback__)
 """,
+            **environment,
         )
         return printed.splitlines()
 
@@ -157,6 +161,16 @@ except Exception as error:
             f'  File "{tmp_path / "prog.py"}", line 2, in fail',
         ]
         assert lines[-1] == "ValueError: no"
+
+    def test_before_the_program_have_no_frames_of_ours_and_end_the_launch(
+        self, run_forked_with_fakes: RunPython, tmp_path: Path
+    ) -> None:
+        wrong = {"TORCH_RPC_MPI_INIT_TIMEOUT": "soon"}  # read where MPI is to tell the place
+        lines = self.of(run_forked_with_fakes, tmp_path, "print('begun')\n", **PMI, **wrong)
+        assert not [line for line in lines if line.startswith("  File")]
+        assert lines[0].startswith("ValueError: environment variable TORCH_RPC_MPI_INIT_TIMEOUT='soon'")
+        assert re.match(r"torch_rpc_mpi: rank 5 .* ends with status 1, because of this ValueError", lines[-1])
+        assert "begun" not in lines
 
     def test_of_syntax_are_pythons(self, run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
         lines = self.of(run_forked_with_fakes, tmp_path, "a = (\n")
@@ -194,6 +208,18 @@ except Exception as error:
         shown = capsys.readouterr().err + (code if isinstance(code, str) else "")
         assert (code if isinstance(code, int) else 1) == status
         assert re.search(text, shown), shown
+
+
+def test_leaves_the_main_module_of_a_tool_that_runs_it(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
+    (tmp_path / "prog.py").write_text(PROGRAM)
+    printed = run_forked_with_fakes(
+        "import os, sys, __main__ as tool; sys.path.insert(0, os.getcwd()); tools = dict(vars(tool))\n",
+        "from torch_rpc_mpi import _program; _program.main(['prog.py'])\n"
+        "assert {**vars(tool), **tools} == vars(tool), 'the tool has lost names'\nprint('kept')\n",
+    )
+    report, kept, at_exit = printed.splitlines()
+    assert json.loads(report)["is main"]
+    assert (kept, at_exit) == ("kept", AT_EXIT)
 
 
 def test_interactive(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
