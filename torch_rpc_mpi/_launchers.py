@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import stat
 import zlib
@@ -34,6 +35,7 @@ PMI, PMIX = "PMI", "PMIx"
 SLURM = "Slurm's srun"
 
 _DEFAULT_PORT = 29500
+_ANSWER_LIMIT = 1.0  # seconds
 _CLAIM = "TORCH_RPC_MPI_LAUNCHED"
 
 
@@ -91,6 +93,12 @@ def is_claimed_by_another(environ: Environment = os.environ) -> bool:
     return pid not in ("", str(os.getpid())) and claimed == _identity(environ)
 
 
+def is_within_another(environ: Environment = os.environ) -> bool:
+    """Whether this launch is not the one that a process has claimed which has started this one."""
+    _, _, claimed = environ.get(_CLAIM, "").partition(" ")
+    return claimed not in ("", _identity(environ))
+
+
 def end_job(status: int, environ: Environment = os.environ) -> None:
     """Has a launcher that speaks PMI-1 end all ranks, with this status, for one that has not begun MPI.
 
@@ -101,6 +109,8 @@ def end_job(status: int, environ: Environment = os.environ) -> None:
         if descriptor is None or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return
         os.write(descriptor, b"cmd=init pmi_version=1 pmi_subversion=1\n")
+        if not select.select([descriptor], [], [], _ANSWER_LIMIT)[0]:
+            return
         os.read(descriptor, 1024)
         os.write(descriptor, f"cmd=abort exitcode={status}\n".encode())
     except OSError:

@@ -11,6 +11,8 @@ from . import _launchers
 from ._launchers import Launcher
 
 _PLACE = {"RANK": "rank", "WORLD_SIZE": "size", "LOCAL_RANK": "local_rank", "LOCAL_WORLD_SIZE": "local_size"}
+# Which of the variables are set by us, and so no longer true in a launch that a rank starts.
+_OURS = "TORCH_RPC_MPI_VARIABLES"
 
 
 def set_variables(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -18,18 +20,23 @@ def set_variables(environ: MutableMapping[str, str] = os.environ) -> None:
     launcher = _launchers.find_launcher(environ)
     if launcher is None or _launchers.find_torchrun(environ) is not None or _launchers.is_claimed_by_another(environ):
         return
+    if _launchers.is_within_another(environ):
+        for name in environ.pop(_OURS, "").split():
+            environ.pop(name, None)
     if environ.keys() >= {*_PLACE, "MASTER_ADDR", "MASTER_PORT"}:
         return
     alone = launcher.size is not None and launcher.local_size == launcher.size
     launcher = replace(launcher, job=launcher.job or (_daemon(launcher) if alone else _launchers.managers_job(environ)))
     if None in (launcher.size, launcher.local_rank, launcher.local_size, launcher.first_host, launcher.job):
         launcher = _as_mpi_says(launcher)
-    for name, of_launcher in _PLACE.items():
-        environ.setdefault(name, str(getattr(launcher, of_launcher)))
     alone = launcher.local_size == launcher.size
-    environ.setdefault("MASTER_ADDR", "127.0.0.1" if alone else str(launcher.first_host))
+    variables = {name: str(getattr(launcher, of_launcher)) for name, of_launcher in _PLACE.items()}
+    variables["MASTER_ADDR"] = "127.0.0.1" if alone else str(launcher.first_host)
     # All ranks come to it without a word. It is used by what is not RPC.
-    environ.setdefault("MASTER_PORT", str(_launchers.master_port(launcher)))
+    variables["MASTER_PORT"] = str(_launchers.master_port(launcher))
+    ours = {name: value for name, value in variables.items() if name not in environ}
+    environ.update(ours)
+    environ[_OURS] = " ".join(ours)
 
 
 def _as_mpi_says(launcher: Launcher) -> Launcher:

@@ -218,6 +218,19 @@ except ValueError as error:
         )
 
 
+@pytest.mark.parametrize(
+    ("value", "is_on", "told"),
+    [("1", True, 0), ("0", False, 0), ("", False, 0), ("false", False, 1), ("no", False, 1), (" ", False, 1)],
+)
+def test_the_switch_is_on_for_1_alone(caplog: pytest.LogCaptureFixture, value: str, is_on: bool, told: int) -> None:
+    _drop_in._tell_of.cache_clear()
+    for _ in range(2):
+        assert _drop_in.is_on({_drop_in.VARIABLE: value}) == is_on
+    assert [record.getMessage().count(f"TORCH_RPC_MPI_DROP_IN={value!r} has no") for record in caplog.records] == [
+        1
+    ] * told
+
+
 class TestClaim:
     def test_of_another_process_holds_for_the_same_launch_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         environ = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1", "PMI_FD": "9"}

@@ -147,3 +147,15 @@ def test_nothing_is_imported_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", lambda name, *_: pytest.fail(f"import {name}"))
     _launchers.find_launcher({})
     _launchers.find_torchrun({})
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_end_of_a_job_waits_for_no_launcher_that_is_silent(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    monkeypatch.setattr(_launchers, "_ANSWER_LIMIT", 0.01)
+    ours, launchers = socket.socketpair()
+    with ours, launchers:
+        if answers:
+            launchers.sendall(b"cmd=response_to_init rc=0\n")
+        _launchers.end_job(3, {"PMI_FD": str(ours.fileno())})
+        asked = launchers.recv(1024)
+    assert (b"cmd=abort exitcode=3\n" in asked) == answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import py_compile
 import re
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from unit_fakes import RunPython
 
-from torch_rpc_mpi import _launchers, _mpi, _program, _torchrun
+from torch_rpc_mpi import _exit, _launchers, _mpi, _program, _torchrun
 
 # What a program can see of how it was started, as one line of JSON; its exit shows that __main__ is still there.
 PROGRAM = """
@@ -222,6 +223,15 @@ def test_leaves_the_main_module_of_a_tool_that_runs_it(run_forked_with_fakes: Ru
     assert (kept, at_exit) == ("kept", AT_EXIT)
 
 
+def test_peers_without_a_launcher_are_told_of_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_exit, "_watched", _exit._Watched(os.getpid(), "worker 'a'", job=None))
+    monkeypatch.setattr(_exit, "_farewell", "it shut RPC down")
+    _exit.program_exited(None)
+    assert _exit.farewell() == "it shut RPC down"
+    _exit.program_exited(3)
+    assert _exit.farewell() == "it exited with status 3"
+
+
 def test_interactive(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
     """The prompt comes also after an error, knows the program's names, and an error there ends nothing."""
     (tmp_path / "prog.py").write_text("x = 20\nraise ValueError('no')\n")
@@ -255,6 +265,7 @@ class TestVariables:
         port = int(environ.pop("MASTER_PORT"))
         assert 20000 <= port < 32000
         assert {name: value for name, value in environ.items() if name not in PMI} == {
+            "TORCH_RPC_MPI_VARIABLES": "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT",
             "RANK": "1",
             "WORLD_SIZE": "4",
             "LOCAL_RANK": "1",
@@ -331,6 +342,18 @@ class TestVariables:
             "3",
             "1",
         ]
+
+    def test_of_a_launch_are_not_those_of_one_within(self) -> None:
+        environ = {**PMI, "PMI_SIZE": "1", "PMI_RANK": "0", "MPI_LOCALNRANKS": "1", "MASTER_PORT": "1"}
+        _torchrun.set_variables(environ)
+        _launchers.claim(environ)
+        outer = dict(environ)
+        _torchrun.set_variables(environ)
+        assert environ == outer
+        environ |= {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1"}
+        _torchrun.set_variables(environ)
+        places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        assert [environ[name] for name in places] == ["1", "4", "1", "4", "1"]
 
     def test_of_torchrun_stay(self) -> None:
         environ = {**PMI, "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}
