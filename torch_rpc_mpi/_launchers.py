@@ -1,6 +1,6 @@
 """What launchers tell the processes that they start, as far as it stands in the environment.
 
-The one table of such variables. Nothing here looks at MPI, or imports anything but the standard library.
+The table of such variables. Nothing here looks at MPI, or imports anything but the standard library.
 
 =====================  ===============================================================================================
 launcher               where its variables are described, and of what they were seen
@@ -34,6 +34,11 @@ PMI, PMIX = "PMI", "PMIx"
 
 SLURM = "Slurm's srun"
 
+# Whole names, and what others begin with.
+_FOR_MPI = re.compile(
+    r"(PMI|PMI2|PMIX|I_MPI_PMI|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD|MV2_COMM_WORLD)(_|$)"
+)
+
 _DEFAULT_PORT = 29500
 _ANSWER_LIMIT = 1.0  # seconds
 _CLAIM = "TORCH_RPC_MPI_LAUNCHED"
@@ -66,6 +71,21 @@ def find_launcher(environ: Environment = os.environ) -> Launcher | None:
 def find_torchrun(environ: Environment = os.environ) -> Launcher | None:
     """torchrun, if it started this process or a parent of it, which may be in a task of ``find_launcher``'s."""
     return _TORCHRUN.read(environ)
+
+
+def all_ranks_are_here(environ: Environment = os.environ) -> bool:
+    """Whether a launcher of the MPICH family has started all ranks on this host."""
+    ranks_here = environ.get("MPI_LOCALNRANKS")
+    return ranks_here is not None and ranks_here == environ.get("PMI_SIZE")
+
+
+def variables_for_mpi(environ: Environment = os.environ) -> list[str]:
+    """Those from which MPI itself learns of a launch.
+
+    In a process that a launcher has started only indirectly, through torchrun or multiprocessing, they are about a
+    parent: MPI would take this process for that rank, or fail.
+    """
+    return [name for name in environ if _FOR_MPI.match(name)]
 
 
 def master_port(launcher: Launcher) -> int:

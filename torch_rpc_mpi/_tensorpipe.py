@@ -91,7 +91,7 @@ def _unless(default: Any, value: Any) -> Any:
 
 def _init_method(given: str, rank: Any, world_size: Any) -> str:
     """Where a launcher brings the ranks together they need no address, and one such as localhost may be wrong."""
-    place = backend.integer("rank", rank), backend.integer("world_size", world_size)
+    place = backend.integer("rank", -1 if rank is None else rank), backend.integer("world_size", world_size)
     if not _launch.through_store(*_launch.complete(*place)):
         return DEFAULT_URL
     return backend.without_torchs_default(given)

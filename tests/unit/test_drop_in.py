@@ -90,6 +90,10 @@ class TestOptions:
         assert translated(TensorPipeRpcBackendOptions(num_worker_threads=4)).num_worker_threads == 4
 
     @pytest.mark.usefixtures("launched")
+    def test_without_a_rank_leave_it_to_mpi(self) -> None:
+        assert _tensorpipe.translated(None, None, 2).init_method == "mpi://"
+
+    @pytest.mark.usefixtures("launched")
     def test_need_no_address_under_a_launcher(self) -> None:
         for init_method in ("env://", "tcp://localhost:1234", "file:///tmp/store"):
             options = TensorPipeRpcBackendOptions(init_method=init_method)
