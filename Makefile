@@ -5,7 +5,7 @@
 # make soak [CALLS=…]    random calls of every kind between four ranks, 200 000 unless told otherwise, which takes five
 #                        minutes; `make test` makes 40 000
 # make hosts [KILLS=…]   deaths and outages across hosts, imitated by namespaces; as root
-# make slurm             under a Slurm of its own, every way to start ranks there, on four MPIs; as root
+# make slurm [ARGS=...]  under a Slurm of its own, every way to start ranks there, on four MPIs; as root
 # make programs [ARGS=…] RPC programs of other packages, over TensorPipe and unmodified over MPI, with a table
 # make bench [ARGS=...]  compare with TensorPipe and with MPI itself
 # make gpu [ARGS=...]    on a machine with a GPU and a torch for it: device cases, torch's CUDA suites, benchmark of device
@@ -74,7 +74,7 @@ hosts:
 	ci/hosts.sh $(KILLS)
 
 slurm:
-	ci/slurm.sh
+	ci/slurm.sh $(ARGS)
 
 programs:
 	ci/programs.sh $(ARGS)

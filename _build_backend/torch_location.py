@@ -10,6 +10,7 @@ import os
 import site
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,10 @@ def version_label(torch: Torch | None) -> str:
 
     Wheels for several torch series have the same name and tags otherwise, and could not lie in one place.
     """
-    wanted = os.environ.get("TORCH_RPC_MPI_VERSION_LABEL", "0") not in ("", "0")
-    return f"+torch{torch.minor}" if torch and wanted else ""
+    asked = os.environ.get("TORCH_RPC_MPI_VERSION_LABEL", "")
+    if asked not in ("", "0", "1"):
+        warnings.warn(f"TORCH_RPC_MPI_VERSION_LABEL={asked!r} has no meaning: 1 asks for a label", stacklevel=2)
+    return f"+torch{torch.minor}" if torch and asked == "1" else ""
 
 
 def _sees_base_packages() -> bool:

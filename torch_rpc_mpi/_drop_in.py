@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+
+logger = logging.getLogger("torch_rpc_mpi")
 
 VARIABLE = "TORCH_RPC_MPI_DROP_IN"
 TENSORPIPE = "TENSORPIPE"  # torch's name of the backend
@@ -23,7 +26,20 @@ _WIRES = "_torch_rpc_mpi_wires"
 
 def is_on(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether requests for TensorPipe are MPI's."""
-    return environ.get(VARIABLE, "0") not in ("", "0")
+    value = environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        _tell_of(value)
+    return value == "1"
+
+
+@functools.cache
+def _tell_of(value: str) -> None:
+    logger.warning(
+        '%s=%r has no meaning, so that TensorPipe stays TensorPipe: 1 switches backend "MPI" on for it, 0 or nothing '
+        "off",
+        VARIABLE,
+        value,
+    )
 
 
 def switch_on() -> None:

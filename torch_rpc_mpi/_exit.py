@@ -187,7 +187,10 @@ def program_exited(code: object) -> None:
         return
     if _watched is None:
         _end_launch(status, "its exit")
-    elif _watched.job is not None:
+    elif _watched.job is None:
+        global _farewell
+        _farewell = f"it exited with status {status}"
+    else:
         from . import _torch_api
 
         if _torch_api.is_current_rpc_agent_set():
@@ -205,12 +208,21 @@ def _end_launch(status: int, why: str) -> None:
         _end_job(_mpi.open_library(), whereabouts, status, why)
         return
 
+    ended = threading.Event()
+
     def end() -> None:
         print(f"torch_rpc_mpi: {whereabouts} ends with status {status}, because of {why}", file=sys.stderr, flush=True)
         _launchers.end_job(status)
+        ended.set()
+
+    def end_at_exit() -> None:
+        limit.cancel()
+        limit.join()  # one that has begun
+        if not ended.is_set():
+            end()
 
     global _end_of_launch
-    _end_of_launch = end
     limit = threading.Timer(_LIMIT, end)
     limit.daemon = True
     limit.start()
+    _end_of_launch = end_at_exit

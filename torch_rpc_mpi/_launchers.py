@@ -1,6 +1,6 @@
 """What launchers tell the processes that they start, as far as it stands in the environment.
 
-The one table of such variables. Nothing here looks at MPI, or imports anything but the standard library.
+The table of such variables. Nothing here looks at MPI, or imports anything but the standard library.
 
 =====================  ===============================================================================================
 launcher               where its variables are described, and of what they were seen
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import stat
 import zlib
@@ -33,7 +34,13 @@ PMI, PMIX = "PMI", "PMIx"
 
 SLURM = "Slurm's srun"
 
+# Whole names, and what others begin with.
+_FOR_MPI = re.compile(
+    r"(PMI|PMI2|PMIX|I_MPI_PMI|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD|MV2_COMM_WORLD)(_|$)"
+)
+
 _DEFAULT_PORT = 29500
+_ANSWER_LIMIT = 1.0  # seconds
 _CLAIM = "TORCH_RPC_MPI_LAUNCHED"
 
 
@@ -66,12 +73,32 @@ def find_torchrun(environ: Environment = os.environ) -> Launcher | None:
     return _TORCHRUN.read(environ)
 
 
+def all_ranks_are_here(environ: Environment = os.environ) -> bool:
+    """Whether a launcher of the MPICH family has started all ranks on this host."""
+    ranks_here = environ.get("MPI_LOCALNRANKS")
+    return ranks_here is not None and ranks_here == environ.get("PMI_SIZE")
+
+
+def variables_for_mpi(environ: Environment = os.environ) -> list[str]:
+    """Those from which MPI itself learns of a launch.
+
+    In a process that a launcher has started only indirectly, through torchrun or multiprocessing, they are about a
+    parent: MPI would take this process for that rank, or fail.
+    """
+    return [name for name in environ if _FOR_MPI.match(name)]
+
+
 def master_port(launcher: Launcher) -> int:
     """A port for MASTER_PORT where it is unset, the same for all ranks of a launch, and another for another's.
 
     Below those that Linux gives to whoever asks for any. Torch's own default where the launch has no name.
     """
     return _DEFAULT_PORT if launcher.job is None else 20_000 + zlib.crc32(launcher.job.encode()) % 12_000
+
+
+def managers_job(environ: Environment = os.environ) -> str | None:
+    """What the cluster's manager calls the job of which the launch is part; None if there is none."""
+    return next((environ[name] for name in ("SLURM_JOB_ID", "PBS_JOBID") if environ.get(name)), None)
 
 
 def claim(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -86,6 +113,12 @@ def is_claimed_by_another(environ: Environment = os.environ) -> bool:
     return pid not in ("", str(os.getpid())) and claimed == _identity(environ)
 
 
+def is_within_another(environ: Environment = os.environ) -> bool:
+    """Whether this launch is not the one that a process has claimed which has started this one."""
+    _, _, claimed = environ.get(_CLAIM, "").partition(" ")
+    return claimed not in ("", _identity(environ))
+
+
 def end_job(status: int, environ: Environment = os.environ) -> None:
     """Has a launcher that speaks PMI-1 end all ranks, with this status, for one that has not begun MPI.
 
@@ -96,6 +129,8 @@ def end_job(status: int, environ: Environment = os.environ) -> None:
         if descriptor is None or not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return
         os.write(descriptor, b"cmd=init pmi_version=1 pmi_subversion=1\n")
+        if not select.select([descriptor], [], [], _ANSWER_LIMIT)[0]:
+            return
         os.read(descriptor, 1024)
         os.write(descriptor, f"cmd=abort exitcode={status}\n".encode())
     except OSError:

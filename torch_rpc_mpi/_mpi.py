@@ -245,7 +245,7 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         init_timeout,
     )
     try:
-        nodes = 1 if _system.all_ranks_are_here() else 0
+        nodes = 1 if _launchers.all_ranks_are_here() else 0
         with _system.default_environment(_system.mpi_settings("", [_system.Limits.here()], nodes)):
             module = _import_mpi()
     finally:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
-from types import CodeType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from . import _drop_in, _exit, _launchers, _torchrun
@@ -56,11 +56,11 @@ class Program:
 def main(arguments: list[str]) -> None:
     """Runs the program; its end is this process's."""
     request = parse(arguments)
-    _drop_in.switch_on()
-    _torchrun.set_variables()
-    _launchers.claim()
     sys.excepthook = _show
     try:
+        _drop_in.switch_on()
+        _torchrun.set_variables()
+        _launchers.claim()
         run(request)
     except SystemExit as error:
         _exit.program_exited(error.code)
@@ -99,7 +99,7 @@ def run(request: Request) -> None:
     sys.argv[0] = program.name
     if program.first_path is not None:
         sys.path[0] = program.first_path
-    names = sys.modules["__main__"].__dict__
+    names = _main_module().__dict__
     names.clear()
     names |= {
         "__name__": "__main__",
@@ -121,6 +121,14 @@ def run(request: Request) -> None:
     code.interact(banner="", local=names, exitmsg="")
 
 
+def _main_module() -> ModuleType:
+    """What becomes the program's ``__main__``: not that of a tool that runs this package, such as cProfile."""
+    module = sys.modules["__main__"]
+    if getattr(getattr(module, "__spec__", None), "name", None) != f"{__package__}.__main__":
+        module = sys.modules["__main__"] = ModuleType("__main__")
+    return module
+
+
 def _execute(program: CodeType, names: dict[str, Any]) -> None:
     exec(program, names)
 
@@ -135,13 +143,18 @@ def _of_file(path: str) -> Program:
         return _of_spec(spec, path, full)
     loader = importlib.machinery.SourceFileLoader("__main__", full)
     try:
-        source = loader.get_data(full)
+        content = loader.get_data(full)
     except OSError as error:
         print(f"{sys.executable}: can't open file {full!r}: [Errno {error.errno}] {error.strerror}", file=sys.stderr)
         sys.exit(2)
     names = {"__file__": full, "__cached__": None}
     directory = None if _is_safe_path() else os.path.dirname(os.path.realpath(path))
-    return Program(loader.source_to_code(source, full), path, directory, loader, None, names)
+    if path.endswith(".pyc") or content.startswith(importlib.util.MAGIC_NUMBER):
+        compiled = importlib.machinery.SourcelessFileLoader("__main__", full)
+        found = compiled.get_code("__main__")
+        assert found is not None  # such a loader's is None for modules that are not Python's alone
+        return Program(found, path, directory, compiled, None, names)
+    return Program(loader.source_to_code(content, full), path, directory, loader, None, names)
 
 
 def _of_module(name: str) -> Program:
@@ -181,6 +194,10 @@ _LOADERS: dict[str, Callable[[str], Program]] = {
 }
 
 
+# What says by its text why a program cannot begin.
+_TOLD = (ImportError, RuntimeError, ValueError)
+
+
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Shows an exception as Python does, without the frames that have led to the program."""
     frame = traceback
@@ -190,4 +207,13 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
         traceback = frame.tb_next
     elif isinstance(error, SyntaxError):  # the program's own
         traceback = None
+    elif isinstance(error, _TOLD):
+        while traceback is not None and _is_ours(traceback):
+            traceback = traceback.tb_next
     sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
+
+
+def _is_ours(traceback: TracebackType) -> bool:
+    """Whether this frame is this package's, or of ``runpy``, which has called it."""
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    return module in ("__main__", "runpy") or f"{module}.".startswith(f"{__package__}.")

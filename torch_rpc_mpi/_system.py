@@ -65,12 +65,6 @@ def how_it_ended(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"has ended with status {status}"
 
 
-def all_ranks_are_here(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher of the MPICH family has started all ranks on this host."""
-    ranks_here = environ.get("MPI_LOCALNRANKS")
-    return ranks_here is not None and ranks_here == environ.get("PMI_SIZE")
-
-
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a rank finds on its host."""

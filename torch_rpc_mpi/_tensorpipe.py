@@ -32,6 +32,11 @@ _INIT_TIMEOUT = MPIRpcBackendOptions.table["init_timeout"]
 _ORIGINAL = Option("original", "TensorPipeRpcBackendOptions", None, "", "What the program has given.", _any)
 
 
+def init_timeout() -> float:
+    """Seconds that a program waits for the others which does not know of our option of this name."""
+    return MPIRpcBackendOptions().init_timeout if _INIT_TIMEOUT.environment in os.environ else _PATIENCE
+
+
 class TranslatedOptions(MPIRpcBackendOptions):
     """The options that do what TensorPipe's say, which are kept for those who ask the agent for them."""
 
@@ -73,7 +78,7 @@ def translated(options: Any, rank: Any, world_size: Any) -> TranslatedOptions:
         "num_worker_threads": _unless(DEFAULT_NUM_WORKER_THREADS, options.num_worker_threads),
         "rpc_timeout": _unless(DEFAULT_RPC_TIMEOUT, options.rpc_timeout),
         "init_method": _init_method(options.init_method, rank, world_size),
-        "init_timeout": None if _INIT_TIMEOUT.environment in os.environ else _PATIENCE,
+        "init_timeout": init_timeout(),
         "device_maps": options.device_maps,
         "devices": options.devices,
     }
@@ -86,7 +91,7 @@ def _unless(default: Any, value: Any) -> Any:
 
 def _init_method(given: str, rank: Any, world_size: Any) -> str:
     """Where a launcher brings the ranks together they need no address, and one such as localhost may be wrong."""
-    place = backend.integer("rank", rank), backend.integer("world_size", world_size)
+    place = backend.integer("rank", -1 if rank is None else rank), backend.integer("world_size", world_size)
     if not _launch.through_store(*_launch.complete(*place)):
         return DEFAULT_URL
     return backend.without_torchs_default(given)

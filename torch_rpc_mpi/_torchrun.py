@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 
 from . import _launchers
 from ._launchers import Launcher
-from .options import MPIRpcBackendOptions
 
 _PLACE = {"RANK": "rank", "WORLD_SIZE": "size", "LOCAL_RANK": "local_rank", "LOCAL_WORLD_SIZE": "local_size"}
-# Ports that systems give to nobody by themselves; Linux begins at 32768.
-_FIRST_PORT, _PORTS = 20000, 12000
+# Which of the variables are set by us, and so no longer true in a launch that a rank starts.
+_OURS = "TORCH_RPC_MPI_VARIABLES"
 
 
 def set_variables(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -22,22 +20,31 @@ def set_variables(environ: MutableMapping[str, str] = os.environ) -> None:
     launcher = _launchers.find_launcher(environ)
     if launcher is None or _launchers.find_torchrun(environ) is not None or _launchers.is_claimed_by_another(environ):
         return
+    if _launchers.is_within_another(environ):
+        for name in environ.pop(_OURS, "").split():
+            environ.pop(name, None)
     if environ.keys() >= {*_PLACE, "MASTER_ADDR", "MASTER_PORT"}:
         return
-    if None in (launcher.rank, launcher.size, launcher.local_rank, launcher.local_size, launcher.first_host):
+    alone = launcher.size is not None and launcher.local_size == launcher.size
+    launcher = replace(launcher, job=launcher.job or (_daemon(launcher) if alone else _launchers.managers_job(environ)))
+    if None in (launcher.size, launcher.local_rank, launcher.local_size, launcher.first_host, launcher.job):
         launcher = _as_mpi_says(launcher)
-    for name, of_launcher in _PLACE.items():
-        environ.setdefault(name, str(getattr(launcher, of_launcher)))
     alone = launcher.local_size == launcher.size
-    environ.setdefault("MASTER_ADDR", "127.0.0.1" if alone else str(launcher.first_host))
-    environ.setdefault("MASTER_PORT", str(_port(launcher)))
+    variables = {name: str(getattr(launcher, of_launcher)) for name, of_launcher in _PLACE.items()}
+    variables["MASTER_ADDR"] = "127.0.0.1" if alone else str(launcher.first_host)
+    # All ranks come to it without a word. It is used by what is not RPC.
+    variables["MASTER_PORT"] = str(_launchers.master_port(launcher))
+    ours = {name: value for name, value in variables.items() if name not in environ}
+    environ.update(ours)
+    environ[_OURS] = " ".join(ours)
 
 
 def _as_mpi_says(launcher: Launcher) -> Launcher:
     """The same from MPI itself, which begins with that, in all ranks."""
-    from . import _mpi
+    from . import _launch, _mpi, _tensorpipe
 
-    MPI = _mpi.load(MPIRpcBackendOptions().init_timeout).MPI
+    _launch.refuse()
+    MPI = _mpi.load(_tensorpipe.init_timeout()).MPI
     world = MPI.COMM_WORLD
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     place = {"local_rank": here.Get_rank(), "local_size": here.Get_size()}
@@ -47,22 +54,16 @@ def _as_mpi_says(launcher: Launcher) -> Launcher:
     return replace(launcher, rank=world.Get_rank(), size=world.Get_size(), first_host=host, job=job, **place)
 
 
-def _port(launcher: Launcher) -> int:
-    """One for this launch, that all ranks come to without a word. It is used by what is not RPC."""
-    key = launcher.job or _daemon()
-    return _FIRST_PORT + zlib.crc32(key.encode()) % _PORTS
-
-
-def _daemon() -> str:
+def _daemon(launcher: Launcher) -> str | None:
     """The process that has started the ranks of this host: the nearest that is not told what they are.
 
-    Between it and a rank may be shells and the like, of which each rank has its own.
+    Between it and a rank may be shells and the like, of which each rank has its own. None where it is not seen, because
+    each rank is in a namespace of its own.
     """
-    told = _launchers.find_launcher(os.environ)
     pid = os.getppid()
-    while pid > 1 and _launchers.find_launcher(_environment_of(pid)) == told:
+    while pid > 1 and _launchers.find_launcher(_environment_of(pid)) == launcher:
         pid = int(_stat(pid)[1])
-    return f"{pid} since {_stat(pid)[19]}"
+    return f"{pid} since {_stat(pid)[19]}" if pid > 1 else None
 
 
 def _stat(pid: int) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _meeting, _mpi, _system
+from . import _launchers, _meeting, _mpi, _system
 from ._meeting import Member, Membership
 from ._torch_api import FileStore, PrefixStore, Store
 
@@ -29,13 +28,6 @@ if TYPE_CHECKING:
 
 _WARN_AFTER = 10.0  # seconds
 _FOR_EVER = 10.0 * 365 * 24 * 3600  # seconds
-
-# What launchers tell MPI. In a process that one of them started only indirectly, through torchrun or multiprocessing,
-# it is about a parent: MPI would take this process for that rank, or fail.
-_ABOUT_A_PARENT = re.compile(
-    r"(PMI|PMI2|PMIX|I_MPI_PMI|PALS|MPI_LOCALRANKID|MPI_LOCALNRANKS|HYDI|HYDRA|OMPI_COMM_WORLD)(_|$)"
-)
-
 
 _membership: Membership | None = None
 _kept_file: FileStore | None = None
@@ -192,7 +184,7 @@ def _form_world(
     # By node, so that the map of nodes stays short.
     order = sorted(range(len(nodes)), key=lambda other: nodes.index(nodes[other]))
     world_ranks = [order.index(other) for other in range(len(nodes))]
-    for variable in [variable for variable in os.environ if _ABOUT_A_PARENT.match(variable)]:
+    for variable in _launchers.variables_for_mpi():  # they are about a parent, if they are there
         del os.environ[variable]
     limits = [member.limits for member in members]
     settings = _system.mpi_settings(mpi.runtime.library_version(), limits, len(set(nodes)))

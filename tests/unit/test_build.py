@@ -120,6 +120,7 @@ def test_length_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("0", "2.13.0", "0.1.0"),
         ("1", "2.13.0", "0.1.0+torch2.13"),
         ("1", "2.6.0", "0.1.0+torch2.6"),
+        ("", "2.13.0", "0.1.0"),
         ("1", None, "0.1.0"),  # a source distribution
     ],
 )
@@ -133,3 +134,9 @@ def test_a_wheel_is_labelled_with_its_torch_if_asked_for(
     # As setup.py gives it to setuptools.
     built = Distribution({"name": "torch_rpc_mpi", "version": "0.1.0", "options": {"egg_info": {"tag_build": label}}})
     assert built.get_command_obj("egg_info").tagged_version() == version
+
+
+def test_a_label_is_not_asked_for_by_other_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_RPC_MPI_VERSION_LABEL", "false")
+    with pytest.warns(UserWarning, match="TORCH_RPC_MPI_VERSION_LABEL='false' has no meaning"):
+        assert not version_label(Torch(Path("/torch"), "2.13.0"))

@@ -90,6 +90,10 @@ class TestOptions:
         assert translated(TensorPipeRpcBackendOptions(num_worker_threads=4)).num_worker_threads == 4
 
     @pytest.mark.usefixtures("launched")
+    def test_without_a_rank_leave_it_to_mpi(self) -> None:
+        assert _tensorpipe.translated(None, None, 2).init_method == "mpi://"
+
+    @pytest.mark.usefixtures("launched")
     def test_need_no_address_under_a_launcher(self) -> None:
         for init_method in ("env://", "tcp://localhost:1234", "file:///tmp/store"):
             options = TensorPipeRpcBackendOptions(init_method=init_method)
@@ -216,6 +220,19 @@ except ValueError as error:
             installed=True,
             TORCH_RPC_MPI_DROP_IN="1",
         )
+
+
+@pytest.mark.parametrize(
+    ("value", "is_on", "told"),
+    [("1", True, 0), ("0", False, 0), ("", False, 0), ("false", False, 1), ("no", False, 1), (" ", False, 1)],
+)
+def test_the_switch_is_on_for_1_alone(caplog: pytest.LogCaptureFixture, value: str, is_on: bool, told: int) -> None:
+    _drop_in._tell_of.cache_clear()
+    for _ in range(2):
+        assert _drop_in.is_on({_drop_in.VARIABLE: value}) == is_on
+    assert [record.getMessage().count(f"TORCH_RPC_MPI_DROP_IN={value!r} has no") for record in caplog.records] == [
+        1
+    ] * told
 
 
 class TestClaim:

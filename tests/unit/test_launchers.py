@@ -147,3 +147,36 @@ def test_nothing_is_imported_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", lambda name, *_: pytest.fail(f"import {name}"))
     _launchers.find_launcher({})
     _launchers.find_torchrun({})
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_end_of_a_job_waits_for_no_launcher_that_is_silent(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    monkeypatch.setattr(_launchers, "_ANSWER_LIMIT", 0.01)
+    ours, launchers = socket.socketpair()
+    with ours, launchers:
+        if answers:
+            launchers.sendall(b"cmd=response_to_init rc=0\n")
+        _launchers.end_job(3, {"PMI_FD": str(ours.fileno())})
+        asked = launchers.recv(1024)
+    assert (b"cmd=abort exitcode=3\n" in asked) == answers
+
+
+@pytest.mark.parametrize(
+    ("environ", "here"),
+    [
+        ({"MPI_LOCALNRANKS": "4", "PMI_SIZE": "4"}, True),
+        ({"MPI_LOCALNRANKS": "2", "PMI_SIZE": "4"}, False),
+        ({"PMI_SIZE": "4"}, False),
+        ({}, False),
+    ],
+)
+def test_all_ranks_are_here(environ: dict[str, str], here: bool) -> None:
+    assert _launchers.all_ranks_are_here(environ) == here
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [HYDRA, OPEN_MPI, PALS, PMI2, SLURMS_PMIX, {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "2"}],
+)
+def test_tells_the_variables_from_which_mpi_learns(environment: dict[str, str]) -> None:
+    assert _launchers.variables_for_mpi({**environment, **JOB, "PMIND": "1", "RANK": "0"}) == list(environment)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import py_compile
 import re
 import subprocess
 import sys
 import textwrap
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from unit_fakes import RunPython
 
-from torch_rpc_mpi import _program, _torchrun
+from torch_rpc_mpi import _exit, _launchers, _mpi, _program, _torchrun
 
 # What a program can see of how it was started, as one line of JSON; its exit shows that __main__ is still there.
 PROGRAM = """
@@ -53,6 +56,7 @@ def place(tmp_path: Path) -> Path:
     for package in (tmp_path / "package", tmp_path / "package" / "inner"):
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(PROGRAM)
+    py_compile.compile(str(tmp_path / "prog.py"), str(tmp_path / "compiled.pyc"))
     (tmp_path / "link.py").symlink_to(tmp_path / "package" / "inner" / "__main__.py")
     with zipfile.ZipFile(tmp_path / "zipped", "w") as file:
         file.writestr("__main__.py", PROGRAM)
@@ -73,6 +77,7 @@ def as_python(place: Path, *arguments: str, stdin: str = "") -> dict[str, Any]:
     [
         (["prog.py", "--option", "-x"], ""),
         (["link.py"], ""),
+        (["compiled.pyc", "a"], ""),
         (["package/inner", "a"], ""),
         (["zipped", "a"], ""),
         (["-m", "prog", "-c"], ""),
@@ -131,7 +136,7 @@ def test_is_found_by_children_that_are_spawned(run_python: RunPython, tmp_path: 
 
 
 class TestErrors:
-    def of(self, run: RunPython, place: Path, source: str) -> list[str]:
+    def of(self, run: RunPython, place: Path, source: str, **environment: str) -> list[str]:
         """The traceback of a program that has this source."""
         (place / "prog.py").write_text(textwrap.dedent(source))
         printed = run(
@@ -144,6 +149,7 @@ except Exception as error:
     import sys  # again: the program's names have taken the place of this one's
     sys.excepthook(type(error), error, error.__traceback__)
 """,
+            **environment,
         )
         return printed.splitlines()
 
@@ -156,6 +162,16 @@ except Exception as error:
             f'  File "{tmp_path / "prog.py"}", line 2, in fail',
         ]
         assert lines[-1] == "ValueError: no"
+
+    def test_before_the_program_have_no_frames_of_ours_and_end_the_launch(
+        self, run_forked_with_fakes: RunPython, tmp_path: Path
+    ) -> None:
+        wrong = {"TORCH_RPC_MPI_INIT_TIMEOUT": "soon"}  # read where MPI is to tell the place
+        lines = self.of(run_forked_with_fakes, tmp_path, "print('begun')\n", **PMI, **wrong)
+        assert not [line for line in lines if line.startswith("  File")]
+        assert lines[0].startswith("ValueError: environment variable TORCH_RPC_MPI_INIT_TIMEOUT='soon'")
+        assert re.match(r"torch_rpc_mpi: rank 5 .* ends with status 1, because of this ValueError", lines[-1])
+        assert "begun" not in lines
 
     def test_of_syntax_are_pythons(self, run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
         lines = self.of(run_forked_with_fakes, tmp_path, "a = (\n")
@@ -195,6 +211,27 @@ except Exception as error:
         assert re.search(text, shown), shown
 
 
+def test_leaves_the_main_module_of_a_tool_that_runs_it(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
+    (tmp_path / "prog.py").write_text(PROGRAM)
+    printed = run_forked_with_fakes(
+        "import os, sys, __main__ as tool; sys.path.insert(0, os.getcwd()); tools = dict(vars(tool))\n",
+        "from torch_rpc_mpi import _program; _program.main(['prog.py'])\n"
+        "assert {**vars(tool), **tools} == vars(tool), 'the tool has lost names'\nprint('kept')\n",
+    )
+    report, kept, at_exit = printed.splitlines()
+    assert json.loads(report)["is main"]
+    assert (kept, at_exit) == ("kept", AT_EXIT)
+
+
+def test_peers_without_a_launcher_are_told_of_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_exit, "_watched", _exit._Watched(os.getpid(), "worker 'a'", job=None))
+    monkeypatch.setattr(_exit, "_farewell", "it shut RPC down")
+    _exit.program_exited(None)
+    assert _exit.farewell() == "it shut RPC down"
+    _exit.program_exited(3)
+    assert _exit.farewell() == "it exited with status 3"
+
+
 def test_interactive(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
     """The prompt comes also after an error, knows the program's names, and an error there ends nothing."""
     (tmp_path / "prog.py").write_text("x = 20\nraise ValueError('no')\n")
@@ -208,8 +245,17 @@ def test_interactive(run_forked_with_fakes: RunPython, tmp_path: Path) -> None:
 
 
 PMI = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_RANK": "1",
+    "PMIX_NAMESPACE": "prterun-north-339@1",
+}
 
 
+@pytest.mark.usefixtures("no_launcher")
 class TestVariables:
     """Those of torchrun, where another launcher has started the ranks."""
 
@@ -219,6 +265,7 @@ class TestVariables:
         port = int(environ.pop("MASTER_PORT"))
         assert 20000 <= port < 32000
         assert {name: value for name, value in environ.items() if name not in PMI} == {
+            "TORCH_RPC_MPI_VARIABLES": "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT",
             "RANK": "1",
             "WORLD_SIZE": "4",
             "LOCAL_RANK": "1",
@@ -226,10 +273,65 @@ class TestVariables:
             "MASTER_ADDR": "127.0.0.1",
         }
 
-    def test_on_several_hosts_of_a_job(self) -> None:
-        environ = {**PMI, "SLURM_JOB_NODELIST": "n[07-08]", "SLURM_JOB_ID": "12"}
+    def test_on_several_hosts_of_a_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ports = set()
+        for rank in ("1", "5"):  # of two hosts, each with a daemon of its own
+            monkeypatch.setattr(_torchrun, "_stat", lambda pid, rank=rank: [rank] * 20)
+            environ = {**PMI, "PMI_RANK": rank, "SLURM_JOB_NODELIST": "n[07-08]", "SLURM_JOB_ID": "12"}
+            _torchrun.set_variables(environ)
+            assert (environ["RANK"], environ["LOCAL_RANK"], environ["MASTER_ADDR"]) == (rank, "1", "n07")
+            ports.add(environ["MASTER_PORT"])
+        assert len(ports) == 1
+
+    def test_on_one_host_are_those_of_its_daemon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ports = []
+        for daemon in ("7", "7", "8"):
+            monkeypatch.setattr(_torchrun, "_stat", lambda pid, daemon=daemon: [daemon] * 20)
+            environ = {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1", "SLURM_JOB_ID": "12"}
+            _torchrun.set_variables(environ)
+            ports.append(environ["MASTER_PORT"])
+        assert ports[0] == ports[1] != ports[2]
+
+    @pytest.mark.parametrize("parent", [0, 1])
+    def test_come_from_mpi_where_the_environment_does_not_tell(
+        self, monkeypatch: pytest.MonkeyPatch, parent: int
+    ) -> None:
+        """As where each rank is the first process of a namespace of its own."""
+        asked = []
+
+        def as_mpi_says(launcher: _launchers.Launcher) -> _launchers.Launcher:
+            asked.append(launcher.job)
+            return replace(launcher, job="north 12")
+
+        monkeypatch.setattr("os.getppid", lambda: parent)
+        monkeypatch.setattr(_torchrun, "_as_mpi_says", as_mpi_says)
+        environ = {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1"}
         _torchrun.set_variables(environ)
-        assert (environ["RANK"], environ["LOCAL_RANK"], environ["MASTER_ADDR"]) == ("5", "1", "n07")
+        assert asked == [None]
+        assert environ["LOCAL_RANK"] == "1"
+
+    def test_are_refused_where_mpi_would_not_learn_of_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_mpi, "load", lambda timeout: pytest.fail("MPI has begun"))
+        monkeypatch.setattr(_mpi, "find_library", lambda: "MPICH Version: 5.0")
+        monkeypatch.setattr(_mpi, "is_initialized", lambda: False)
+        for name, value in OPEN_MPI.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError, match=r"rank 1 of 4, but mpi4py's MPICH Version: 5.0 will not learn of it"):
+            _torchrun.set_variables(dict(OPEN_MPI))
+
+    def test_wait_for_mpi_as_long_as_torch_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def load(timeout: float) -> Any:
+            asked.append(timeout)
+            raise InterruptedError
+
+        monkeypatch.setattr(_mpi, "load", load)
+        for patience in (1800, 20):
+            with pytest.raises(InterruptedError):
+                _torchrun.set_variables(dict(PMI))
+            monkeypatch.setenv("TORCH_RPC_MPI_INIT_TIMEOUT", "20")
+            assert asked.pop() == patience
 
     def test_of_the_user_stay(self) -> None:
         environ = {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1", "RANK": "3"}
@@ -240,6 +342,18 @@ class TestVariables:
             "3",
             "1",
         ]
+
+    def test_of_a_launch_are_not_those_of_one_within(self) -> None:
+        environ = {**PMI, "PMI_SIZE": "1", "PMI_RANK": "0", "MPI_LOCALNRANKS": "1", "MASTER_PORT": "1"}
+        _torchrun.set_variables(environ)
+        _launchers.claim(environ)
+        outer = dict(environ)
+        _torchrun.set_variables(environ)
+        assert environ == outer
+        environ |= {**PMI, "PMI_SIZE": "4", "PMI_RANK": "1"}
+        _torchrun.set_variables(environ)
+        places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        assert [environ[name] for name in places] == ["1", "4", "1", "4", "1"]
 
     def test_of_torchrun_stay(self) -> None:
         environ = {**PMI, "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2"}

@@ -118,16 +118,3 @@ def test_a_default_of_the_environment_ends_and_is_none_where_the_user_has_set_an
         assert os.environ["TEST_B"] == "the user's"
     assert "TEST_A" not in os.environ
     assert os.environ["TEST_B"] == "the user's"
-
-
-@pytest.mark.parametrize(
-    ("environ", "here"),
-    [
-        ({"MPI_LOCALNRANKS": "4", "PMI_SIZE": "4"}, True),
-        ({"MPI_LOCALNRANKS": "2", "PMI_SIZE": "4"}, False),
-        ({"PMI_SIZE": "4"}, False),
-        ({}, False),
-    ],
-)
-def test_all_ranks_are_here(environ: dict[str, str], here: bool) -> None:
-    assert _system.all_ranks_are_here(environ) == here

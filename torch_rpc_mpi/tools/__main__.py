@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import _launch
-from . import __doc__ as description
 from . import doctor, first_contact
 from .place import Place
 
+_DESCRIPTION = "What would run here, whether it does, and three programs for the first contact."
 _FIRST_CONTACT = {
     "hello": (first_contact.hello, "every rank says who and where it is"),
     "ring": (first_contact.ring, "a tensor goes around all ranks"),
@@ -19,7 +19,7 @@ _FIRST_CONTACT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("torch-rpc-mpi", description=description)
+    parser = argparse.ArgumentParser("torch-rpc-mpi", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     summary = "what would run here, each problem with its remedy; under a launcher also a test of all ranks"
     doctor.add_arguments(commands.add_parser("doctor", help=summary, description=summary))

@@ -95,7 +95,7 @@ class Library:
         steps: dict[str, tuple[str, Callable[[], str]]] = {
             "extension": ("extension", lambda: f"built for torch {found['built_for']}"),
             "mpi4py": ("mpi4py", lambda: found["mpi4py"]),
-            "library": ("mpi_library", lambda: f"{_first_line(self.text)}, {found['file']}"),
+            "library": ("mpi_library", lambda: f"{_mpi.short_name(self.text)}, {found['file']}"),
         }
         facts: list[Fact] = []
         for step, (key, text) in steps.items():
@@ -132,10 +132,6 @@ def _open(tell: Tell) -> None:
     shim = f"_mpi_shim_{loaded.abi}.so"
     text = loaded.runtime.library_version()
     tell({"library": text, "file": next(iter(files), "linked into mpi4py"), "abi": loaded.abi, "shim": shim}, "")
-
-
-def _first_line(library: str) -> str:
-    return " ".join(library.split("\n")[0].split(",")[0].split())
 
 
 def launch_facts(place: Place, library: Library, environ: Mapping[str, str] = os.environ) -> list[Fact]:
