@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include <c10/util/Exception.h>
 #include <c10/util/Logging.h>
 #include <c10/util/StringUtil.h>
 
@@ -388,6 +389,8 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
         error.what(),
         ". In containers, memory is shared between processes of one IPC and PID namespace (docker run "
         "--ipc=host --pid=host)");
+  } catch (const c10::Error& error) { // of torch's guard
+    why = error.what_without_backtrace();
   }
   std::copy_n(why.begin(), std::min(why.size(), verdict.why.size() - 1), verdict.why.begin());
   return verdict;

@@ -10,7 +10,9 @@ from multirank_plugin import parametrize_programs
 pytestmark = pytest.mark.timeout(300)
 
 
-@parametrize_programs(["cases_exit", "cases_failure", "cases_pickling", "cases_main", "cases_signals", "device_losses"])
+@parametrize_programs(
+    ["cases_exit", "cases_failure", "cases_pickling", "cases_main", "cases_signals", "device_programs"]
+)
 def test_program(module: str, name: str, backend: str) -> None:
     program = harness.PROGRAMS[module][name]
     if backend == "tensorpipe" and program.tensorpipe:
