@@ -1,6 +1,9 @@
 #include "device/devices.h"
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
+#include <new>
 
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -100,6 +103,15 @@ void Devices::holdUntil(DeviceEvent event, std::shared_ptr<void> object) {
     return;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
+  try {
+    if (held_.size() == held_.capacity()) {
+      held_.reserve(std::max<size_t>(2 * held_.size(), 64));
+    }
+  } catch (const std::bad_alloc&) { // then it is kept for ever, rather than changed under the device
+    alignas(Held) std::array<std::byte, sizeof(Held)> kept;
+    new (kept.data()) Held{std::move(event), std::move(object)};
+    return;
+  }
   held_.push_back({std::move(event), std::move(object)});
   holds_ = true;
 }

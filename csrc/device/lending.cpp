@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include <c10/util/Exception.h>
 #include <c10/util/Logging.h>
 #include <c10/util/StringUtil.h>
 
@@ -135,8 +136,11 @@ size_t Lender::pieceFor(c10::DeviceIndex device, size_t bytes) {
   return std::max(small, std::min(bytes, largestOf(regions, /*small=*/false) / 4));
 }
 
-// So that one that takes nothing, because it is stopped, leaves room for others.
-bool Lender::hasEnough(const Regions& regions, const Region& region, int peer) {
+// So that one that takes nothing, because it is stopped, leaves room for others, if there are any.
+bool Lender::hasEnough(const Regions& regions, const Region& region, int peer) const {
+  if (std::ranges::all_of(ways_, [&](const auto& way) { return std::get<0>(way.first) == peer; })) {
+    return false;
+  }
   size_t has = 0;
   for (const Lent& lent : regions.tickets) {
     has += lent.region == region.id && lent.peer == peer ? lent.units : 0;
@@ -144,7 +148,7 @@ bool Lender::hasEnough(const Regions& regions, const Region& region, int peer) {
   return has > kUnits - region.used.count();
 }
 
-std::optional<Lender::Lent> Lender::find(const Regions& regions, int peer, size_t bytes) {
+std::optional<Lender::Lent> Lender::find(const Regions& regions, int peer, size_t bytes) const {
   for (const Region& region : regions.all) {
     if (region.retired || region.small != (bytes <= kSmallPiece) || hasEnough(regions, region, peer)) {
       continue;
@@ -161,6 +165,21 @@ std::optional<Lender::Lent> Lender::find(const Regions& regions, int peer, size_
   return std::nullopt;
 }
 
+// For many tensors at once: all pieces that there are have been lent.
+bool Lender::grow(Regions& regions, c10::DeviceIndex device, size_t bytes) {
+  size_t all = 0;
+  for (const Region& region : regions.all) {
+    all += region.small ? 0 : region.bytes;
+  }
+  const size_t more = std::min(std::max(std::bit_ceil(4 * bytes), 2 * largestOf(regions, /*small=*/false)), largest_);
+  if (all + more > 2 * largest_) {
+    return false;
+  }
+  const size_t before = regions.all.size();
+  addRegion(regions, device, more, /*small=*/false);
+  return regions.all.size() > before;
+}
+
 std::optional<Lender::Lease> Lender::lend(int peer, c10::DeviceIndex device, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Regions& regions = regionsOf(device);
@@ -168,7 +187,14 @@ std::optional<Lender::Lease> Lender::lend(int peer, c10::DeviceIndex device, siz
   while (number < kTickets && regions.tickets[(regions.nextTicket + number) % kTickets].units != 0) {
     ++number;
   }
-  const auto place = number == kTickets ? std::nullopt : find(regions, peer, std::max<size_t>(bytes, 1));
+  if (number == kTickets) {
+    return std::nullopt;
+  }
+  bytes = std::max<size_t>(bytes, 1);
+  auto place = find(regions, peer, bytes);
+  if (!place && bytes > kSmallPiece && grow(regions, device, bytes)) {
+    place = find(regions, peer, bytes);
+  }
   if (!place) {
     return std::nullopt;
   }
@@ -363,6 +389,8 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
         error.what(),
         ". In containers, memory is shared between processes of one IPC and PID namespace (docker run "
         "--ipc=host --pid=host)");
+  } catch (const c10::Error& error) { // of torch's guard
+    why = error.what_without_backtrace();
   }
   std::copy_n(why.begin(), std::min(why.size(), verdict.why.size() - 1), verdict.why.begin());
   return verdict;

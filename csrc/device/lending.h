@@ -79,7 +79,8 @@ struct LendingVerdict {
 class Lender {
  public:
   // names: of all devices that this process sees. neighbours: by rank, who shares this host's devices.
-  // largest: bytes of the largest region of a device. All that it lends of one is less than twice that.
+  // largest: bytes of the largest region of a device. All that it lends of one is twice that at most, besides small
+  // pieces.
   Lender(
       std::shared_ptr<const DeviceRuntime> runtime,
       std::vector<DeviceName> names,
@@ -165,8 +166,9 @@ class Lender {
   Regions& regionsOf(c10::DeviceIndex device);
   void addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, bool small);
   static size_t largestOf(const Regions& regions, bool small); // bytes of a region
-  static std::optional<Lent> find(const Regions& regions, int peer, size_t bytes);
-  static bool hasEnough(const Regions& regions, const Region& region, int peer);
+  bool grow(Regions& regions, c10::DeviceIndex device, size_t bytes);
+  std::optional<Lent> find(const Regions& regions, int peer, size_t bytes) const;
+  bool hasEnough(const Regions& regions, const Region& region, int peer) const;
   static Region& endLoan(Regions& regions, Lent& lent);
 
   const std::shared_ptr<const DeviceRuntime> runtime_;

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
         "cases_main",
         "cases_pickling",
         "cases_signals",
-        "device_losses",
+        "device_programs",
     ]
 )
 def test_program(module: str, name: str, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Programs with device tensors in which a rank dies while it is sent some."""
+"""Programs with device tensors that need processes of their own: a rank dies, or what a process uses is looked at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.rpc as rpc
-from device_world import FIRST, IS_TEST_DEVICE, late, maps, numbers
+from device_world import COUNT, FIRST, IS_TEST_DEVICE, SECOND, late, maps, module, numbers
 from harness import World, equal, eventually, program
 
 
@@ -54,3 +54,30 @@ def one_dies_in_the_middle_of_a_transfer(world: World) -> None:
     world.wait(f"rank {2 - world.rank} is done")
     print(f"rank {world.rank} went on", flush=True)
     rpc.shutdown(graceful=False)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@program(
+    size=2,
+    launcherless=True,
+    skip=None if IS_TEST_DEVICE and COUNT > 1 else "the test device alone tells which contexts there are",
+    tensorpipe="TensorPipe knows no test device",
+)
+def no_context_on_devices_outside_the_maps(world: World) -> None:
+    world.init(**maps((SECOND, SECOND)))
+    with torch.device(SECOND), module().device(SECOND):
+        for size in (10, 100_000, 3_000_000):
+            x = torch.arange(size, dtype=torch.float32)
+            for _ in range(3):
+                equal(rpc.rpc_sync(world.next, doubled, args=(x,)).cpu(), x.cpu() * 2)
+                equal(
+                    rpc.rpc_async(world.next, torch.add, args=(x, 1)).then(lambda f: f.wait()).wait().cpu(), x.cpu() + 1
+                )
+                equal(rpc.remote(world.next, doubled, args=(x,)).to_here().cpu(), x.cpu() * 2)
+    world.barrier()
+    equal(module().contexts(), [1])
+    rpc.shutdown()
+    equal(module().contexts(), [1])
