@@ -47,10 +47,10 @@ bool Lender::lendsTo(int peer, c10::DeviceIndex here, c10::DeviceIndex there) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = ways_.find({peer, here, there});
   if (found != ways_.end()) {
-    return found->second == Way::kOpen;
+    return found->second.state == Way::kOpen;
   }
   const Region* const region = regionOf(here);
-  ways_.emplace(Pair{peer, here, there}, region == nullptr ? Way::kClosed : Way::kOffered);
+  ways_.emplace(Pair{peer, here, there}, region == nullptr ? Way{Way::kClosed, noRegion_} : Way{Way::kOffered, {}});
   if (region != nullptr) {
     LendingOffer offer{here, there, names_.at(here), region->handle};
     offers_.emplace_back(peer, offer);
@@ -153,11 +153,12 @@ std::string Lender::onVerdict(int peer, const LendingVerdict& verdict) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Pair pair{peer, static_cast<c10::DeviceIndex>(verdict.here), static_cast<c10::DeviceIndex>(verdict.there)};
   const auto found = ways_.find(pair);
-  if (found == ways_.end() || found->second != Way::kOffered) {
+  if (found == ways_.end() || found->second.state != Way::kOffered) {
     return {};
   }
-  found->second = verdict.accepted != 0 ? Way::kOpen : Way::kClosed;
-  return {verdict.why.data(), strnlen(verdict.why.data(), verdict.why.size())};
+  std::string why(verdict.why.data(), strnlen(verdict.why.data(), verdict.why.size()));
+  found->second = {verdict.accepted != 0 ? Way::kOpen : Way::kClosed, why};
+  return why;
 }
 
 std::map<int, std::string> Lender::ways() const {
@@ -167,7 +168,10 @@ std::map<int, std::string> Lender::ways() const {
     std::string& text = all[std::get<0>(pair)];
     text += c10::str(
         text.empty() ? "" : ", ", static_cast<int>(std::get<1>(pair)), "->", static_cast<int>(std::get<2>(pair)),
-        way == Way::kOpen ? " ipc" : " pinned");
+        way.state == Way::kOpen ? " ipc" : " pinned");
+    if (way.state != Way::kOpen) {
+      text += way.state == Way::kOffered ? " (ipc is offered)" : c10::str(" (", way.why, ")");
+    }
   }
   return all;
 }
