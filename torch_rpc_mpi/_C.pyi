@@ -168,6 +168,12 @@ def usable_cores() -> int: ...
 def register_device_runtime(device_type: str, library: str, prefix: str) -> None:
     """Where the functions of runtime_functions.h are for a kind of device that torch knows as PrivateUse1."""
 
+def find_device_runtime(device_type: str) -> str:
+    """The runtime library that is used for a kind of device. Raises RuntimeError if there is none that fits."""
+
+def can_access_peer(device_type: str, device: int, peer: int) -> bool:
+    """Whether the one can use the other's memory."""
+
 def usable_memory() -> int: ...  # bytes
 def cgroup_limits() -> tuple[int | None, float | None, int | None]:
     """Memory in bytes, CPU time per time, and tasks that the cgroup allows; None for what it does not limit."""

@@ -63,11 +63,12 @@ bool Lender::lendsTo(int peer, c10::DeviceIndex here, c10::DeviceIndex there) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = ways_.find({peer, here, there});
   if (found != ways_.end()) {
-    return found->second == Way::kOpen;
+    return found->second.state == Way::kOpen;
   }
   const Regions& regions = regionsOf(here);
-  ways_.emplace(Pair{peer, here, there}, regions.all.empty() ? Way::kClosed : Way::kOffered);
-  if (!regions.all.empty()) {
+  const bool any = !regions.all.empty();
+  ways_.emplace(Pair{peer, here, there}, any ? Way{Way::kOffered, {}} : Way{Way::kClosed, regions.whyFull});
+  if (any) {
     offers_.emplace_back(peer, LendingOffer{here, there, names_.at(here), regions.all.front().handle});
     hasOffers_ = true;
   }
@@ -83,7 +84,7 @@ Lender::Regions& Lender::regionsOf(c10::DeviceIndex device) {
 }
 
 void Lender::addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, bool small) {
-  if (regions.full) {
+  if (!regions.whyFull.empty()) {
     return;
   }
   Region region;
@@ -98,7 +99,7 @@ void Lender::addRegion(Regions& regions, c10::DeviceIndex device, size_t bytes, 
     if (memory != nullptr) {
       (void)runtime_->table().Free(memory);
     }
-    regions.full = true;
+    regions.whyFull = error.what();
     LOG(WARNING) << "RPC has no more than " << regions.all.size() << " regions of device " << static_cast<int>(device)
                  << "'s memory to share with other processes, because of one more of " << bytes
                  << " bytes: " << error.what() << ". Larger tensors may go through pinned memory of the host";
@@ -307,11 +308,12 @@ std::string Lender::onVerdict(int peer, const LendingVerdict& verdict) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Pair pair{peer, indexOf(verdict.here), indexOf(verdict.there)};
   const auto found = ways_.find(pair);
-  if (found == ways_.end() || found->second != Way::kOffered) {
+  if (found == ways_.end() || found->second.state != Way::kOffered) {
     return {};
   }
-  found->second = verdict.accepted != 0 ? Way::kOpen : Way::kClosed;
-  return {verdict.why.data(), strnlen(verdict.why.data(), verdict.why.size())};
+  std::string why(verdict.why.data(), strnlen(verdict.why.data(), verdict.why.size()));
+  found->second = {verdict.accepted != 0 ? Way::kOpen : Way::kClosed, why};
+  return why;
 }
 
 std::map<int, std::string> Lender::ways() const {
@@ -321,7 +323,10 @@ std::map<int, std::string> Lender::ways() const {
     std::string& text = all[std::get<0>(pair)];
     text += c10::str(
         text.empty() ? "" : ", ", static_cast<int>(std::get<1>(pair)), "->", static_cast<int>(std::get<2>(pair)),
-        way == Way::kOpen ? " ipc" : " pinned");
+        way.state == Way::kOpen ? " ipc" : " pinned");
+    if (way.state != Way::kOpen) {
+      text += way.state == Way::kOffered ? " (ipc is offered)" : c10::str(" (", way.why, ")");
+    }
   }
   return all;
 }

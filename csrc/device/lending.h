@@ -122,7 +122,7 @@ class Lender {
   std::vector<std::pair<int, LendingOffer>> takeOffers(); // by peer
   // Returns what to tell the user, the first time that the way is closed to a peer, or nothing.
   std::string onVerdict(int peer, const LendingVerdict& verdict);
-  // For people: by peers' ranks, which way is open.
+  // For people: by peers' ranks, which way is taken, and why it is not the short one.
   std::map<int, std::string> ways() const;
 
  private:
@@ -156,11 +156,14 @@ class Lender {
     Region& byId(uint32_t id) {
       return *std::ranges::find(all, id, &Region::id);
     }
-    bool full = false; // there is no memory for more
+    std::string whyFull; // empty: there may be memory for more
     std::array<Lent, kTickets> tickets;
     size_t nextTicket = 0;
   };
-  enum class Way { kOffered, kOpen, kClosed };
+  struct Way {
+    enum { kOffered, kOpen, kClosed } state = kOffered;
+    std::string why; // closed; empty: not known
+  };
   using Pair = std::tuple<int, c10::DeviceIndex, c10::DeviceIndex>; // peer, here, there
 
   Regions& regionsOf(c10::DeviceIndex device);

@@ -17,6 +17,7 @@
 #include "host/fork_guard.h"
 #include "host/resources.h"
 #include "mpi/mpi_transport.h"
+#include "python/device_module.h"
 #include "python/functions_module.h"
 #include "python/futures_module.h"
 #include "python/interpreter.h"
@@ -318,12 +319,6 @@ void bindAgent(py::module_& module) {
       .def("_get_device_map", &MpiAgent::getDeviceMap, py::arg("dst"), WithoutGil()) // as RemoteModule asks
       .def("get_devices", [](const MpiAgent& self) { return self.getDevices(); });
   module.def(
-      "register_device_runtime",
-      [](const std::string& type, const std::string& library, const std::string& prefix) {
-        DeviceRuntime::useLibrary(c10::Device(type).type(), library, prefix);
-      },
-      py::arg("device_type"), py::arg("library"), py::arg("prefix"));
-  module.def(
       "end_job_at_exit", &endJobAtExit, py::arg("runtime"), py::arg("world"), py::arg("text"), py::arg("status"),
       py::arg("limit"));
   py::class_<SecondInterrupt>(module, "SecondInterrupt")
@@ -365,6 +360,7 @@ void translateExceptions() {
 PYBIND11_MODULE(_C, module) {
   translateExceptions();
   translatePythonErrors();
+  bindDevices(module);
   bindMpi(module);
   bindAgent(module);
   bindFunctions(module);

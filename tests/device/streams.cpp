@@ -23,7 +23,7 @@ struct Registry {
   std::mutex mutex;
   std::map<std::pair<int, int64_t>, Stream*> numbered;
   std::vector<Stream*> all;
-  std::map<int, int64_t> next; // of the pool, by device
+  std::map<std::pair<int, bool>, int64_t> next; // of the pool, by device and whether it is that of high priority
   uint64_t made = 0;
   int64_t owned = 0;
 };
@@ -154,9 +154,9 @@ Stream* streamOf(int device, int64_t number) {
   return stream;
 }
 
-int64_t nextPoolStream(int device) {
+int64_t nextPoolStream(int device, bool highPriority) {
   const std::lock_guard<std::mutex> lock(registry().mutex);
-  return registry().next[device]++ % kPoolStreams + 1;
+  return registry().next[{device, highPriority}]++ % kPoolStreams + 1 + (highPriority ? kPoolStreams : 0);
 }
 
 Stream* makeStream(int device) {

@@ -59,7 +59,7 @@ class Stream {
 
 // Number 0 is the default stream, the others are a pool's. Made at first use, and never destroyed.
 Stream* streamOf(int device, int64_t number);
-int64_t nextPoolStream(int device);
+int64_t nextPoolStream(int device, bool highPriority);
 
 // A stream that a caller of the runtime owns.
 Stream* makeStream(int device);

@@ -64,12 +64,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return streamWithId(device, 0);
   }
 
-  c10::Stream getStreamFromGlobalPool(Device device, bool) const override {
-    return streamWithId(device, nextPoolStream(indexOf(device)));
+  c10::Stream getStreamFromGlobalPool(Device device, bool highPriority) const override {
+    return streamWithId(device, nextPoolStream(indexOf(device), highPriority));
   }
 
-  c10::Stream getNewStream(Device device, int) const override {
-    return getStreamFromGlobalPool(device, false);
+  c10::Stream getNewStream(Device device, int priority) const override {
+    return getStreamFromGlobalPool(device, priority < 0);
   }
 
   c10::Stream exchangeStream(c10::Stream stream) const override {

@@ -65,6 +65,16 @@ def device_case(options: dict[str, Any], backward: bool = False, **more: Any) ->
     return register
 
 
+def held() -> dict[str, int]:
+    """What this process has of its devices now, as far as the device tells."""
+    if not IS_TEST_DEVICE:
+        torch.empty(1, device=FIRST)  # the allocator takes note of what streams have done when it is asked for memory
+        return {"tensor_bytes": module().memory_allocated(FIRST)}
+    counts = module().counts()._asdict()
+    # How often it has waited is no such thing, and torch keeps streams for the life of the process.
+    return {name: count for name, count in counts.items() if name not in ("synchronizations", "streams")}
+
+
 def busy() -> None:
     """The current stream does nothing for a while: what is queued behind it now comes late."""
     if IS_TEST_DEVICE:

@@ -95,6 +95,36 @@ def test_doctor_names_a_rank_that_dies(tmp_path: Path) -> None:
     assert last.endswith("is in all of them")
 
 
+WITH_DEVICES = """
+import os, sys
+from torch_rpc_mpi.tools import __main__, place
+if place.Place.find().rank == 2:
+    os.environ["RPCTEST_VISIBLE_DEVICES"] = "1"
+sys.path.insert(0, sys.argv.pop(1))
+import rpctest_device, torch_rpc_mpi
+torch_rpc_mpi.register_device_runtime("rpctest", rpctest_device.LIBRARY, rpctest_device.PREFIX)
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.mpi
+def test_doctor_tells_the_paths_between_devices(tmp_path: Path) -> None:
+    program = tmp_path / "with_devices.py"
+    program.write_text(WITH_DEVICES)
+    devices = str(Path(__file__).parents[1] / "device")
+    done = run([*launcher.mpirun(), "-n", "3", sys.executable, str(program), devices, "doctor", "--json"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    paths = {(path["sender"], path["receiver"]): path for path in told["device_paths"]}
+    assert len(paths) == 6
+    closed = paths.pop((0, 2))  # to the one that does not see the other's
+    assert closed["name"] == "pinned"
+    assert "is not visible to the receiver" in closed["why"]
+    assert {path["name"] for path in paths.values()} == {"ipc"}
+    (warning,) = [fact for fact in told["facts"] if fact["key"] == "device_paths" and fact["status"] == "warning"]
+    assert warning["remedy"].startswith("Let each rank see all devices")
+
+
 def in_a_cell(command: Sequence[str]) -> list[str]:
     """As in a container: hardly any shared memory, no process_vm_readv, one core, few files."""
     mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'

@@ -9,9 +9,11 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import _system
-from . import heat_map, report, self_test, trial
+from . import devices, heat_map, report, self_test, trial
+from .devices import Devices
 from .facts import Fact, Status
 from .host import host_facts
 from .network import network_facts
@@ -52,6 +54,8 @@ class _Examination:
         self._facts: list[Fact] = []
         self._pairs: list[Pair] = []
         self._hosts: list[str] = []
+        self._devices = Devices()
+        self._device_paths: list[dict[str, Any]] = []
         self._print = report.printer(arguments.parsable)
 
     @property
@@ -72,7 +76,13 @@ class _Examination:
         self._look_with(lambda: launch_facts(self._place, library), "launcher")
         self._look_with(lambda: host_facts(self._place, library.text, library.resources, _children_read()), "host")
         self._look_with(lambda: network_facts(self._place, library.text), "network")
+        self._look_with(self._look_at_devices, "devices")
         return self._facts
+
+    def _look_at_devices(self) -> list[Fact]:
+        looked = devices.look()
+        self._devices = devices.found_by(looked)
+        return devices.facts(looked, self._place)
 
     def _look_with(self, look: Callable[[], list[Fact]], what: str) -> None:
         """A system that has not what is looked for is a fact, too."""
@@ -87,9 +97,10 @@ class _Examination:
         if any(key in _NEEDED for key in keys):
             self._add([Fact("session", f"not tried, because of {', '.join(keys)}", Status.NOTE)])
             return
-        done = self_test.run(self._place, facts, self._arguments.timeout)
+        done = self_test.run(self._place, facts, self._devices, self._arguments.timeout)
         self._pairs = [Pair(**pair) for pair in done.found.get("pairs", [])]
         self._hosts = [rank["host"] for rank in done.found.get("ranks", [])]
+        self._device_paths = done.found.get("device_paths", [])
         found = self_test.facts_of(done, self._place)
         self._add(found)
         if done.failure and not self._reports:
@@ -115,7 +126,7 @@ class _Examination:
             self._add([self._plot(arguments.plot)])
         if arguments.json:
             about = {"host": socket.gethostname(), "works": not failed}
-            report.print_json(self._facts, about, self._pairs, self._hosts)
+            report.print_json(self._facts, about, self._pairs, self._hosts, self._device_paths)
         elif self._pairs and not arguments.parsable:
             report.print_matrices(self._pairs, self._hosts)
         return int(failed)

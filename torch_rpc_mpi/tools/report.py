@@ -78,11 +78,18 @@ def print_matrices(pairs: Sequence[Pair], hosts: Sequence[str]) -> None:
         print(f"{row:>8} {values}  {hosts[row]}", flush=True)
 
 
-def print_json(facts: Sequence[Fact], about: dict[str, Any], pairs: Sequence[Pair], hosts: Sequence[str]) -> None:
+def print_json(
+    facts: Sequence[Fact],
+    about: dict[str, Any],
+    pairs: Sequence[Pair],
+    hosts: Sequence[str],
+    device_paths: Sequence[dict[str, Any]],
+) -> None:
     document = {
         **about,
         "facts": [fact.as_json() for fact in facts],
         "hosts": list(hosts),
         "pairs": [pair.as_json() for pair in pairs],
+        "device_paths": list(device_paths),
     }
     print(json.dumps(document, indent=1), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import time
@@ -14,7 +15,9 @@ import torch.distributed.rpc as rpc
 
 from .. import _mpi, _world
 from .._system import SHARED_MEMORY
-from . import pairs, trial
+from . import device_paths, pairs, trial
+from .device_paths import Path as DevicePath
+from .devices import Devices
 from .facts import Fact, Status, count_text
 from .pairs import Pair
 from .place import Place, worker_names
@@ -23,22 +26,36 @@ from .trial import Tell, Trial
 _CALLS, _LARGE_CALLS = 20, 3
 _LARGE = 4 << 20  # bytes
 _PAIR_LIMIT = 10.0  # seconds
+_CONTEXT_LIMIT = 60.0  # in which a driver makes a context on a device
+_WITH_DEVICES = "the session with device maps"
 _SECONDS_A_ROUND = 2.0  # at most, on a busy machine; broken pairs come on top
 _LOOKS, _LOOKED_AT = 4, 32  # further ones at pairs that seemed slow, and at how many of them
 _UNKNOWN_SIZE = 256  # ranks that there may be where the launcher does not say
 
-_facts: list[Fact] = []  # of this rank, which its child has from the fork
+# Of this rank, which its child has from the fork.
+_facts: list[Fact] = []
+_devices: list[Devices] = []
 
 
-def run(place: Place, facts: Sequence[Fact], init_timeout: float) -> Trial:
-    """The session in a child of this rank."""
-    _facts[:] = facts
-    return trial.run(lambda tell: _session(tell, place, init_timeout), limit_of(place, init_timeout))
+def run(place: Place, facts: Sequence[Fact], devices: Devices, init_timeout: float) -> Trial:
+    """The session in a child of this rank, and another one with devices if there are any."""
+    _facts[:], _devices[:] = facts, [devices]
+    return trial.run(lambda tell: _sessions(tell, place, init_timeout), limit_of(place, init_timeout))
 
 
 def limit_of(place: Place, init_timeout: float) -> float:
     """Seconds that it may take."""
-    return init_timeout + 30 + _SECONDS_A_ROUND * (place.size or _UNKNOWN_SIZE)
+    return 2 * (init_timeout + 15 + _SECONDS_A_ROUND * (place.size or _UNKNOWN_SIZE))
+
+
+def _sessions(tell: Tell, place: Place, init_timeout: float) -> None:
+    _session(tell, place, init_timeout)
+    if device_paths.are_wanted():
+        _session_with_devices(tell, place, init_timeout)
+    tell({}, "MPI_Finalize")
+    if not _world.is_formed():
+        _mpi.open_library().MPI.Finalize()
+    tell({}, "the end")
 
 
 def _session(tell: Tell, place: Place, init_timeout: float) -> None:
@@ -56,18 +73,28 @@ def _session(tell: Tell, place: Place, init_timeout: float) -> None:
             rpc.shutdown(graceful=False)  # the others learn of it, and do not wait for each other
             raise RuntimeError("some pairs of ranks do not work")
         tell({}, "rpc.shutdown")
-    tell({}, "MPI_Finalize")
-    if not _world.is_formed():
-        loaded.MPI.Finalize()
-    tell({}, "the end")
+
+
+def _session_with_devices(tell: Tell, place: Place, init_timeout: float) -> None:
+    tell({}, _WITH_DEVICES)
+    maps = device_paths.maps(place.rank)
+    with place.session(init_timeout=init_timeout, rpc_timeout=_CONTEXT_LIMIT, device_maps=maps):
+        if place.rank == 0:
+            found = device_paths.ask_all(worker_names(), _CONTEXT_LIMIT)
+            tell({"device_paths": [path.as_json() for path in found]}, "")
 
 
 def _measure_all(tell: Tell) -> bool:
     """Rank 0 asks everybody; one that does not answer is told of in its place. Returns whether all goes."""
     names = worker_names()
     answers = _answers([rpc.rpc_async(name, describe, timeout=_PAIR_LIMIT) for name in names])
-    ranks = [{"host": "?", "error": answer} if isinstance(answer, str) else answer for answer in answers]
+    ranks: list[dict[str, Any]] = [
+        {"host": "?", "error": answer} if isinstance(answer, str) else answer for answer in answers
+    ]
     tell({"ranks": ranks}, "")
+    own = [Devices() if "error" in rank else Devices(**rank["devices"]) for rank in ranks]
+    chosen = device_paths.choose(ranks, own)
+    _answers([rpc.rpc_async(name, device_paths.learn, (chosen,), timeout=_PAIR_LIMIT) for name in names])
     measured = []
     for round_ in pairs.rounds(len(names)):
         measured += _measure_some(round_, names)
@@ -142,6 +169,7 @@ def describe() -> dict[str, Any]:
         "threads": len(list(Path("/proc/self/task").iterdir())),
         "files": len(list(Path("/proc/self/fd").iterdir())),
         "facts": [fact.as_json() for fact in _facts],
+        "devices": dataclasses.asdict(_devices[0]),
     }
 
 
@@ -163,6 +191,8 @@ def facts_of(done: Trial, place: Place) -> list[Fact]:
         facts += _placements(ranks)
         facts += _of_other_hosts(ranks)
     facts += pairs.verdicts([Pair(**pair) for pair in found.get("pairs", [])], [rank["host"] for rank in ranks])
+    paths = [DevicePath(**path) for path in found.get("device_paths", [])]
+    facts += device_paths.verdicts(paths, [rank["host"] for rank in ranks])
     return [*facts, _outcome(done, place)]
 
 
@@ -183,6 +213,7 @@ _REMEDIES = {
     "init_rpc": "look at the problems above; start with the launcher of the MPI that mpi4py loads, on one host first",
     "the calls between the ranks": "look at the pairs and ranks above",
     "rpc.shutdown": "look at the pairs and ranks above",
+    _WITH_DEVICES: "look at the devices above, and at those of other hosts; CPU tensors are not concerned",
 }
 
 
