@@ -45,7 +45,7 @@ Lender::~Lender() {
 void Lender::close() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (auto& [pair, way] : ways_) {
-    way = Way::kClosed;
+    way = {Way::kClosed, "RPC was shut down"};
   }
   for (auto& [device, regions] : std::exchange(regions_, {})) {
     const OnDevice onDevice(*runtime_, device);
