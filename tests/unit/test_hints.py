@@ -33,7 +33,7 @@ def test_a_forgotten_backend_under_a_launcher(monkeypatch: pytest.MonkeyPatch, n
 
 
 def test_a_function_of_a_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    hook = sys.excepthook
+    hook = sys.__excepthook__
     monkeypatch.setattr(sys, "excepthook", hook)
     monkeypatch.setattr(_hints, "_watched", False)
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))

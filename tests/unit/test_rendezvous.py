@@ -44,7 +44,7 @@ def test_a_port_that_is_in_use_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> 
         taken.bind(("", 0))
         taken.listen()
         place = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        monkeypatch.setattr(_rendezvous, "_environments_url", lambda rank, world_size: place)
+        monkeypatch.setattr(_rendezvous, "environments_url", lambda rank, world_size: place)
         with pytest.raises(
             RuntimeError, match=rf"^rank 0 is to serve .* its port is in use \({place}\)\. Set MASTER_PORT"
         ):

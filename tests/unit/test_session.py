@@ -48,7 +48,8 @@ rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=MPIRpcBackendOpt
 options = vars(rpc.api._get_current_rpc_agent().options)
 assert options == {
     "num_worker_threads": 3, "rpc_timeout": 60.0, "eager_limit": 8192, "bulk_chunk": 1 << 20,
-    "spin_time": 0.001, "max_sleep": 0.001, "flight_recorder_dir": "", "any_source": True,
+    "spin_time": 0.001, "max_sleep": 0.001, "flight_recorder_dir": "",
+    "devices": [], "device_names": [], "any_source": True,
 }, options
 rpc.shutdown()
 """,
