@@ -78,7 +78,7 @@ OutboundSlices::OutboundSlices(
 
 void OutboundSlices::begin(const TensorWriter& writer, size_t inlineLimit) {
   chooseWays(writer, inlineLimit);
-  lend(writer, inlineLimit);
+  lend(writer);
   gather(writer);
 }
 
@@ -103,7 +103,7 @@ void OutboundSlices::chooseWays(const TensorWriter& writer, size_t inlineLimit) 
 }
 
 // One piece for all that go from one device to one other, as far as it can be had at once.
-void OutboundSlices::lend(const TensorWriter& writer, size_t inlineLimit) {
+void OutboundSlices::lend(const TensorWriter& writer) {
   constexpr size_t kAlignment = 256;
   std::vector<bool> seen(slices_.size());
   for (size_t i = 0; i < slices_.size(); ++i) {

@@ -107,7 +107,7 @@ class OutboundSlices {
     std::unique_ptr<ChunkSource> source; // of one that goes as tickets, with its first
   };
   void chooseWays(const TensorWriter& writer, size_t inlineLimit);
-  void lend(const TensorWriter& writer, size_t inlineLimit);
+  void lend(const TensorWriter& writer);
   void gather(const TensorWriter& writer);
 
   const std::shared_ptr<Devices> devices_;
