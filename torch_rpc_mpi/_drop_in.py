@@ -9,7 +9,6 @@ Imported at the end of ``import torch``, and so without anything but the standar
 from __future__ import annotations
 
 import enum
-import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -23,23 +22,21 @@ TENSORPIPE = "TENSORPIPE"  # torch's name of the backend
 _MARK = "_torch_rpc_mpi_drop_in"  # on what stands in torch's places
 _WIRES = "_torch_rpc_mpi_wires"
 
+_told: set[str] = set()
+
 
 def is_on(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether requests for TensorPipe are MPI's."""
     value = environ.get(VARIABLE, "")
-    if value not in ("", "0", "1"):
-        _tell_of(value)
+    if value not in ("", "0", "1", *_told):
+        _told.add(value)
+        logger.warning(
+            '%s=%r has no meaning, so that TensorPipe stays TensorPipe: 1 switches backend "MPI" on for it, 0 or '
+            "nothing off",
+            VARIABLE,
+            value,
+        )
     return value == "1"
-
-
-@functools.cache
-def _tell_of(value: str) -> None:
-    logger.warning(
-        '%s=%r has no meaning, so that TensorPipe stays TensorPipe: 1 switches backend "MPI" on for it, 0 or nothing '
-        "off",
-        VARIABLE,
-        value,
-    )
 
 
 def switch_on() -> None:

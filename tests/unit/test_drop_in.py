@@ -227,7 +227,7 @@ except ValueError as error:
     [("1", True, 0), ("0", False, 0), ("", False, 0), ("false", False, 1), ("no", False, 1), (" ", False, 1)],
 )
 def test_the_switch_is_on_for_1_alone(caplog: pytest.LogCaptureFixture, value: str, is_on: bool, told: int) -> None:
-    _drop_in._tell_of.cache_clear()
+    _drop_in._told.clear()
     for _ in range(2):
         assert _drop_in.is_on({_drop_in.VARIABLE: value}) == is_on
     assert [record.getMessage().count(f"TORCH_RPC_MPI_DROP_IN={value!r} has no") for record in caplog.records] == [
