@@ -9,6 +9,7 @@ Imported at the end of ``import torch``, and so without anything but the standar
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
