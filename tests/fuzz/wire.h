@@ -56,7 +56,7 @@ class WireTransport final : public Transport {
   std::optional<uint64_t> taken(ProgressToken&, int, Channel) override {
     return std::nullopt; // peers of other hosts
   }
-  void awaitTaking(ProgressToken&, int) override {}
+  void awaitTaking(ProgressToken&, int, uint64_t) override {}
   std::vector<int> frameSources() const override {
     std::vector<int> sources;
     for (int rank = 0; perSource_ && rank < size_; ++rank) {
