@@ -63,9 +63,10 @@ std::vector<c10::Stream> Devices::poolStreams() const {
   return streams;
 }
 
-// From the pool of high priority: a program that captures a graph does so in a stream of the other.
+// From the pool out of which torch takes streams for callbacks of futures as well: a program that captures a graph
+// while calls go on does so in a stream of the other, of high priority.
 c10::Stream Devices::poolStream(c10::Device device) const {
-  return c10::impl::VirtualGuardImpl(runtime_->type()).getStreamFromGlobalPool(device, /*isHighPriority=*/true);
+  return c10::impl::VirtualGuardImpl(runtime_->type()).getStreamFromGlobalPool(device, /*isHighPriority=*/false);
 }
 
 c10::Stream Devices::currentStream(c10::Device device) const {
