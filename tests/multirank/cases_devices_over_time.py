@@ -15,9 +15,9 @@ from harness import World, equal, eventually
 SIZES = [0, 10, 3_000, 20_000, 100_000, 600_000]
 AT_ONCE = 8
 ROUNDS = 62  # of so many calls, with a tensor each way, at each of two ranks: 2000 transfers
-# Events and blocks of pinned memory are pooled: there are as many as were used at once, which time decides. A thousand
-# more would be one for each call.
-POOLED = {"events": 100, "pinned": 4 * AT_ONCE}
+# Events and blocks of pinned memory are pooled: there are as many as were used at once, which time decides. One that is
+# lost with each transfer would be 2000 more.
+POOLED = {"events": 500, "pinned": 4 * AT_ONCE}
 GRAPHS = 20 if IS_TEST_DEVICE else 100
 TRAFFIC_LIMIT = 30.0  # seconds, for a call
 
