@@ -19,7 +19,7 @@ from . import pairs
 from .devices import Devices
 from .facts import Fact, Status, count_text
 
-_ELEMENTS = 1024
+_ELEMENTS = 200_000  # smaller tensors go through pinned memory anyway: see docs/devices.md
 _LIMIT = 5.0  # seconds, in which two ranks agree on a path; a call takes longer where one makes its context
 _NAMED = 6  # pairs of ranks in a fact; all are in the JSON
 _OFFERED = "(ipc is offered)"
