@@ -340,18 +340,16 @@ OutboundPtr OutboundRpc::releaseSource() {
 }
 
 bool OutboundRpc::giveBackMemory() noexcept {
-  (void)OutboundMessage::giveBackMemory();
-  giveBack(payload_.data(), payload_.size());
-  const auto done = [&](const c10::Storage& storage) {
-    if (storage.use_count() > 1) {
-      return false;
-    }
+  if (std::ranges::any_of(storages_, [](const c10::Storage& storage) { return storage.use_count() > 1; })) {
+    return false;
+  }
+  for (const c10::Storage& storage : storages_) {
     if (isOfStorageAlone(storage.data_ptr())) {
       giveBack(storage.mutable_data(), storage.nbytes());
     }
-    return true;
-  };
-  return std::ranges::count_if(storages_, done) == std::ssize(storages_);
+  }
+  giveBack(payload_.data(), payload_.size());
+  return OutboundMessage::giveBackMemory();
 }
 
 // ---- receiving ----

@@ -37,13 +37,16 @@ struct Incoming::Message {
   bool allPosted() const {
     return span == spans.size();
   }
-  // Of the host.
-  void giveBackPages() const {
-    const BulkTarget* const target = state == State::kParts ? inbound.target.get() : nullptr;
+  // Its memory is needed no more, although the transport may write to it: that of devices goes, and the host's pages.
+  void abandon() noexcept {
+    BulkTarget* const target = state == State::kParts ? inbound.target.get() : nullptr;
     for (size_t i = 0; i < spans.size() && !discard; ++i) {
       if (spans[i].data != nullptr && (target == nullptr || target->sinks.empty() || target->sinks[i] == nullptr)) {
-        torch_rpc_mpi::giveBackPages(spans[i].data, spans[i].bytes);
+        giveBackPages(spans[i].data, spans[i].bytes);
       }
+    }
+    if (target != nullptr) {
+      target->abandon();
     }
   }
 };
@@ -261,15 +264,12 @@ void Incoming::abandon() noexcept {
   abandoned_ = true;
   for (std::unique_ptr<Message>& message : messages_) {
     if (message->chunks > 0) {
-      if (message->inbound.target != nullptr) {
-        message->inbound.target->abandon();
-      }
       (void)message.release(); // until its operations are complete
     }
   }
   messages_.clear();
-  for (const Message* message : receiving_) {
-    message->giveBackPages();
+  for (Message* message : receiving_) {
+    message->abandon();
   }
   context_.counters.partsIn.fetch_sub(std::exchange(unfinished_, 0), std::memory_order_relaxed);
 }

@@ -412,11 +412,13 @@ void Outgoing::abandon(ProgressToken& token, const std::string& reason) {
 // What MPI may still read, unless it completes after all.
 void Outgoing::keep() {
   std::ranges::sort(chunks_, {}, [](const ChunkSend* send) { return send->chunk.data; });
-  for (const ChunkSend* send : chunks_) {
-    send->message.posted_.push_back(send->chunk);
-  }
   for (OutboundMessage* message : std::exchange(withParts_, {})) {
     try {
+      for (const ChunkSend* send : chunks_) {
+        if (&send->message == message) {
+          message->posted_.push_back(send->chunk);
+        }
+      }
       if (OutboundPtr source = message->releaseSource()) {
         letGo(std::move(source));
       }
