@@ -7,7 +7,7 @@
 // handles name whole allocations, torch's may lie in segments that have none, and an open handle keeps the memory. A
 // piece is lent with a ticket, which is sent when the copy into the piece is complete, as the sender's host has asked.
 // (An event of the sender's for which the receiver's stream waits would spare that. But two processes take turns on a
-// GPU, and one whose stream waits for the other keeps it from its turn: measured on an H200. There a turn takes 137 us,
+// GPU, and one whose stream waits for the other seems to keep it from its turn. On an H200 a turn takes 137 us,
 // whatever is in it, so that large tensors go in few large pieces.) The borrower gives the ticket back when its own
 // copy is done, which it learns in the same way; a ticket that nobody has read is given back as well. What a peer had
 // that has failed is not lent again. A pair of devices begins with an offer, which the peer tries to open. Until it
