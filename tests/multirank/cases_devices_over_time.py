@@ -79,7 +79,7 @@ def a_session_leaves_nothing(world: World) -> None:
         world.init(**options)
         exchange(world, 4)
         rpc.shutdown()
-    world.init()  # torch keeps the last agent until there is another one
+    world.init()  # torch keeps the last agent, and so its pool of events, until there is another one
     rpc.shutdown()
     stay_below(before, "nothing is left of the sessions that are over")
 
