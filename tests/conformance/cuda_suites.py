@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch.distributed.rpc as rpc
+from mpi_ranks import MpiRanks
 from torch.testing._internal.dist_utils import worker_name
-from torch_suites import Ranks, rpc_utils
+from torch_suites import rpc_utils
 
 from torch_rpc_mpi import MPIRpcBackendOptions
 
@@ -22,22 +23,8 @@ TEXTS = {
 }
 
 
-class CudaRanks(Ranks):
-    """The suites' ranks over backend "MPI": with our options and texts where a test has TensorPipe's."""
-
-    @property
-    def rpc_backend(self) -> object:
-        return rpc.backend_registry.BackendType["MPI"]
-
-    @property
-    def rpc_backend_options(self) -> MPIRpcBackendOptions:
-        return MPIRpcBackendOptions(init_method=self.init_method)
-
-    def get_shutdown_error_regex(self) -> str:
-        return "it has left"
-
-    def get_timeout_error_regex(self) -> str:
-        return "RPC ran for more than"
+class CudaRanks(MpiRanks):
+    """With our options and texts where a test has TensorPipe's."""
 
     def assertRaisesRegex(self, expected: Any, regex: Any, *arguments: Any, **keywords: Any) -> Any:
         regex = TEXTS.get(regex, regex)

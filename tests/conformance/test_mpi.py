@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed.rpc as rpc
+from mpi_ranks import MpiRanks
 from options_suite import OptionsTest
 from torch.testing._internal.distributed.rpc import dist_autograd_test, rpc_test
-from torch_suites import GENERIC, Ranks, count, generate, without
-
-from torch_rpc_mpi import MPIRpcBackendOptions
+from torch_suites import GENERIC, count, generate, without
 
 # Tests of TensorPipe's options; OptionsTest has their counterparts.
 OF_TENSORPIPES_OPTIONS = (
@@ -36,23 +34,7 @@ TENSORPIPE = [
 ]
 
 
-class Fixture(Ranks):
-    @property
-    def rpc_backend(self) -> object:
-        return rpc.backend_registry.BackendType["MPI"]
-
-    @property
-    def rpc_backend_options(self) -> MPIRpcBackendOptions:
-        return MPIRpcBackendOptions(init_method=self.init_method)
-
-    def get_shutdown_error_regex(self) -> str:
-        return "it has left"
-
-    def get_timeout_error_regex(self) -> str:
-        return "RPC ran for more than"
-
-
-globals().update(generate("Mpi", Fixture, [*GENERIC, *TENSORPIPE, OptionsTest], __name__))
+globals().update(generate("Mpi", MpiRanks, [*GENERIC, *TENSORPIPE, OptionsTest], __name__))
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other torch, other tests")
