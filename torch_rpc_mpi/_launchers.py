@@ -18,14 +18,19 @@ torchrun               torch's documentation, "torchrun (Elastic Launch)"; 2.13
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
 import socket
 import stat
+import sys
+import termios
+import time
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import TextIO
 
 Environment = Mapping[str, str]
 
@@ -40,7 +45,9 @@ _FOR_MPI = re.compile(
 )
 
 _DEFAULT_PORT = 29500
-_ANSWER_LIMIT = 1.0  # seconds
+# Seconds.
+_ANSWER_LIMIT = 1.0
+_READ_LIMIT = 0.5
 _CLAIM = "TORCH_RPC_MPI_LAUNCHED"
 
 
@@ -122,7 +129,7 @@ def is_within_another(environ: Environment = os.environ) -> bool:
 def end_job(status: int, environ: Environment = os.environ) -> None:
     """Has a launcher that speaks PMI-1 end all ranks, with this status, for one that has not begun MPI.
 
-    Those of MPICH and Intel MPI do, and Slurm's plugin pmi2.
+    Those of MPICH and Intel MPI do, and Slurm's plugin pmi2. They are given time to read what this one has written.
     """
     descriptor = _number(environ, "PMI_FD")
     try:
@@ -132,9 +139,26 @@ def end_job(status: int, environ: Environment = os.environ) -> None:
         if not select.select([descriptor], [], [], _ANSWER_LIMIT)[0]:
             return
         os.read(descriptor, 1024)
+        _wait_until_read(sys.stdout)
+        _wait_until_read(sys.stderr)
         os.write(descriptor, f"cmd=abort exitcode={status}\n".encode())
     except OSError:
         return  # the launcher has ended
+
+
+def _wait_until_read(file: TextIO | None) -> None:
+    """As ``waitUntilRead`` of csrc/host/launcher_output.h, which says why."""
+    if file is None:
+        return
+    try:
+        file.flush()
+        if not stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            return
+        end = time.monotonic() + _READ_LIMIT
+        while any(fcntl.ioctl(file.fileno(), termios.FIONREAD, bytes(4))) and time.monotonic() < end:
+            time.sleep(0.001)
+    except (OSError, ValueError):
+        return  # the file is closed, or none that has a descriptor
 
 
 def _identity(environ: Environment) -> str:

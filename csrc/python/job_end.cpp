@@ -11,6 +11,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "base/deadline.h"
+#include "host/launcher_output.h"
 #include "host/resources.h"
 
 namespace torch_rpc_mpi {
@@ -38,6 +39,8 @@ void endJob() {
   }
   std::fprintf(stderr, "torch_rpc_mpi: %s\n", jobEnd->text.c_str());
   std::fflush(nullptr);
+  waitUntilRead(STDOUT_FILENO);
+  waitUntilRead(STDERR_FILENO);
   jobEnd->mpi->abort(jobEnd->world, jobEnd->status);
 }
 

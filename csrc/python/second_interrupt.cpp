@@ -19,6 +19,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "base/clock.h"
+#include "host/launcher_output.h"
 #include "host/resources.h"
 #include "python/interpreter.h"
 #include "python/signals.h"
@@ -81,6 +82,7 @@ double usedByMainThread() {
   std::fprintf(stderr, "torch_rpc_mpi: %s. Ending this process.\n", text.c_str());
   std::fflush(stderr);
   if (endJob) { // launchers do not notice every process that a signal has ended
+    waitUntilRead(STDERR_FILENO);
     endJob(128 + SIGINT);
   }
   std::signal(SIGINT, SIG_DFL);

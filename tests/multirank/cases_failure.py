@@ -187,8 +187,9 @@ def finalising_mpi_of_a_world_without_a_launcher(world: World) -> None:
         world.wait("finalised")
 
 
-@program(succeeds=False, expect=["MPI_Abort|MPI_ABORT"], forbid=["survived"], tensorpipe="it needs no MPI")
+@program(status=5, forbid=["survived", *CRASHED], tensorpipe="it needs no MPI")
 def aborting_mpi_in_a_session(world: World) -> None:
+    """The line about it is MPI's, and MPICH's launcher does not always show it."""
     world.init()
     from mpi4py import MPI
 

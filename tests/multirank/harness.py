@@ -54,6 +54,7 @@ class Program:
     any_world: bool
     launcherless: bool
     succeeds: bool | None
+    status: int | None
     expect: Sequence[str]
     forbid: Sequence[str]
     env: Mapping[str, str]
@@ -130,6 +131,7 @@ def program(
     any_world: bool = False,
     launcherless: bool = False,
     succeeds: bool | None = True,
+    status: int | None = None,
     expect: Sequence[str] = (),
     forbid: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
@@ -145,6 +147,7 @@ def program(
         any_world: it is about nothing of MPI or its launcher, and only needs a process of its own.
         launcherless: as any_world, but under MPI's launcher something else happens.
         succeeds: whether the launch must end with status 0, or with another; None if either will do.
+        status: the status with which the launch must end, instead.
         expect: regular expressions that its output must contain.
         forbid: regular expressions that its output must not contain.
         env: environment variables on top of the launcher's.
@@ -162,7 +165,8 @@ def program(
             launcher,
             any_world or launcherless,
             launcherless,
-            succeeds,
+            succeeds if status is None else None,
+            status,
             expect,
             forbid,
             dict(env or {}),

@@ -34,7 +34,7 @@ def test_program(module: str, name: str, backend: str) -> None:
     problems += [f"a match of {pattern!r} in" for pattern in program.forbid if re.search(pattern, output)]
     if status is None:
         problems.append("had to be ended after")
-    elif program.succeeds not in (None, status == 0):
+    elif program.succeeds not in (None, status == 0) or program.status not in (None, status):
         problems.append(f"ended with status {status} after")
     if problems:
         pytest.fail(", ".join(problems) + f" the output:\n{output[-20000:]}", pytrace=False)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import os
 import socket
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +163,25 @@ def test_the_end_of_a_job_waits_for_no_launcher_that_is_silent(monkeypatch: pyte
         _launchers.end_job(3, {"PMI_FD": str(ours.fileno())})
         asked = launchers.recv(1024)
     assert (b"cmd=abort exitcode=3\n" in asked) == answers
+
+
+def test_the_launcher_has_read_what_is_written_before_it_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may not do when it ends the job."""
+    ours, launchers = socket.socketpair()
+    reads, writes = os.pipe()
+    with ours, launchers, open(reads, "rb") as shown, open(writes, "w") as errors:
+        monkeypatch.setattr(sys, "stderr", errors)
+        launchers.sendall(b"cmd=response_to_init rc=0\n")
+        print("why", file=errors, flush=True)
+        looked = threading.Event()
+        monkeypatch.setattr(time, "sleep", lambda _: looked.set())
+        ends = threading.Thread(target=_launchers.end_job, args=(3, {"PMI_FD": str(ours.fileno())}))
+        ends.start()
+        assert looked.wait(60)
+        assert b"cmd=abort" not in launchers.recv(1024)
+        assert shown.readline() == b"why\n"
+        ends.join()
+        assert b"cmd=abort" in launchers.recv(1024)
 
 
 @pytest.mark.parametrize(
