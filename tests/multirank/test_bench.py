@@ -34,7 +34,7 @@ def run(command: list[str], output: Path, **env: str) -> tuple[str, dict[str, An
 
 def test_worlds_of_its_own(tmp_path: Path) -> None:
     cases = "builtin,async_udf_64,echo_1MiB,take_64MiB,training,neighbours,many_to_one,all_to_all_64KiB,idle,session"
-    text, found = run([*BENCH, f"--cases={cases}", "--ranks=2,3", "--rounds=3"], tmp_path / "out")
+    text, found = run([*BENCH, f"--cases={cases}", "--ranks=2,3", "--rounds=2"], tmp_path / "out")
     results = {(result["case"], result["ranks"]): result["backends"] for result in found["results"]}
     everywhere = {(name, ranks) for name in ("builtin", "all_to_all_64KiB", "session") for ranks in (2, 3)}
     everywhere |= {("neighbours", 3), ("many_to_one", 3)}
@@ -46,7 +46,7 @@ def test_worlds_of_its_own(tmp_path: Path) -> None:
         raw = set() if name in ("training", "idle", "session") else {"raw"}
         assert set(backends) == {"mpi", "tensorpipe", "tensorpipe-uv"} | raw, name
         for backend, measured in backends.items():
-            assert len(measured["medians"]) == 3
+            assert len(measured["medians"]) == 2
             assert measured["percentiles"] == sorted(measured["percentiles"])
             assert all(0 < median < 60 for median in measured["medians"]), (name, ranks, backend)
             assert set(measured["grown_bytes"]) == (set() if backend == "raw" else {str(rank) for rank in range(ranks)})
@@ -129,7 +129,8 @@ def test_given_world(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("started", [False, True], ids=["while it starts", "between its turns"])
 def test_a_backend_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, started: bool) -> None:
-    command = [*BENCH, "--cases=udf,idle", "--ranks=2", "--rounds=4", "--output", str(tmp_path / "out")]
+    arguments = ["--cases=udf,idle", "--ranks=2", "--rounds=2", "--backends=mpi,tensorpipe"]
+    command = [*BENCH, *arguments, "--output", str(tmp_path / "out")]
     with (tmp_path / "log").open("w") as log:
         bench = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
     try:
@@ -144,7 +145,7 @@ def test_a_backend_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, s
     assert "its process was killed by SIGKILL" in found["failures"]["2"]["tensorpipe"]
     assert "tensorpipe failed in a world of 2 ranks" in (tmp_path / "log").read_text()
     results = {result["case"]: result["backends"]["mpi"]["medians"] for result in found["results"]}
-    assert {name: len(medians) for name, medians in results.items()} == {"udf": 4, "idle": 4}
+    assert {name: len(medians) for name, medians in results.items()} == {"udf": 2, "idle": 2}
 
 
 def find_descendant(pid: int, argument: str) -> psutil.Process:
