@@ -94,6 +94,7 @@ class AgentOptions:
     devices: list[torch.device]
     device_memory: int
     device_names: list[str]
+    mpi_takes_device_memory: bool
     device_maps: list[tuple[dict[torch.device, torch.device], dict[torch.device, torch.device]]]
     messages_to_fail: list[str]
     messages_to_delay: dict[str, float]

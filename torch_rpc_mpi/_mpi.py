@@ -79,6 +79,17 @@ class LoadedMPI:
             return False
         return nodes == 1 or not re.search(r"ch4:.*\bucx\b", self.runtime.library_version())
 
+    def takes_memory_of(self, device_type: str) -> bool:
+        """Whether this MPI says that it reads and writes the memory of devices of this kind itself.
+
+        By the functions that MPICH and its kin, and Open MPI, have for that. Those that lack them are not GPU-aware,
+        or too old to tell.
+        """
+        kinds = () if device_type != "cuda" else ("cuda",) if torch.version.hip is None else ("hip", "rocm")
+        library = ctypes.CDLL(self.MPI.__file__)  # which has loaded MPI
+        queries = (getattr(library, f"MPIX_Query_{kind}_support", None) for kind in kinds)
+        return any(query is not None and bool(query()) for query in queries)
+
 
 _loaded: LoadedMPI | None = None
 _left_uninitialized = False  # by us, not by the user

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,8 +111,8 @@ def check_directory(option: Option, value: object) -> str:
 
 
 def check_choice(option: Option, value: object) -> str:
-    """One of the words in the option's type, which reads ``"a" or "b"``."""
-    choices = [choice.strip('"') for choice in option.type.split(" or ")]
+    """One of the words in the option's type, which reads ``"a", "b" or "c"``."""
+    choices = re.findall(r'"(\w+)"', option.type)
     if not isinstance(value, str):
         raise option.wrong_type(value, "one of " + ", ".join(map(repr, choices)))
     if value not in choices:

@@ -341,5 +341,10 @@ def _agent_options(
         agent_options.device_maps = [
             (dict(placement.requests.get(name, {})), dict(placement.responses.get(name, {}))) for name in names
         ]
-    agent_options.any_source = _mpi.open_library().takes_any_source(nodes)
+    mpi = _mpi.open_library()
+    agent_options.any_source = mpi.takes_any_source(nodes)
+    if options.device_path != "pinned" and placement.devices:
+        agent_options.mpi_takes_device_memory = options.device_path == "mpi" or mpi.takes_memory_of(
+            placement.devices[0].type
+        )
     return agent_options

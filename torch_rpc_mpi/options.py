@@ -78,10 +78,11 @@ OPTIONS: tuple[Option, ...] = (
         check_devices,
     ),
     Option(
-        "device_path", '"auto" or "pinned"', "auto", "name",
+        "device_path", '"auto", "mpi" or "pinned"', "auto", "name",
         "How tensors get from a device to another process. `auto`: on one host through device memory that the "
-        "processes share, where that can be had, otherwise through pinned memory. `pinned`: always through that. Must "
-        "be the same on all ranks.",
+        "processes share, where that can be had; otherwise MPI takes them from the device, if it says that it can; "
+        "otherwise through pinned memory. `mpi`: always as MPI takes them, whatever it says. `pinned`: always through "
+        "that. Must be the same on all ranks.",
         check_choice, from_environment=True,
     ),
     Option(
@@ -151,7 +152,7 @@ class _Given(TypedDict, total=False):
     node: str
     device_maps: Mapping[str, DeviceMap] | None
     devices: Sequence[DeviceLike] | None
-    device_path: Literal["auto", "pinned"]
+    device_path: Literal["auto", "mpi", "pinned"]
     comm: MPI.Intracomm | None
     init_timeout: float
     heartbeat_timeout: float

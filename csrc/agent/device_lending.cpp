@@ -84,9 +84,9 @@ void DeviceLending::onFrame(ProgressToken& token, const InboundMessage& message)
       const std::string why = devices_->lender()->onVerdict(message.source, read<LendingVerdict>(body));
       if (!why.empty()) {
         LOG(WARNING) << "RPC from " << members_.describe(members_.rank()) << " to " << members_.describe(message.source)
-                     << " sends device tensors through pinned memory of the host, because their devices' memory cannot "
-                        "be shared: "
-                     << why;
+                     << " sends device tensors "
+                     << (devices_->mpiTakesMemory() ? "by MPI" : "through pinned memory of the host")
+                     << ", because their devices' memory cannot be shared: " << why;
       }
       break;
     }

@@ -325,8 +325,11 @@ std::unordered_map<std::string, std::string> MpiAgent::getMetrics() {
     metrics["mpi.device_bytes_received_pinned"] = std::to_string(counters.receivedPinned.load());
     metrics["mpi.device_bytes_sent_ipc"] = std::to_string(counters.sentIpc.load());
     metrics["mpi.device_bytes_received_ipc"] = std::to_string(counters.receivedIpc.load());
+    metrics["mpi.device_bytes_sent_mpi"] = std::to_string(counters.sentMpi.load());
+    metrics["mpi.device_bytes_received_mpi"] = std::to_string(counters.receivedMpi.load());
+    metrics["mpi.device_path"] = options_.devices->wayOfMpi();
     if (const Lender* lender = options_.devices->lender()) {
-      for (const auto& [peer, ways] : lender->ways()) {
+      for (const auto& [peer, ways] : lender->ways(options_.devices->wayOfMpi())) {
         metrics["mpi.device_path." + members_.find(static_cast<rpc::worker_id_t>(peer)).name_] = ways;
       }
     }

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "codec/device_chunks.h"
+#include "codec/direct_chunks.h"
 
 namespace torch_rpc_mpi {
 
@@ -226,7 +227,9 @@ std::unique_ptr<ChunkSource> OutboundSlices::sourceOf(const TensorWriter& writer
     return std::move(slices_[slice].source);
   }
   if (wayOf(slice) == Way::kBytes) {
-    return pinnedSource(devices_, streamOf(streams_, writer.whereabouts()[slice].here), writer.slices()[slice]);
+    const c10::Stream& stream = streamOf(streams_, writer.whereabouts()[slice].here);
+    return devices_->mpiTakesMemory() ? directSource(devices_, stream, writer.slices()[slice], writer.storageOf(slice))
+                                      : pinnedSource(devices_, stream, writer.slices()[slice]);
   }
   return nullptr;
 }
@@ -276,7 +279,8 @@ void InboundSlices::copy(const std::vector<Copy>& copies) const {
 std::unique_ptr<ChunkSink> InboundSlices::sinkFor(c10::Device device, void* memory, size_t bytes, size_t piece) const {
   const MutableSpan span{static_cast<char*>(memory), bytes};
   if (piece == 0) {
-    return pinnedSink(devices_, streamOf(streams_, device), span);
+    const c10::Stream& stream = streamOf(streams_, device);
+    return devices_->mpiTakesMemory() ? directSink(devices_, stream, span) : pinnedSink(devices_, stream, span);
   }
   require(devices_->borrower() != nullptr, "it lends memory to a worker that takes none");
   return ticketSink(devices_, source_, streamOf(streams_, device), span, piece);

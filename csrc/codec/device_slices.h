@@ -7,8 +7,9 @@
 // tensors may be freed at once, though not written to before the call's answer. The receiver takes a stream for each of
 // its devices; memory is allocated in it, what arrives is copied in it, and the callee's function, or the callbacks of
 // the call's future, run with it as the current one: so nobody waits, and all is in order. Small slices are copied to
-// one pinned block and from there into the frame, larger ones chunk by chunk through a ring of pinned blocks; what the
-// host reads it reads after an event. See Note [Nothing waits for a device].
+// one pinned block and from there into the frame, larger ones chunk by chunk through a ring of pinned blocks, or
+// straight from and to the device's memory where MPI can; what the host or MPI reads is read after an event. See Note
+// [Nothing waits for a device].
 #pragma once
 
 #include <deque>

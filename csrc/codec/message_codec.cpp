@@ -111,10 +111,10 @@ class ReceiveTarget final : public BulkTarget {
   std::vector<at::DataPtr> storages; // of the slices that are not inside the body, in order
   std::vector<size_t> storageBytes;
 
-  // Device memory: the transport writes to the pinned chunks of the sinks.
+  // Device memory, unless the transport writes there and not to pinned chunks of the sinks.
   void abandon() noexcept override {
     for (size_t i = 0; i < storages.size(); ++i) {
-      if (!storages[i].device().is_cpu()) {
+      if (!storages[i].device().is_cpu() && !sinks[sinks.size() - storages.size() + i]->keepsMemory()) {
         storages[i].clear();
       }
     }
@@ -332,6 +332,11 @@ OutboundPtr OutboundRpc::releaseSource() {
     return nullptr;
   }
   auto source = std::make_unique<Source>(peer(), header().kind, header().callId);
+  for (const auto& chunks : sources_) {
+    if (chunks != nullptr) {
+      chunks->abandon();
+    }
+  }
   storages_ = tensors_->storages();
   payload_ = std::move(*message_).movePayload(); // which stays where it lies
   source->message = std::move(message_);

@@ -57,6 +57,10 @@ class TensorWriter {
   const std::vector<Whereabouts>& whereabouts() const {
     return whereabouts_;
   }
+  // The memory that it lies in.
+  const c10::Storage& storageOf(size_t slice) const {
+    return parts_[sliceParts_[slice]].storage();
+  }
   const std::vector<at::Tensor>& parts() const {
     return parts_;
   }
@@ -91,6 +95,7 @@ class TensorWriter {
   std::vector<size_t> sliceFirst_; // where each slice begins in its storage
   std::vector<c10::Device> partTargets_;
   std::vector<Whereabouts> whereabouts_; // of the slices
+  std::vector<size_t> sliceParts_;       // for each of them, one that lies in it
   std::string descriptions_;
 };
 

@@ -128,6 +128,7 @@ void TensorWriter::addSlice(size_t part, size_t first, size_t last) {
   sliceFirst_.push_back(first);
   if (!partTargets_.empty()) {
     whereabouts_.push_back({storage.device(), partTargets_[part]});
+    sliceParts_.push_back(part);
   }
 }
 

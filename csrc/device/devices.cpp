@@ -32,13 +32,11 @@ bool isOver(const DeviceEvent& event) {
 
 } // namespace
 
-Devices::Devices(std::vector<c10::Device> devices, size_t chunk)
-    : Devices(devices, chunk, DeviceRuntime::find(devices.at(0).type())) {}
-
-Devices::Devices(std::vector<c10::Device> devices, size_t chunk, std::shared_ptr<const DeviceRuntime> runtime)
+Devices::Devices(std::vector<c10::Device> devices, size_t chunk, bool mpiTakesMemory)
     : devices_(std::move(devices)),
       chunk_(chunk),
-      runtime_(std::move(runtime)) {
+      mpiTakesMemory_(mpiTakesMemory),
+      runtime_(DeviceRuntime::find(devices_.at(0).type())) {
   watchForks();
   for (const c10::Device device : devices_) {
     pools_.emplace(

@@ -22,6 +22,7 @@ namespace torch_rpc_mpi {
 struct DeviceCounters {
   std::atomic<uint64_t> sentPinned{0}, receivedPinned{0}; // through pinned memory and MPI
   std::atomic<uint64_t> sentIpc{0}, receivedIpc{0};       // through device memory that two processes share
+  std::atomic<uint64_t> sentMpi{0}, receivedMpi{0};       // by MPI itself
 };
 
 // Does something when it is destroyed: held until some events are complete, it is done then.
@@ -43,9 +44,8 @@ class AtLast {
 class Devices {
  public:
   // All of one type, in the order of their indices. Throws DeviceError.
-  // chunk: bytes, of what goes through pinned memory.
-  Devices(std::vector<c10::Device> devices, size_t chunk);
-  Devices(std::vector<c10::Device> devices, size_t chunk, std::shared_ptr<const DeviceRuntime> runtime);
+  // chunk: bytes, of what MPI carries. mpiTakesMemory: it reads and writes the memory of these devices itself.
+  Devices(std::vector<c10::Device> devices, size_t chunk, bool mpiTakesMemory);
 
   const std::vector<c10::Device>& all() const {
     return devices_;
@@ -62,6 +62,13 @@ class Devices {
 
   size_t chunk() const {
     return chunk_;
+  }
+
+  bool mpiTakesMemory() const {
+    return mpiTakesMemory_;
+  }
+  const char* wayOfMpi() const { // for people
+    return mpiTakesMemory_ ? "mpi" : "pinned";
   }
 
   // Before anything is sent: lets neighbours read from device memory of this process, and this one from theirs. See
@@ -124,6 +131,7 @@ class Devices {
 
   const std::vector<c10::Device> devices_;
   const size_t chunk_;
+  const bool mpiTakesMemory_;
   const std::shared_ptr<const DeviceRuntime> runtime_;
   std::map<c10::DeviceIndex, Pools> pools_;
   std::unique_ptr<Lender> lender_;

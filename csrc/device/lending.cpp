@@ -316,14 +316,14 @@ std::string Lender::onVerdict(int peer, const LendingVerdict& verdict) {
   return why;
 }
 
-std::map<int, std::string> Lender::ways() const {
+std::map<int, std::string> Lender::ways(const std::string& otherwise) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::map<int, std::string> all;
   for (const auto& [pair, way] : ways_) {
     std::string& text = all[std::get<0>(pair)];
     text += c10::str(
-        text.empty() ? "" : ", ", static_cast<int>(std::get<1>(pair)), "->", static_cast<int>(std::get<2>(pair)),
-        way.state == Way::kOpen ? " ipc" : " pinned");
+        text.empty() ? "" : ", ", static_cast<int>(std::get<1>(pair)), "->", static_cast<int>(std::get<2>(pair)), " ",
+        way.state == Way::kOpen ? "ipc" : otherwise);
     if (way.state != Way::kOpen) {
       text += way.state == Way::kOffered ? " (ipc is offered)" : c10::str(" (", way.why, ")");
     }

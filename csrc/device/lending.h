@@ -122,8 +122,8 @@ class Lender {
   std::vector<std::pair<int, LendingOffer>> takeOffers(); // by peer
   // Returns what to tell the user, the first time that the way is closed to a peer, or nothing.
   std::string onVerdict(int peer, const LendingVerdict& verdict);
-  // For people: by peers' ranks, which way is taken, and why it is not the short one.
-  std::map<int, std::string> ways() const;
+  // For people: by peers' ranks, which way is taken, and why it is not the short one but `otherwise`.
+  std::map<int, std::string> ways(const std::string& otherwise) const;
 
  private:
   static constexpr size_t kUnits = 512; // of a region

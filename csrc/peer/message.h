@@ -23,6 +23,8 @@ class ChunkSource {
   virtual std::optional<ConstSpan> next() = 0;
   // The transport is done with the first of those chunks for which it was not.
   virtual void sent() = 0;
+  // No more chunks are taken: the memory of those that are may go, unless the transport reads there.
+  virtual void abandon() noexcept {}
 };
 
 // The same for one that is received.
@@ -34,6 +36,10 @@ class ChunkSink {
   virtual std::optional<MutableSpan> next() = 0;
   // The first of those chunks that had not been received is there. Throws what makes the rest impossible to receive.
   virtual void received() = 0;
+  // Whether the transport writes to the memory of the part itself now.
+  virtual bool keepsMemory() const {
+    return false;
+  }
 };
 
 // A frame to send, and the larger parts that follow it on the bulk channel, straight from where they lie.

@@ -67,6 +67,7 @@ struct PyAgentOptions {
   std::vector<c10::Device> devices;
   std::vector<std::string> deviceNames; // UUIDs of all that this process sees; none: no memory is shared
   size_t deviceMemory = 0;              // bytes, of the smallest of them
+  bool mpiTakesDeviceMemory = false;
   std::vector<std::pair<rpc::DeviceMap, rpc::DeviceMap>> deviceMaps; // of requests and responses, by rank; or none
   FaultOptions faults;
 
@@ -97,7 +98,7 @@ struct PyAgentOptions {
     options.idling.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
     options.flightRecorderDir = flightRecorderDir;
     if (!devices.empty()) {
-      options.devices = std::make_shared<Devices>(devices, bulkChunk);
+      options.devices = std::make_shared<Devices>(devices, bulkChunk, mpiTakesDeviceMemory);
       if (!deviceNames.empty()) {
         options.devices->share(namesOf(deviceNames), std::move(neighbours), largestRegion(deviceMemory));
       }
@@ -255,6 +256,7 @@ void bindAgent(py::module_& module) {
       .def_readwrite("flight_recorder_dir", &PyAgentOptions::flightRecorderDir)
       .def_readwrite("devices", &PyAgentOptions::devices)
       .def_readwrite("device_memory", &PyAgentOptions::deviceMemory)
+      .def_readwrite("mpi_takes_device_memory", &PyAgentOptions::mpiTakesDeviceMemory)
       .def_readwrite("device_names", &PyAgentOptions::deviceNames)
       .def_readwrite("device_maps", &PyAgentOptions::deviceMaps)
       .def_property(

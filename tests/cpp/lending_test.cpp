@@ -119,7 +119,7 @@ TEST(a_device_that_the_neighbour_does_not_see_or_reach_is_refused) {
   two.borrower = std::make_shared<Borrower>(two.fake, std::vector<DeviceName>{named("second")});
   CHECK_EQUAL(two.meet().accepted, 0U);
   CHECK_THAT(two.warning.find("the device first of the sender is not visible to the receiver") == 0);
-  CHECK_THAT(two.lender.ways().at(1).find("0->0 pinned (the device first of the sender") == 0);
+  CHECK_THAT(two.lender.ways("pinned").at(1).find("0->0 pinned (the device first of the sender") == 0);
   Two apart;
   CHECK_EQUAL(apart.meet(2, 0).accepted, 0U);
   CHECK_THAT(apart.warning.find("devices 0 and 2 cannot access each other's memory") == 0);

@@ -15,6 +15,7 @@ import torch.distributed.rpc as rpc
 from cases_calls import APIS
 from device_world import (
     BOTH,
+    BY_MPI,
     FIRST,
     FROM_CPU,
     IDENTITY,
@@ -79,6 +80,34 @@ def many_at_once_through_pinned_memory(world: World) -> None:
     many_tensors_and_others_between_them(world)
     argument_freed_at_once(world)
     from_both_sides_and_many_threads(world)
+
+
+@device_case(BY_MPI, each=SIZES)
+def sizes_by_mpi(world: World, size: int) -> None:
+    before = rpc._get_debug_info()
+    sizes(world, size)
+    told = rpc._get_debug_info()
+    equal(told["mpi.device_path"], "mpi")
+    equal(int(told["mpi.device_bytes_sent_ipc"]), 0)
+    received = int(told["mpi.device_bytes_received_mpi"]) - int(before["mpi.device_bytes_received_mpi"])
+    if 4 * size > 16384:  # bytes: smaller ones are in the messages
+        assert received >= 2 * 4 * size
+
+
+@device_case(BY_MPI)
+def many_at_once_by_mpi(world: World) -> None:
+    many_tensors_and_others_between_them(world)
+    argument_freed_at_once(world)
+    from_both_sides_and_many_threads(world)
+
+
+@device_case({**FROM_CPU, "device_path": "mpi"})
+def from_the_cpu_by_mpi(world: World) -> None:
+    x = numbers(1_000_000, "cpu", seed=world.rank)
+    equal(rpc.rpc_sync(world.next, whereabouts, args=(x,)), [FIRST])
+    result = rpc.rpc_sync(world.next, torch.mul, args=(x, 2))
+    equal(result.device.type, "cpu")
+    equal(result, x * 2)
 
 
 @device_case(IDENTITY, each=SIZES)

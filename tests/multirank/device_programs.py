@@ -37,6 +37,23 @@ def one_dies_in_the_middle_of_a_transfer(world: World) -> None:
     for to in world.others:  # by pinned memory, and when that is agreed, by memory that they share
         equal(rpc.rpc_sync(to, identity, args=(late(100_000),)).cpu(), numbers(100_000, "cpu"))
         eventually(lambda to=to: "ipc" in path_to(to), "memory is shared")
+    go_on_without_one(world)
+
+
+@program(
+    size=3,
+    launcherless=True,
+    succeeds=None,
+    expect=["rank 0 went on", "rank 2 went on"],
+    skip=None if IS_TEST_DEVICE else "no MPI that can be had is aware of real devices",
+    tensorpipe="it does not use MPI",
+)
+def one_dies_in_the_middle_of_a_transfer_by_mpi(world: World) -> None:
+    world.init(**maps((FIRST, FIRST), ranks=3), device_path="mpi")
+    go_on_without_one(world)
+
+
+def go_on_without_one(world: World) -> None:
     world.barrier()
     if world.rank == 1:
         world.wait("never")

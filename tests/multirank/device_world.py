@@ -42,6 +42,8 @@ BOTH = maps((FIRST, FIRST), (SECOND, SECOND))
 SWAPPED = maps((FIRST, SECOND), (SECOND, FIRST))
 FROM_CPU = maps(("cpu", FIRST))
 PINNED = {**IDENTITY, "device_path": "pinned"}
+# For whatever MPI: the memory of the test device is that of the host.
+BY_MPI = {**maps((FIRST, FIRST)), "device_path": "mpi"}
 TO_CPU = maps((FIRST, "cpu"))
 MIXED = maps(("cpu", SECOND), (FIRST, FIRST))
 
@@ -55,6 +57,8 @@ def device_case(options: dict[str, Any], backward: bool = False, **more: Any) ->
         more: arguments of case().
     """
     needed = 2 if SECOND in str(options) else 1
+    if options.get("device_path") == "mpi" and not IS_TEST_DEVICE:
+        needed = COUNT + 1  # no MPI that can be had is aware of real ones
 
     def register(function: Any) -> Any:
         if needed > COUNT or (backward and IS_TEST_DEVICE):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -216,6 +217,29 @@ class TestAbi:
         monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", enabled)
         runtime: Any = SimpleNamespace(library_version=lambda: "Open MPI v5.0.11")
         assert _mpi.LoadedMPI(None, runtime, "openmpi", 1).takes_any_source(1) is trusted
+
+    @pytest.mark.parametrize(
+        ("device_type", "hip", "queries", "taken"),
+        [
+            ("cuda", None, {"cuda": 1}, True),
+            ("cuda", None, {"cuda": 0}, False),
+            ("cuda", None, {"hip": 1}, False),
+            ("cuda", None, {}, False),
+            ("cuda", "6.2", {"cuda": 1}, False),
+            ("cuda", "6.2", {"rocm": 1}, True),
+            ("cuda", "6.2", {"hip": 1, "cuda": 0}, True),
+            ("xpu", None, {"cuda": 1}, False),
+        ],
+    )
+    def test_asks_mpi_whether_it_takes_device_memory(
+        self, monkeypatch: pytest.MonkeyPatch, device_type: str, hip: str | None, queries: dict[str, int], taken: bool
+    ) -> None:
+        """Here a library that claims it; one for real could not be had."""
+        functions = {f"MPIX_Query_{kind}_support": lambda said=said: said for kind, said in queries.items()}
+        monkeypatch.setattr(ctypes, "CDLL", {"mpi": SimpleNamespace(**functions)}.__getitem__)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        module, runtime = SimpleNamespace(__file__="mpi"), cast(Any, None)
+        assert _mpi.LoadedMPI(module, runtime, "mpich", 1).takes_memory_of(device_type) is taken
 
     @pytest.mark.parametrize(("abi", "handle"), [("mpich", 11), ("openmpi", 11), ("standard", 22)])
     def test_decides_the_handle(self, abi: str, handle: int) -> None:

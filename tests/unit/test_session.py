@@ -49,7 +49,8 @@ options = vars(rpc.api._get_current_rpc_agent().options)
 assert options == {
     "num_worker_threads": 3, "rpc_timeout": 60.0, "eager_limit": 8192, "bulk_chunk": 1 << 20,
     "spin_time": 0.001, "max_sleep": 0.001, "flight_recorder_dir": "",
-    "devices": [], "device_memory": 0, "device_names": [], "any_source": True,
+    "devices": [], "device_memory": 0, "device_names": [], "mpi_takes_device_memory": False,
+    "any_source": True,
 }, options
 rpc.shutdown()
 """,

@@ -32,7 +32,7 @@ class Path:
 
     sender: int
     receiver: int
-    name: str  # "ipc" or "pinned"
+    name: str  # "ipc", "mpi" or "pinned"
     why: str = ""  # not ipc, where that is known
     error: str = ""  # instead of a path
 
@@ -109,9 +109,9 @@ def find(receiver: str, device: str) -> tuple[str, str]:
 
 
 def _path_to(receiver: str) -> str:
-    """As the metric has it after the devices; it has nothing of other hosts."""
-    told = _torch_api.get_current_rpc_agent().get_debug_info().get(f"mpi.device_path.{receiver}", "")
-    return told.partition(" ")[2] or "pinned"
+    """As the metric has it after the devices; of other hosts there is one for all."""
+    told = _torch_api.get_current_rpc_agent().get_debug_info()
+    return told.get(f"mpi.device_path.{receiver}", "").partition(" ")[2] or told["mpi.device_path"]
 
 
 def _take(tensor: torch.Tensor) -> None:
@@ -136,7 +136,8 @@ def verdicts(paths: Sequence[Path], hosts: Sequence[str]) -> Iterator[Fact]:
     within = [path for path in paths if hosts[path.sender] == hosts[path.receiver]]
     for why, closed in _by(within, "why"):
         cause, _, remedy = why.partition(". ")
-        yield Fact(key, f"{_list(closed, hosts)}: pinned memory: {cause}", Status.WARNING, remedy or _NO_LINK)
+        way = "by MPI" if closed[0].name == "mpi" else "pinned memory"
+        yield Fact(key, f"{_list(closed, hosts)}: {way}: {cause}", Status.WARNING, remedy or _NO_LINK)
     forced = [path for path in within if path.name == "pinned" and not path.why]
     if forced:
         because = "as device_path says, or torch does not tell the UUIDs of the devices"
