@@ -13,6 +13,11 @@ void Credit::sent(uint64_t bytes) {
   sentBytes_.fetch_add(bytes);
 }
 
+void Credit::notSent(uint64_t bytes) {
+  sentRequests_.fetch_sub(1);
+  sentBytes_.fetch_sub(bytes);
+}
+
 std::string Credit::acknowledged(const FrameHeader& header) {
   // Frames keep their order, so what is reported never goes back.
   const auto possible = [](uint64_t reported, uint64_t before, uint64_t sent) {

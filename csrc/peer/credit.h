@@ -28,6 +28,7 @@ class Credit {
   // As the sender of requests.
   bool allows(uint64_t bytes) const; // any thread, for which it is a hint; 0 bytes: a small request
   void sent(uint64_t bytes);
+  void notSent(uint64_t bytes); // after all, what was counted as sent
   // Of a frame that arrived. Returns why that cannot be, or an empty text.
   std::string acknowledged(const FrameHeader& header);
 

@@ -113,6 +113,7 @@ bool Outgoing::stage(OutboundPtr& message) {
   } catch (const std::exception& thrown) {
     error = errorText(thrown);
   }
+  giveBackCredit(*message);
   context_.done.failed.emplace_back(std::move(message), error);
   return true;
 }
@@ -140,11 +141,29 @@ bool Outgoing::tryDevice(ProgressToken& token) {
   if (!staged_.empty()) {
     awaitDevice();
   }
-  return pump(token) || any;
+  const bool waited = sendWaiting(token); // for the credit of one that failed
+  return pump(token) || any || waited;
+}
+
+OutboundPtr Outgoing::takeStaged(uint64_t callId) {
+  const auto found = std::ranges::find_if(staged_, [&](const OutboundPtr& message) {
+    return message->header_.kind == FrameKind::kRequest && message->header_.callId == callId;
+  });
+  if (found == staged_.end()) {
+    return nullptr;
+  }
+  OutboundPtr message = std::move(*found);
+  staged_.erase(found);
+  context_.counters.waitingForDevice.fetch_sub(1, std::memory_order_relaxed);
+  giveBackCredit(*message);
+  return message;
 }
 
 OutboundPtr Outgoing::forget(ProgressToken& token, uint64_t callId) {
   OutboundPtr message = waiting_.takeRequest(callId);
+  if (message == nullptr && (message = takeStaged(callId)) != nullptr) {
+    sendWaiting(token);
+  }
   if (message == nullptr) {
     post(token, std::make_unique<BareMessage>(rank_, FrameKind::kForget, callId));
   }
@@ -260,6 +279,12 @@ std::string Outgoing::encode(OutboundMessage& message) {
 void Outgoing::charge(const OutboundMessage& message) {
   if (message.needsCredit()) {
     credit_.sent(message.header_.chargedBytes);
+  }
+}
+
+void Outgoing::giveBackCredit(const OutboundMessage& message) {
+  if (message.needsCredit()) {
+    credit_.notSent(message.header_.chargedBytes);
   }
 }
 

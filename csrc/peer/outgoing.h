@@ -60,6 +60,8 @@ class Outgoing {
   void send(ProgressToken& token, OutboundPtr message);
   std::string encode(OutboundMessage& message); // why it cannot be, or nothing
   void charge(const OutboundMessage& message);
+  void giveBackCredit(const OutboundMessage& message); // one that was charged is not sent
+  OutboundPtr takeStaged(uint64_t callId);
   void count(const FrameHeader& header);
   OutboundPtr gather(OutboundPtr first);
   void addTo(OutboundMessage& batch, OutboundPtr message);

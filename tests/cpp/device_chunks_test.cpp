@@ -176,6 +176,38 @@ TEST(a_message_of_a_broken_device_fails_alone) {
   CHECK_EQUAL(pair.b.bodies.size(), 1U);
 }
 
+TEST(what_waits_for_a_device_is_not_sent_once_its_call_is_forgotten) {
+  SlowPair pair;
+  auto slow = std::make_unique<SlowMessage>();
+  *slow->isReady = false;
+  const auto isReady = slow->isReady;
+  pair.a.post(std::move(slow));
+  pair.settle();
+  CHECK_THAT(pair.a.exchange.forget(*pair.a.hold, 1, 7) != nullptr);
+  *isReady = true;
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 0U);
+  CHECK_THAT(pair.a.exchange.quiet(*pair.a.hold));
+}
+
+TEST(what_is_not_sent_takes_no_credit) {
+  SlowPair pair;
+  const size_t window = Pair::smallOptions().windowRequests;
+  for (size_t i = 0; i < window; ++i) {
+    auto slow = std::make_unique<SlowMessage>();
+    *slow->isReady = false;
+    slow->breaks = i > 0;
+    pair.a.post(std::move(slow));
+  }
+  pair.a.post(request("other"));
+  CHECK_THAT(pair.a.exchange.forget(*pair.a.hold, 1, 7) != nullptr);
+  for (size_t i = 0; i < window; ++i) {
+    pair.a.post(request("more"));
+  }
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), window); // the receiver has not begun to run them, and so there are no more
+}
+
 TEST(chunks_are_sent_as_they_come_and_received_as_there_is_room) {
   SlowPair pair;
   const std::string content = "0123456789";
