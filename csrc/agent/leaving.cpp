@@ -36,7 +36,7 @@ bool Leaving::leave(bool agreed, const std::optional<std::string>& farewell) {
     dropped = dispatcher_.takeArrivals(token);
   });
   dropped.clear();
-  caller_.close(caller_.shutDownText());
+  caller_.close();
   if (!stopped && (agreed || farewell)) { // else it is for the process to end at once
     return stopEngine(kRunningTasksLimit);
   }

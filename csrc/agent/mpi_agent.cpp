@@ -108,7 +108,7 @@ void MpiAgent::startImpl() {
     adoptRRefContext(shared_from_this());
     torch_compat::tameTimeoutHandler();
   }
-  server_.start(weak_from_this(), caller_);
+  server_.start(weak_from_this(), caller_.ownCalls());
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
   started_ = true; // also if the engine cannot: what was posted is taken back then
   engine_->start();
