@@ -7,6 +7,7 @@
 #include "agent/completion_task.h"
 #include "base/flight_recorder.h"
 #include "host/freed_memory.h"
+#include "peer/outbound_control.h"
 
 namespace torch_rpc_mpi {
 

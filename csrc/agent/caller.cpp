@@ -7,6 +7,7 @@
 #include "agent/future_wait.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "codec/inbound_rpc.h"
 
 namespace torch_rpc_mpi {
 

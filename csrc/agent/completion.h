@@ -9,7 +9,8 @@
 
 #include "agent/call_table.h"
 #include "agent/membership.h"
-#include "codec/message_codec.h"
+#include "codec/device_slices.h"
+#include "codec/rpc_message.h"
 
 namespace torch_rpc_mpi {
 

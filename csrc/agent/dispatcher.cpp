@@ -7,6 +7,8 @@
 
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "codec/receive_target.h"
+#include "peer/outbound_control.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {

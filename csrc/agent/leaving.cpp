@@ -8,6 +8,7 @@
 #include "agent/engine_work.h"
 #include "agent/farewell.h"
 #include "base/error_text.h"
+#include "peer/outbound_control.h"
 
 namespace torch_rpc_mpi {
 

@@ -7,8 +7,8 @@
 
 #include "agent/farewell.h"
 #include "agent/loss_news.h"
-#include "codec/message_codec.h"
 #include "host/other_process.h"
+#include "peer/outbound_control.h"
 
 namespace torch_rpc_mpi {
 

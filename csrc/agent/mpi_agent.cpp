@@ -9,6 +9,7 @@
 #include "agent/rref_sessions.h"
 #include "base/deadline.h"
 #include "host/fork_guard.h"
+#include "peer/outbound_control.h"
 #include "peer/receive_pool.h"
 #include "torch_compat/rref_timeout.h"
 

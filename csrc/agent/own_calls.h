@@ -7,7 +7,7 @@
 #include "agent/call_table.h"
 #include "agent/completion.h"
 #include "agent/server.h"
-#include "codec/message_codec.h"
+#include "codec/own_copy.h"
 #include "engine/engine.h"
 
 namespace torch_rpc_mpi {

@@ -11,6 +11,7 @@
 #include "agent/engine_work.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "codec/inbound_rpc.h"
 #include "host/resources.h"
 
 namespace torch_rpc_mpi {

@@ -9,7 +9,8 @@
 #include <vector>
 
 #include "base/clock.h"
-#include "codec/message_codec.h"
+#include "codec/device_slices.h"
+#include "codec/rpc_message.h"
 #include "engine/task.h"
 
 namespace torch_rpc_mpi {
