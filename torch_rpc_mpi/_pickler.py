@@ -277,7 +277,7 @@ class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
             return self._by_value(obj)
         is_call = isinstance(obj, internal.PythonUDF)
         try:
-            # Plain results do not come here: see csrc/python/request_callback.cpp.
+            # Plain results do not come here: see csrc/python/function_runner.cpp.
             plain = self.plain.dump_call(obj) if is_call else None
             data, tensors, rrefs = plain or self._by_reference(obj)
         except RecursionError:

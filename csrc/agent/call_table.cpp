@@ -1,6 +1,7 @@
 #include "agent/call_table.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 namespace torch_rpc_mpi {
@@ -11,7 +12,18 @@ namespace {
 using Milliseconds = std::chrono::milliseconds;
 constexpr Milliseconds kSoon{1};
 
+const auto* const kLost = new std::shared_ptr<const std::string>(
+    std::make_shared<const std::string>("The worker that was called can no longer answer"));
+
 } // namespace
+
+std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept {
+  try {
+    return std::make_shared<const std::string>(text);
+  } catch (const std::bad_alloc&) {
+    return *kLost;
+  }
+}
 
 CallTable::CallTable(uint32_t usesBefore) : usesBefore_(usesBefore) {}
 

@@ -22,6 +22,9 @@ using JitFuturePtr = c10::intrusive_ptr<c10::ivalue::Future>;
 // A call that fails because its peer has ended fails so long after it was made, not sooner: Note [Completion].
 inline constexpr std::chrono::milliseconds kFailureDelay{50};
 
+// A text that calls share; without memory for it, one that was made when the library was loaded.
+std::shared_ptr<const std::string> sharedText(const std::string& text) noexcept;
+
 struct PendingCall {
   JitFuturePtr future;
   uint64_t id = 0; // given by the table

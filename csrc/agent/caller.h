@@ -1,31 +1,31 @@
 // The caller's side of the agent: requests out, and what becomes of calls.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "agent/call_deadlines.h"
 #include "agent/call_table.h"
 #include "agent/completion.h"
 #include "agent/flight_log.h"
-#include "agent/late_calls.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
+#include "agent/own_calls.h"
 #include "agent/server.h"
 #include "base/signal_service.h"
 
 namespace torch_rpc_mpi {
 
-// Thread-safe: calls_ guards itself, completing_ is an atomic, late_ is the token's, the rest is immutable.
-class Caller final : public SelfCaller, private SendFailureListener {
+// Thread-safe: calls_ guards itself, deadlines_ is the token's, the rest is immutable.
+class Caller final : private SendFailureListener {
  public:
   // engine: there when the first call is made.
   Caller(
       const Membership& members,
-      const Completion& completion,
+      Completion& completion,
       Exchange& exchange,
       Outbox& outbox,
       Server& server,
@@ -81,7 +81,7 @@ class Caller final : public SelfCaller, private SendFailureListener {
     return calls_.sizeOf(peer);
   }
   int64_t completing() const { // calls between their answer and the end of their callbacks
-    return completing_.load();
+    return completion_.completing();
   }
   void forEachUnanswered(c10::function_ref<void(const PendingCall& call)> look) const {
     calls_.forEach(look);
@@ -90,36 +90,33 @@ class Caller final : public SelfCaller, private SendFailureListener {
     return calls_.nextDeadline();
   }
 
+  // Whom the server answers that serves this worker's calls to itself.
+  SelfCaller& ownCalls() {
+    return ownCalls_;
+  }
+
   // Of the token's holder. What completes calls goes to `tasks`; what throws there has lost none.
   // False if the response is to a call that was made to another worker.
   bool onResponse(InboundMessage response, std::vector<TaskPtr>& tasks);
-  // Some of those whose time is over; nextDeadline() tells whether there are more.
-  void expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks);
-  void onStatement(int source, const Statement& statement);
+  // See CallDeadlines.
+  void expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks) {
+    deadlines_.expire(token, now, tasks);
+  }
+  void onStatement(int source, const Statement& statement) {
+    deadlines_.onStatement(source, statement);
+  }
   void onPeerEnded(int peer, const std::string& reason);
-
-  std::string shutDownText() const; // the reason when this worker leaves
-  // There will be no more calls; those that are left fail with the reason, unless they have one, here or in `tasks`.
-  // Short of memory for tasks it throws, and the rest fails when this worker leaves.
-  void close(const std::string& reason);
+  // There will be no more calls, and those that are left fail for this reason, unless they have one, in `tasks`. Short
+  // of memory for tasks it throws, and the rest fails when this worker leaves.
   void close(const std::string& reason, std::vector<TaskPtr>& tasks);
 
- private:
-  class CompletionTask;
-  class ResponseTask;
-  class OwnResponseTask;
-  class CopiedTask;
-  class ExpiryTask;
+  // The same of one that leaves, by its thread.
+  void close();
 
-  void onOwnResponse(uint64_t id, MakeResponse response) noexcept override;
-  void onOwnResponse(uint64_t id, RpcMessage response, const OutboundSlices& onDevices) override;
+ private:
+  class ResponseTask;
+
   PendingCall newCall(int peer, torch::distributed::rpc::MessageType type, std::chrono::milliseconds timeout) const;
-  void postOwn(
-      uint64_t id,
-      const torch::distributed::rpc::Message& message,
-      const OutboundSlices& onDevices,
-      Clock::time_point deadline);
-  void whenCopied(OwnCopy copy, TaskPtr task);
   void onSendFailed(FrameKind kind, int peer, uint64_t callId, const std::string& reason) noexcept override;
   void dispatch(
       int peer,
@@ -133,25 +130,18 @@ class Caller final : public SelfCaller, private SendFailureListener {
       RpcMessage message,
       std::shared_ptr<OutboundSlices> onDevices,
       Clock::time_point deadline);
-  void askAfterLate(ProgressToken& token);
-  OutboundPtr forget(ProgressToken& token, const PendingCall& call) noexcept;
 
   const Membership& members_;
-  const Completion& completion_;
+  Completion& completion_;
   Exchange& exchange_;
   Outbox& outbox_;
   Server& server_;
   const std::shared_ptr<Engine>& engine_;
-  FlightLog& flightLog_;
   const SignalService signals_;
   const std::shared_ptr<Devices> devices_; // null: none are used
   CallTable calls_;
-  struct Late {
-    int peer;
-    uint64_t id;
-  };
-  std::vector<Late> late_; // in this turn
-  std::atomic<int64_t> completing_{0};
+  OwnCalls ownCalls_;
+  CallDeadlines deadlines_;
 };
 
 } // namespace torch_rpc_mpi

@@ -90,4 +90,8 @@ void Completion::expire(const PendingCall& call) const noexcept {
   fail(call, [&] { return timeoutText(call.timeout) + ". " + whyLate(call); });
 }
 
+std::string Completion::shutDownText() const {
+  return c10::str("RPC was shut down on ", members_.describe(members_.rank()), " before this call was answered");
+}
+
 } // namespace torch_rpc_mpi

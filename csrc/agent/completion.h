@@ -1,6 +1,7 @@
 // Where the futures of calls are completed.
 #pragma once
 
+#include <atomic>
 #include <exception>
 #include <string>
 
@@ -8,7 +9,8 @@
 
 #include "agent/call_table.h"
 #include "agent/membership.h"
-#include "codec/message_codec.h"
+#include "codec/device_slices.h"
+#include "codec/rpc_message.h"
 
 namespace torch_rpc_mpi {
 
@@ -23,7 +25,7 @@ namespace torch_rpc_mpi {
 // (retryExpiredRpcs in rpc_agent.cpp) sends a message and adds its callback when send() has returned; if the future is
 // complete by then, it runs the callback itself, and what that throws ends the process.
 
-// Immutable.
+// Thread-safe: completing_ is an atomic, the rest is immutable.
 class Completion {
  public:
   explicit Completion(const Membership& members);
@@ -36,13 +38,22 @@ class Completion {
   // Because its time is over, unless it has a failure.
   void expire(const PendingCall& call) const noexcept;
 
+  std::string shutDownText() const; // the failure of what is unanswered when this worker leaves
+  // Calls between their answer and the end of their callbacks: those that tasks hold.
+  int64_t completing() const {
+    return completing_.load();
+  }
+
  private:
+  friend class CompletionTask;
+
   std::string whyLate(const PendingCall& call) const;
   template <typename Body>
   void guarded(const PendingCall& call, const Body& body) const noexcept;
 
   const Membership& members_;
   const std::exception_ptr noMemory_; // where there is none to say more
+  std::atomic<int64_t> completing_{0};
 };
 
 } // namespace torch_rpc_mpi

@@ -7,7 +7,7 @@
 
 #include <c10/util/Logging.h>
 
-#include "codec/message_codec.h"
+#include "peer/outbound_control.h"
 
 namespace torch_rpc_mpi {
 

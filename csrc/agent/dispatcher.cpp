@@ -5,11 +5,10 @@
 #include <new>
 #include <utility>
 
-#include "agent/farewell.h"
-#include "agent/loss_news.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
-#include "host/other_process.h"
+#include "codec/receive_target.h"
+#include "peer/outbound_control.h"
 #include "peer/receive_pool.h"
 
 namespace torch_rpc_mpi {
@@ -18,86 +17,49 @@ namespace {
 
 // Receive memory that was not used for so long goes back to the system.
 constexpr auto kTrimAfter = std::chrono::seconds(5);
-// What a process had sent before it ended, a goodbye perhaps, has so long to arrive.
-constexpr auto kLastWords = std::chrono::milliseconds(100);
 // What a device still uses is looked at after so long, where nothing else is to be done. Nobody waits for it but peers
 // that have lent memory.
 constexpr auto kDeviceLook = std::chrono::microseconds(50);
-// So long what a lost peer held is kept: see Note [What the lost held].
-constexpr auto kLastRequests = std::chrono::seconds(1);
-// Where this rank waits for the verdict on a graceful shutdown, a process that ends has probably had it, and it is the
-// verdict that is late: the rank that passes it on may be without a core. One that has crashed instead is told of by
-// those that still waited for its report.
-constexpr auto kLateVerdict = std::chrono::milliseconds(500);
+
+template <typename Body>
+class FunctionTask final : public Task {
+ public:
+  explicit FunctionTask(Body body) : body_(std::move(body)) {}
+  Kind kind() const override {
+    return Kind::kCompletion;
+  }
+  void run() noexcept override {
+    body_();
+  }
+
+ private:
+  Body body_;
+};
+
+template <typename Body>
+TaskPtr taskOf(Body body) {
+  return std::make_unique<FunctionTask<Body>>(std::move(body));
+}
 
 // Lets go of messages that were sent, or tells those that were not: their tensors may belong to Python objects.
-class ReleaseTask final : public Task {
- public:
-  explicit ReleaseTask(DoneMessages done) : done_(std::move(done)) {}
-  Kind kind() const override {
-    return Kind::kCompletion;
-  }
-  void run() noexcept override {
-    for (auto& [message, reason] : done_.failed) {
+TaskPtr releaseOf(DoneMessages done) {
+  return taskOf([done = std::move(done)] {
+    for (const auto& [message, reason] : done.failed) {
       message->failed(reason);
     }
-  }
-
- private:
-  DoneMessages done_;
-};
-
-class LossTask final : public Task {
- public:
-  LossTask(const AgentOptions::OnWorkerLost& listener, int peer, std::string reason)
-      : listener_(listener),
-        peer_(peer),
-        reason_(std::move(reason)) {}
-  Kind kind() const override {
-    return Kind::kCompletion;
-  }
-  void run() noexcept override {
-    listener_(peer_, reason_);
-  }
-
- private:
-  const AgentOptions::OnWorkerLost& listener_;
-  const int peer_;
-  const std::string reason_;
-};
+  });
+}
 
 // In a task, because to free memory of a device, or for it, waits for the device.
-class TrimTask final : public Task {
- public:
-  explicit TrimTask(std::shared_ptr<Devices> devices) : devices_(std::move(devices)) {}
-  Kind kind() const override {
-    return Kind::kCompletion;
-  }
-  void run() noexcept override {
+TaskPtr trimOf(std::shared_ptr<Devices> devices) {
+  return taskOf([devices = std::move(devices)] {
     try {
-      devices_->trim();
+      devices->trim();
     } catch (const std::exception& error) {
       LOG(WARNING) << "RPC could not give back memory of its devices: " << errorText(error);
     }
-  }
-
- private:
-  const std::shared_ptr<Devices> devices_;
-};
-
-class FlightLogTask final : public Task {
- public:
-  explicit FlightLogTask(FlightLog& log) : log_(log) {}
-  Kind kind() const override {
-    return Kind::kCompletion;
-  }
-  void run() noexcept override {
-    log_.write();
-  }
-
- private:
-  FlightLog& log_;
-};
+  });
+}
 
 } // namespace
 
@@ -122,8 +84,8 @@ Dispatcher::Dispatcher(
       join_(join),
       flightLog_(flightLog),
       onWorkerLost_(onWorkerLost),
-      watchInterval_(watchInterval),
       devices_(std::move(devices)),
+      losses_(transport, members, exchange, server, join, watchInterval),
       lending_(members, exchange, devices_) {}
 
 bool Dispatcher::hasQueued() const {
@@ -184,38 +146,31 @@ bool Dispatcher::progress(ProgressToken& token) {
   }
   const auto now = Clock::now();
   exchange_.look(token, now);
-  if (watch_ != nullptr) {
-    takeFindings(token);
-  }
+  losses_.takeFindings(token);
   if (now >= nextTrim_) {
     nextTrim_ = now + kTrimAfter;
     ReceivePool::instance().trim(now - kTrimAfter);
     if (devices_ != nullptr && devices_->keepsMemory()) {
-      arrivals_.push_back(std::make_unique<TrimTask>(devices_));
+      arrivals_.push_back(trimOf(devices_));
     }
   }
   caller_.expire(token, now, arrivals_);
   join_.advance(
       token, [&] { return idle(token); },
       [this] { return DrainCounts{exchange_.counters().framesSent, exchange_.counters().framesReceived}; });
-  if (!moved && now >= nextWatch_) {
-    watchNeighbours(token, now);
+  if (!moved && losses_.isTimeToLook(now)) {
+    server_.payAgain();
+    losses_.look(token, now);
   }
-  std::erase_if(lost_, [&](const Ended& lost) {
-    if (now - lost.found < kLastRequests) {
-      return false;
-    }
-    arrivals_.push_back(server_.lastMessagesOf(lost.peer));
-    return true;
-  });
+  losses_.addLastMessages(now, arrivals_);
   // While it serves, a peer may wait for credit that only a later turn reports.
   rests_ = transport_.allRing() && idle(token);
   DoneMessages done = exchange_.takeDone(token);
   if (!done.sent.empty() || !done.failed.empty()) {
-    arrivals_.push_back(std::make_unique<ReleaseTask>(std::move(done)));
+    arrivals_.push_back(releaseOf(std::move(done)));
   }
   if (flightLog_.due()) {
-    arrivals_.push_back(std::make_unique<FlightLogTask>(flightLog_));
+    arrivals_.push_back(taskOf([this] { flightLog_.write(); }));
   }
   return moved || posted;
 }
@@ -223,73 +178,6 @@ bool Dispatcher::progress(ProgressToken& token) {
 bool Dispatcher::idle(ProgressToken& token) const {
   return caller_.unanswered() == 0 && caller_.completing() == 0 && server_.serving() == 0 && !hasQueued() &&
       exchange_.quiet(token) && (devices_ == nullptr || (!devices_->holds() && !lending_.pending()));
-}
-
-// Everything that has arrived was read: nothing moved in this turn.
-void Dispatcher::watchNeighbours(ProgressToken& token, Clock::time_point now) {
-  nextWatch_ = now + watchInterval_;
-  server_.payAgain();
-  for (const int peer : transport_.takeEnded(token)) {
-    ended_.push_back({peer, now});
-  }
-  const auto patience = join_.awaitsVerdict() ? kLateVerdict : kLastWords;
-  std::erase_if(ended_, [&](const Ended& ended) {
-    if (now - ended.found < patience) {
-      return false;
-    }
-    if (watch_ != nullptr && exchange_.stateOf(ended.peer) == Peer::State::kOpen &&
-        watch_->speaksFor(ended.peer, [&](int peer) { return exchange_.stateOf(peer) == Peer::State::kOpen; })) {
-      tellOthers(token, {ended.peer, Watch::Kind::kEnded, kEndedWithoutLeaving});
-    }
-    exchange_.fail(token, ended.peer, kEndedWithoutLeaving);
-    return true;
-  });
-}
-
-// At once: one that leaves has said so where its end was seen. And the less MPI touches one that has ended, the better.
-void Dispatcher::takeFindings(ProgressToken& token) {
-  for (const Watch::Finding& finding : watch_->takeFindings()) {
-    if (finding.kind == Watch::Kind::kUnreachable) {
-      LOG(WARNING) << "RPC on " << members_.describe(members_.rank()) << " cannot watch "
-                   << members_.describe(finding.rank) << ": " << finding.text
-                   << ". If that one dies or its host is gone, calls to it wait for their timeouts";
-    } else if (exchange_.stateOf(finding.rank) == Peer::State::kOpen) {
-      tellOthers(token, finding);
-      exchange_.fail(token, finding.rank, finding.text);
-    }
-  }
-}
-
-// One that is silent is told too, should it go on: nobody will talk to it any more. One that has ended must not be
-// touched, which MPI may not survive.
-void Dispatcher::tellOthers(ProgressToken& token, const Watch::Finding& lost) try {
-  const std::string body = writeLossNews({lost.rank, lost.text});
-  for (int peer = 0; peer < transport_.size(); ++peer) {
-    const bool touched = peer != members_.rank() && (peer != lost.rank || lost.kind == Watch::Kind::kSilent);
-    if (touched && exchange_.stateOf(peer) == Peer::State::kOpen) {
-      exchange_.post(token, std::make_unique<OutboundControl>(peer, FrameKind::kLost, body));
-    }
-  }
-} catch (const std::bad_alloc&) { // they find out, or not; that this rank does comes first
-}
-
-void Dispatcher::onNews(ProgressToken& token, int source, ConstSpan body) {
-  try {
-    const LossNews news = readLossNews(body, transport_.size());
-    if (news.rank != members_.rank()) {
-      exchange_.fail(token, news.rank, news.text + ", as " + members_.describe(source) + " has found");
-      return;
-    }
-    const std::string cause =
-        "this worker was given up by " + members_.describe(source) + " and so by all: " + news.text;
-    for (int peer = 0; peer < transport_.size(); ++peer) {
-      if (peer != members_.rank()) {
-        exchange_.fail(token, peer, cause);
-      }
-    }
-  } catch (const std::runtime_error& error) {
-    failForNonsense(token, source, error.what());
-  }
 }
 
 std::unique_ptr<BulkTarget> Dispatcher::makeTarget(int source, const FrameHeader&, ConstSpan body) {
@@ -318,16 +206,9 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
         exchange_.fail(token, source, "it answered a call that was made to another worker");
       }
       break;
-    case FrameKind::kGoodbye: {
-      const Farewell said = readFarewell(message.body());
-      std::string farewell = said.text;
-      if (!said.cause.empty()) {
-        farewell += ", after it had lost another worker: " + said.cause;
-        causes_.emplace(source, said.cause);
-      }
-      exchange_.leaves(token, source, "it has left (" + farewell + ")", Clock::now());
+    case FrameKind::kGoodbye:
+      losses_.onGoodbye(token, source, message.body());
       break;
-    }
     case FrameKind::kDrain: {
       const std::string wrong = join_.onFrame(token, source, message.body());
       if (!wrong.empty()) {
@@ -349,7 +230,11 @@ void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
       server_.forget(source, message.header.callId, exchange_.receives(token, source));
       break;
     case FrameKind::kLost:
-      onNews(token, source, message.body());
+      try {
+        losses_.onNews(token, source, message.body());
+      } catch (const std::runtime_error& error) {
+        failForNonsense(token, source, error.what());
+      }
       break;
     case FrameKind::kOffer:
     case FrameKind::kVerdict:
@@ -386,22 +271,16 @@ std::string Dispatcher::failureText(int peer, const std::string& cause) const {
 }
 
 void Dispatcher::onPeerEnded(ProgressToken&, int peer, const std::string& reason) {
-  const auto found = causes_.find(peer);
-  const std::string& cause = found == causes_.end() ? reason : found->second;
-  members_.lose(peer, reason, cause);
-  if (watch_ != nullptr) {
-    watch_->forget(peer);
-  }
+  const std::string& cause = losses_.onPeerEnded(peer, reason);
   FlightRecorder::instance().record(CallEvent::kPeerLost, peer, 0);
   flightLog_.note("lost ", peer);
   if (devices_ != nullptr && devices_->lender() != nullptr) {
     devices_->lender()->lose(peer);
   }
   caller_.onPeerEnded(peer, reason);
-  lost_.push_back({peer, Clock::now()});
   join_.fail(cause);
   try {
-    arrivals_.push_back(std::make_unique<LossTask>(onWorkerLost_, peer, reason));
+    arrivals_.push_back(taskOf([this, peer, reason] { onWorkerLost_(peer, reason); }));
   } catch (const std::bad_alloc&) { // the program is not told, but its calls have failed
   }
 }

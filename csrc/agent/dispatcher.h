@@ -6,7 +6,6 @@
 #include <chrono>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "agent/agent_options.h"
@@ -14,6 +13,7 @@
 #include "agent/device_lending.h"
 #include "agent/flight_log.h"
 #include "agent/join.h"
+#include "agent/losses.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
 #include "agent/server.h"
@@ -24,7 +24,7 @@
 
 namespace torch_rpc_mpi {
 
-// arrivals_, nextTrim_, nextWatch_, ended_, causes_ and lost_ are guarded by the progress token; rests_ and
+// arrivals_ and nextTrim_ are guarded by the progress token, what losses_ and lending_ know as well; rests_ and
 // awaitsDevice_ are atomics; the rest is immutable, or guards itself.
 class Dispatcher final : public EngineDriver, public ExchangeListener {
  public:
@@ -44,7 +44,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
 
   // Before the engine starts: who tells of the ranks of other hosts. Null: nobody, as all are on this one.
   void watchOver(std::shared_ptr<Watch> watch) {
-    watch_ = std::move(watch);
+    losses_.watchOver(std::move(watch));
   }
 
   // Tasks of a turn that nobody took.
@@ -62,11 +62,6 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   void onBroken(const std::string& reason, std::vector<TaskPtr>& tasks) noexcept override;
 
  private:
-  struct Ended {
-    int peer;
-    Clock::time_point found;
-  };
-
   // ExchangeListener
   std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;
   void onMessage(ProgressToken& token, InboundMessage message) override;
@@ -79,10 +74,6 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   void failForNonsense(ProgressToken& token, int source, const std::string& what);
   bool progress(ProgressToken& token); // a turn, but for handing over arrivals_
   bool idle(ProgressToken& token) const;
-  void watchNeighbours(ProgressToken& token, Clock::time_point now);
-  void takeFindings(ProgressToken& token);
-  void tellOthers(ProgressToken& token, const Watch::Finding& lost);
-  void onNews(ProgressToken& token, int source, ConstSpan body);
 
   Transport& transport_;
   Membership& members_;
@@ -93,17 +84,12 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   Join& join_;
   FlightLog& flightLog_;
   const AgentOptions::OnWorkerLost& onWorkerLost_;
-  const std::chrono::milliseconds watchInterval_;
-  std::shared_ptr<Watch> watch_;
   const std::shared_ptr<Devices> devices_; // null: none are used
+  Losses losses_;
   DeviceLending lending_;
 
   std::vector<TaskPtr> arrivals_; // made during a turn
   Clock::time_point nextTrim_ = Clock::now();
-  Clock::time_point nextWatch_ = Clock::now();
-  std::vector<Ended> ended_;                    // processes of neighbours, not failed yet
-  std::unordered_map<int, std::string> causes_; // of the peers that leave because of a loss: why that was
-  std::vector<Ended> lost_;                     // peers whose last messages are still to be run
   std::atomic<bool> rests_{false};
   std::atomic<bool> awaitsDevice_{false};
 };

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/distributed/rpc/types.h>
 
-#include "codec/message_codec.h"
+#include "codec/rpc_message.h"
 
 namespace torch_rpc_mpi {
 

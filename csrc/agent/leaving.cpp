@@ -8,6 +8,7 @@
 #include "agent/engine_work.h"
 #include "agent/farewell.h"
 #include "base/error_text.h"
+#include "peer/outbound_control.h"
 
 namespace torch_rpc_mpi {
 
@@ -36,7 +37,7 @@ bool Leaving::leave(bool agreed, const std::optional<std::string>& farewell) {
     dropped = dispatcher_.takeArrivals(token);
   });
   dropped.clear();
-  caller_.close(caller_.shutDownText());
+  caller_.close();
   if (!stopped && (agreed || farewell)) { // else it is for the process to end at once
     return stopEngine(kRunningTasksLimit);
   }

@@ -9,6 +9,7 @@
 #include "agent/rref_sessions.h"
 #include "base/deadline.h"
 #include "host/fork_guard.h"
+#include "peer/outbound_control.h"
 #include "peer/receive_pool.h"
 #include "torch_compat/rref_timeout.h"
 
@@ -108,7 +109,7 @@ void MpiAgent::startImpl() {
     adoptRRefContext(shared_from_this());
     torch_compat::tameTimeoutHandler();
   }
-  server_.start(weak_from_this(), caller_);
+  server_.start(weak_from_this(), caller_.ownCalls());
   engine_->withToken([&](ProgressToken& token) { exchange_.start(token); });
   started_ = true; // also if the engine cannot: what was posted is taken back then
   engine_->start();

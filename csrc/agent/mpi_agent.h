@@ -29,7 +29,7 @@
 namespace torch_rpc_mpi {
 
 // Thread-safe. Members:
-//   options_, transport_, completion_ are immutable after construction, watch_ from the start;
+//   options_, transport_ are immutable after construction, watch_ from the start;
 //   metricsMutex_ guards the GIL wait; agreed_ and started_ are atomics; farewell_ is for the thread that ends it;
 //   the parts guard themselves. They refer to each other, and are made in an order in which none is used too early.
 class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::enable_shared_from_this<MpiAgent> {
@@ -110,7 +110,7 @@ class MpiAgent final : public torch::distributed::rpc::RpcAgent, public std::ena
   Membership members_;
   const DeviceMaps deviceMaps_;
   FlightLog flightLog_;
-  const Completion completion_;
+  Completion completion_;
   Dispatcher dispatcher_;
   Exchange exchange_;
   Outbox outbox_;

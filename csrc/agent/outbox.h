@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "codec/message_codec.h"
+#include "codec/outbound_rpc.h"
 #include "engine/engine.h"
 #include "peer/exchange.h"
 

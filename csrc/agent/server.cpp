@@ -1,7 +1,9 @@
 #include "agent/server.h"
 
-#include <algorithm>
+#include <exception>
 #include <new>
+#include <optional>
+#include <utility>
 
 #include <c10/core/StreamGuard.h>
 #include <torch/csrc/distributed/rpc/utils.h>
@@ -9,18 +11,12 @@
 #include "agent/engine_work.h"
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "codec/inbound_rpc.h"
 #include "host/resources.h"
 
 namespace torch_rpc_mpi {
 
 namespace rpc = torch::distributed::rpc;
-
-namespace {
-
-// Callers that are told of a lost response when there is memory again.
-constexpr size_t kOwed = 1024;
-
-} // namespace
 
 // A request that counts until it has its response, or is dropped before it has begun.
 class Server::Served {
@@ -48,70 +44,33 @@ class Server::Served {
 // A request that has arrived and not begun: its caller may call it off.
 class Server::RequestTask final : public Task {
  public:
-  RequestTask(Server& server, int source, uint64_t id, Request request)
+  RequestTask(Server& server, int source, uint64_t id, ArrivedRequest request)
       : server_(server),
         served_(server),
-        source_(source),
-        id_(id),
         kind_(request.inbound.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest),
-        request_(std::move(request)) {
-    const std::lock_guard<std::mutex> lock(server_.unbegunMutex_);
-    Unbegun& list = server_.unbegun_[source_];
-    previous_ = list.last;
-    (previous_ == nullptr ? list.first : previous_->next_) = this;
-    list.last = this;
-  }
-  ~RequestTask() override {
-    (void)take();
-  }
+        entry_(server.unbegun_, *this, source, id, std::move(request)) {}
   Kind kind() const override {
     return kind_;
   }
   void run() noexcept override {
-    std::optional<Request> request = take();
+    std::optional<ArrivedRequest> request = entry_.take();
     // Its time may have been over before there was anything to call off: its arguments were still being copied.
     if (!request || (request->own != nullptr && Clock::now() >= request->deadline)) {
       return;
     }
     served_.begin();
     if (request->own != nullptr) {
-      server_.serveOwn(id_, std::move(request->own), std::move(request->streams));
+      server_.serveOwn(entry_.id(), std::move(request->own), std::move(request->streams));
     } else {
       server_.serve(std::move(request->inbound));
     }
   }
-  // With the mutex: that of this call in a list, or null.
-  static RequestTask* find(RequestTask* first, uint64_t id) {
-    while (first != nullptr && first->id_ != id) {
-      first = first->next_;
-    }
-    return first;
-  }
-  // With the mutex. Nothing if it was taken before.
-  std::optional<Request> takeLocked() {
-    if (std::exchange(taken_, true)) {
-      return std::nullopt;
-    }
-    Unbegun& list = server_.unbegun_[source_];
-    (previous_ == nullptr ? list.first : previous_->next_) = next_;
-    (next_ == nullptr ? list.last : next_->previous_) = previous_;
-    return std::move(request_);
-  }
 
  private:
-  std::optional<Request> take() {
-    const std::lock_guard<std::mutex> lock(server_.unbegunMutex_);
-    return takeLocked();
-  }
-
   Server& server_;
   Served served_;
-  const int source_;
-  const uint64_t id_;
   const Kind kind_;
-  Request request_;
-  bool taken_ = false;
-  RequestTask *previous_ = nullptr, *next_ = nullptr; // in the list of the caller
+  UnbegunRequests::Entry entry_;
 };
 
 class Server::LastMessagesTask final : public Task {
@@ -148,34 +107,29 @@ Server::Server(
     : members_(members),
       exchange_(exchange),
       outbox_(outbox),
-      engine_(engine),
       callback_(callback),
-      numWorkerThreads_(numWorkerThreads),
       threadHook_(std::move(threadHook)),
       deviceMaps_(deviceMaps),
       unbegun_(members.workers().size()),
-      forgotten_(members.workers().size()),
-      running_(std::make_shared<RunningRequests>()) {
-  owed_.reserve(kOwed);
-  paying_.reserve(kOwed);
-}
+      running_(std::make_shared<RunningRequests>()),
+      states_(members.rank(), numWorkerThreads, exchange, engine, unbegun_, *running_) {}
 
 TaskPtr Server::arrived(InboundMessage request) {
   const int source = request.source;
   const uint64_t id = request.header.callId;
   FlightRecorder::instance().record(
       CallEvent::kArrived, source, id, request.header.messageType, request.header.bodyBytes);
-  if (auto& forgotten = forgotten_[source]; !forgotten.empty() && forgotten.erase(id) > 0) {
+  if (unbegun_.wasForgotten(source, id)) {
     exchange_.released(source, request.header.chargedBytes);
     return nullptr;
   }
   return std::make_unique<RequestTask>(
-      *this, source, id, Request{std::move(request), nullptr, Clock::time_point::max()});
+      *this, source, id, ArrivedRequest{std::move(request), nullptr, Clock::time_point::max()});
 }
 
 TaskPtr Server::ownRequest(uint64_t id, RpcMessage request, Streams streams, Clock::time_point deadline) {
   return std::make_unique<RequestTask>(
-      *this, members_.rank(), id, Request{{}, std::move(request), deadline, std::move(streams)});
+      *this, members_.rank(), id, ArrivedRequest{{}, std::move(request), deadline, std::move(streams)});
 }
 
 TaskPtr Server::lastMessagesOf(int peer) {
@@ -183,19 +137,9 @@ TaskPtr Server::lastMessagesOf(int peer) {
 }
 
 void Server::forget(int source, uint64_t id, bool comes) {
-  std::optional<Request> dropped; // without the lock
-  {
-    const std::lock_guard<std::mutex> lock(unbegunMutex_);
-    if (RequestTask* task = RequestTask::find(unbegun_[source].first, id)) {
-      dropped = task->takeLocked();
-    }
-  }
+  const std::optional<ArrivedRequest> dropped = unbegun_.forget(source, id, comes);
   if (dropped && source != members_.rank()) {
     exchange_.released(source, dropped->inbound.header.chargedBytes);
-  } else if (!dropped && comes) {
-    forgotten_[source].insert(id);
-  } else {
-    forgotten_[source].clear();
   }
 }
 
@@ -369,89 +313,14 @@ void Server::owe(ReplyTo reply, const std::exception& error) noexcept {
                << " could not be made: " << error.what();
   } catch (const std::bad_alloc&) {
   }
-  const std::lock_guard<std::mutex> lock(owedMutex_);
-  if (owed_.size() < owed_.capacity()) { // else the caller gets its timeout
-    owed_.push_back(reply);
-    owes_ = true;
-  }
+  owed_.add(reply);
 }
 
 void Server::pay(ProgressToken& token) {
-  {
-    const std::lock_guard<std::mutex> lock(owedMutex_);
-    owes_ = false;
-    paying_.swap(owed_);
-  }
-  while (!paying_.empty()) {
-    const ReplyTo reply = paying_.back();
-    try {
-      RpcMessage response = errorResponse("The response could not be made: there was not enough memory", reply.id);
-      exchange_.post(token, outbox_.make(reply.peer, FrameKind::kResponse, reply.id, std::move(response), *this));
-      paying_.pop_back();
-    } catch (const std::bad_alloc&) {
-      break;
-    }
-  }
-  // No more than fit: without memory there can be no more.
-  const std::lock_guard<std::mutex> lock(owedMutex_);
-  const size_t kept = std::min(owed_.capacity() - owed_.size(), paying_.size());
-  owed_.insert(owed_.end(), paying_.begin(), paying_.begin() + static_cast<ptrdiff_t>(kept));
-  paying_.clear();
-}
-
-void Server::payAgain() {
-  const std::lock_guard<std::mutex> lock(owedMutex_);
-  owes_ = !owed_.empty();
-}
-
-Statement Server::stateOf(ProgressToken& token, int source, const std::vector<uint64_t>& ids) const {
-  Statement statement;
-  statement.business = business();
-  for (const uint64_t id : ids) {
-    statement.calls.push_back(stateOf(token, source, id));
-  }
-  return statement;
-}
-
-Business Server::business() const {
-  const EngineCounts counts = engine_->counts();
-  Business business;
-  business.workerThreads = static_cast<uint32_t>(numWorkerThreads_);
-  business.running = static_cast<uint32_t>(counts.runningRequests);
-  business.waiting = static_cast<uint32_t>(counts.waitingRequests);
-  running_->oldest([&](const RunningRequests::Request& request) {
-    business.oldestSeconds = std::chrono::duration<float>(Clock::now() - request.since()).count();
-    const std::string_view name = request.function();
-    std::copy_n(name.begin(), std::min(name.size(), business.oldest.size() - 1), business.oldest.begin());
+  owed_.pay([&](ReplyTo reply) {
+    RpcMessage response = errorResponse("The response could not be made: there was not enough memory", reply.id);
+    exchange_.post(token, outbox_.make(reply.peer, FrameKind::kResponse, reply.id, std::move(response), *this));
   });
-  return business;
-}
-
-// Not to be touched: it may begin, and end, at any time.
-const Task* Server::findUnbegun(int source, uint64_t id) const {
-  const std::lock_guard<std::mutex> lock(unbegunMutex_);
-  return RequestTask::find(unbegun_[source].first, id);
-}
-
-LateCall Server::stateOf(ProgressToken& token, int source, uint64_t id) const {
-  LateCall call;
-  call.id = id;
-  if (const Task* const unbegun = findUnbegun(source, id)) {
-    call.state = LateCall::State::kQueued;
-    // Or, if it is not with the engine yet, behind all that are.
-    const auto before = engine_->queuedBefore([&](const Task& task) { return &task == unbegun; });
-    call.before = static_cast<uint32_t>(before.value_or(engine_->counts().queuedRequests));
-    return call;
-  }
-  running_->find(source, id, [&](const RunningRequests::Request& request) {
-    call.state = request.promised() ? LateCall::State::kPromised : LateCall::State::kRunning;
-    call.seconds = std::chrono::duration<float>(Clock::now() - request.since()).count();
-  });
-  if (call.state == LateCall::State::kAnswered && source != members_.rank() &&
-      exchange_.lacksPartOf(token, source, FrameKind::kRequest, id)) {
-    call.state = LateCall::State::kArriving;
-  }
-  return call;
 }
 
 RpcMessage Server::errorResponse(const std::string& what, uint64_t id) const {

@@ -5,9 +5,6 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
-#include <optional>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -20,7 +17,10 @@
 #include "agent/late_calls.h"
 #include "agent/membership.h"
 #include "agent/outbox.h"
+#include "agent/owed_responses.h"
+#include "agent/request_states.h"
 #include "agent/running_requests.h"
+#include "agent/unbegun_requests.h"
 
 namespace torch_rpc_mpi {
 
@@ -36,9 +36,8 @@ class SelfCaller {
   virtual void onOwnResponse(uint64_t id, RpcMessage response, const OutboundSlices& onDevices) = 0;
 };
 
-// Thread-safe. unbegunMutex_ guards unbegun_ and the lists. owedMutex_ guards owed_, of which owes_ is a hint; the
-// counts are atomics; owner_ and selfCaller_ are set before the first request comes; the rest is immutable, or guards
-// itself.
+// Thread-safe: the counts are atomics; owner_ and selfCaller_ are set before the first request comes; the rest is
+// immutable, or guards itself.
 class Server final : private SendFailureListener {
  public:
   using ThreadHook = std::function<void(const std::function<void()>& body)>;
@@ -84,37 +83,24 @@ class Server final : private SendFailureListener {
     return *running_;
   }
   // See Note [Late calls]: of calls of `source`.
-  Statement stateOf(ProgressToken& token, int source, const std::vector<uint64_t>& ids) const;
+  Statement stateOf(ProgressToken& token, int source, const std::vector<uint64_t>& ids) const {
+    return states_.of(token, source, ids);
+  }
 
   // Of the token's holder: callers that are to be told that there was no memory for their response.
   bool owes() const {
-    return owes_.load();
+    return owed_.any();
   }
   void pay(ProgressToken& token);
-  void payAgain(); // what could not be paid
+  void payAgain() { // what could not be paid
+    owed_.again();
+  }
 
  private:
   class Served;
   class RequestTask;
   class LastMessagesTask;
-  struct Request {
-    InboundMessage inbound;
-    RpcMessage own;                                        // instead, where this worker calls itself …
-    Clock::time_point deadline = Clock::time_point::max(); // … until when that call waits …
-    Streams streams = {};                                  // … and in which its tensors arrive
-  };
-  struct Unbegun { // requests of one caller, in their order
-    RequestTask *first = nullptr, *last = nullptr;
-  };
-  // Where the response to a request goes. Used once.
-  struct ReplyTo {
-    int peer;
-    uint64_t id;
-  };
 
-  Business business() const;
-  LateCall stateOf(ProgressToken& token, int source, uint64_t id) const;
-  const Task* findUnbegun(int source, uint64_t id) const;
   void serve(InboundMessage inbound) noexcept;
   void serveOwn(uint64_t id, RpcMessage request, Streams streams) noexcept;
   void decodeAndRun(InboundMessage inbound, ReplyTo reply);
@@ -132,10 +118,8 @@ class Server final : private SendFailureListener {
   const Membership& members_;
   Exchange& exchange_;
   Outbox& outbox_;
-  const std::shared_ptr<Engine>& engine_;
   SelfCaller* selfCaller_ = nullptr;
   RequestCallback& callback_;
-  const int numWorkerThreads_;
   const ThreadHook threadHook_;
   const DeviceMaps& deviceMaps_;
   std::weak_ptr<const void> owner_;
@@ -144,16 +128,10 @@ class Server final : private SendFailureListener {
   std::atomic<int64_t> serving_{0};
   std::atomic<int64_t> servingAsync_{0};
 
-  mutable std::mutex unbegunMutex_;
-  std::vector<Unbegun> unbegun_;                        // by caller
-  std::vector<std::unordered_set<uint64_t>> forgotten_; // by caller: calls that come, perhaps. Under the token
-
+  UnbegunRequests unbegun_;
   const std::shared_ptr<RunningRequests> running_; // a future that a function returned may outlive this
-
-  std::mutex owedMutex_;
-  std::vector<ReplyTo> owed_;
-  std::atomic<bool> owes_{false};
-  std::vector<ReplyTo> paying_; // under the token
+  const RequestStates states_;
+  OwedResponses owed_;
 };
 
 } // namespace torch_rpc_mpi

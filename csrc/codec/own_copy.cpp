@@ -1,11 +1,12 @@
-// Messages with device tensors that a worker sends to itself.
+#include "codec/own_copy.h"
+
 #include <cstring>
 
 #include <c10/core/StreamGuard.h>
 
-#include "codec/message_codec.h"
-
 namespace torch_rpc_mpi {
+
+namespace rpc = torch::distributed::rpc;
 
 namespace {
 
@@ -85,9 +86,34 @@ class OwnCopier {
   std::vector<ToHost> toHost_;
 };
 
+// The message with tensors over these storages, which hold its slices.
+RpcMessage copyOver(const rpc::Message& message, const TensorWriter& writer, std::vector<at::DataPtr> storages) {
+  std::vector<size_t> sizes;
+  for (const ConstSpan& slice : writer.slices()) {
+    sizes.push_back(slice.bytes);
+  }
+  Reader descriptions({writer.descriptions().data(), writer.descriptions().size()}, "the description of its tensors");
+  auto tensors = readTensors(descriptions, message.tensors().size(), std::move(storages), sizes);
+  auto payload = message.payload();
+  return c10::make_intrusive<rpc::Message>(std::move(payload), std::move(tensors), message.type(), message.id());
+}
+
 } // namespace
 
-OwnCopy copyMessage(const torch::distributed::rpc::Message& message, const OutboundSlices& onDevices) {
+RpcMessage copyMessage(const rpc::Message& message) {
+  TensorWriter writer;
+  writer.add(message.tensors());
+  std::vector<at::DataPtr> storages;
+  for (const ConstSpan& slice : writer.slices()) {
+    storages.push_back(allocateStorage(slice.bytes, slice.bytes >= size_t{64} << 10));
+    if (slice.bytes > 0) {
+      std::memcpy(storages.back().get(), slice.data, slice.bytes);
+    }
+  }
+  return copyOver(message, writer, std::move(storages));
+}
+
+OwnCopy copyMessage(const rpc::Message& message, const OutboundSlices& onDevices) {
   TensorWriter writer;
   {
     const c10::MultiStreamGuard guard(onDevices.streams());
@@ -95,18 +121,11 @@ OwnCopy copyMessage(const torch::distributed::rpc::Message& message, const Outbo
   }
   OwnCopier copier(writer, onDevices);
   std::vector<at::DataPtr> storages;
-  std::vector<size_t> sizes;
   for (size_t i = 0; i < writer.slices().size(); ++i) {
     storages.push_back(copier.copy(i));
-    sizes.push_back(writer.slices()[i].bytes);
   }
   const c10::MultiStreamGuard guard(copier.streams());
-  Reader descriptions({writer.descriptions().data(), writer.descriptions().size()}, "the description of its tensors");
-  auto tensors = readTensors(descriptions, message.tensors().size(), std::move(storages), sizes);
-  auto payload = message.payload();
-  return copier.finish(
-      c10::make_intrusive<torch::distributed::rpc::Message>(
-          std::move(payload), std::move(tensors), message.type(), message.id()));
+  return copier.finish(copyOver(message, writer, std::move(storages)));
 }
 
 } // namespace torch_rpc_mpi

@@ -12,7 +12,8 @@
 #include <c10/core/Allocator.h>
 
 #include "base/clock.h"
-#include "device/lending.h"
+#include "device/borrower.h"
+#include "device/lender.h"
 #include "device/pools.h"
 #include "device/runtime.h"
 

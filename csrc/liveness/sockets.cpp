@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <set>
+#include <sstream>
 #include <utility>
 
 #include <arpa/inet.h>
@@ -154,6 +155,23 @@ std::vector<std::string> endpointsOf(const Socket& listener) {
   std::vector<std::string> endpoints;
   for (const auto& kind : found) {
     endpoints.insert(endpoints.end(), kind.begin(), kind.end());
+  }
+  return endpoints;
+}
+
+std::string asText(const std::vector<std::string>& endpoints) {
+  std::string text;
+  for (const std::string& endpoint : endpoints) {
+    text += (text.empty() ? "" : ",") + endpoint;
+  }
+  return text;
+}
+
+std::vector<std::string> endpointsIn(const std::string& text) {
+  std::vector<std::string> endpoints;
+  std::istringstream parts(text);
+  for (std::string endpoint; std::getline(parts, endpoint, ',');) {
+    endpoints.push_back(endpoint);
   }
   return endpoints;
 }

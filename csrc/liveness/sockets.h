@@ -45,6 +45,9 @@ class Socket {
 Socket listenOnAll();
 // Where others reach it: "address port" of each interface, the likeliest first.
 std::vector<std::string> endpointsOf(const Socket& listener);
+// As one text, and back.
+std::string asText(const std::vector<std::string>& endpoints);
+std::vector<std::string> endpointsIn(const std::string& text);
 // None if no one has connected.
 Socket acceptOne(const Socket& listener);
 // A connection that is being made. None if that has failed at once: `error` says why.

@@ -1,7 +1,6 @@
 #include "liveness/watch.h"
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <sstream>
 #include <stdexcept>
@@ -9,7 +8,6 @@
 
 #include <pthread.h>
 #include <sys/eventfd.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "host/fork_guard.h"
@@ -30,27 +28,6 @@ std::string secondsText(Clock::duration time) {
   return text.str();
 }
 
-// The last byte of what has arrived; nothing yet: EAGAIN in `error`, the end of the connection: another.
-std::optional<Signal> receiveLast(const Socket& socket, int& error) {
-  std::array<char, 64> bytes{};
-  std::optional<Signal> last;
-  for (;;) {
-    const ssize_t count = ::recv(socket.descriptor(), bytes.data(), bytes.size(), MSG_DONTWAIT);
-    if (count < 0 && errno == EINTR) {
-      continue;
-    }
-    if (count <= 0) {
-      error = count == 0 ? ECONNRESET : errno;
-      return last;
-    }
-    last = static_cast<Signal>(bytes[static_cast<size_t>(count) - 1]);
-  }
-}
-
-bool pending(int error) {
-  return error == EAGAIN || error == EWOULDBLOCK;
-}
-
 } // namespace
 
 Watch::Watch() : wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
@@ -69,11 +46,7 @@ Watch::~Watch() {
 }
 
 std::string Watch::address() const {
-  std::string text;
-  for (const std::string& endpoint : visitors_.endpoints()) {
-    text += (text.empty() ? "" : ",") + endpoint;
-  }
-  return text;
+  return asText(visitors_.endpoints());
 }
 
 void Watch::start(Group group) {
@@ -82,11 +55,7 @@ void Watch::start(Group group) {
   }
   group_ = std::move(group);
   for (const std::string& address : group_.addresses) {
-    std::vector<std::string>& endpoints = endpoints_.emplace_back();
-    std::istringstream parts(address);
-    for (std::string endpoint; std::getline(parts, endpoint, ',');) {
-      endpoints.push_back(endpoint);
-    }
+    endpoints_.push_back(endpointsIn(address));
   }
   std::ranges::copy(group_.secret, expected_.secret.begin());
   expected_.to = static_cast<uint32_t>(group_.self);
@@ -172,16 +141,16 @@ void Watch::await(Time now) {
   polled_.clear();
   polled_.push_back({wake_, POLLIN, 0});
   visitors_.addTo(polled_);
-  const auto add = [&](const Link& link) {
-    if (link.socket) {
-      polled_.push_back({link.socket.descriptor(), static_cast<short>(link.greeted ? POLLIN : POLLOUT), 0});
+  const auto add = [&](const Visit& visit) {
+    if (visit) {
+      polled_.push_back(visit.awaited());
     }
   };
   Clock::duration pause = std::min<Clock::duration>(group_.heartbeatTimeout / 20, std::chrono::seconds(1));
   for (const Watched& watched : watched_) {
-    add(watched.link);
+    add(watched.visit);
     std::ranges::for_each(watched.questions, add);
-    if (!watched.link.socket && !watched.done) {
+    if (!watched.visit && !watched.done) {
       pause = std::min(pause, watched.nextAttempt - now);
     }
   }
@@ -226,12 +195,12 @@ void Watch::chooseWatched(Time now) {
 }
 
 void Watch::serve(Watched& watched, Time now) {
-  if (watched.link.socket) {
+  if (watched.visit) {
     listen(watched, now);
   }
   const auto silence = now - watched.heard;
   // Also where there is a connection: see the note.
-  if (!watched.done && now >= watched.nextAttempt && (!watched.link.socket || silence > group_.heartbeatTimeout / 2)) {
+  if (!watched.done && now >= watched.nextAttempt && (!watched.visit || silence > group_.heartbeatTimeout / 2)) {
     connect(watched, now);
   }
   if (!watched.done) {
@@ -242,38 +211,24 @@ void Watch::serve(Watched& watched, Time now) {
   }
 }
 
-Watch::Link Watch::linkTo(int rank, size_t endpoint, Time now, int& error) const {
+Visit Watch::visitTo(int rank, size_t endpoint, Purpose purpose, int about, Time now, int& error) const {
   const std::vector<std::string>& endpoints = endpoints_[rank];
   if (endpoints.empty()) {
     error = EADDRNOTAVAIL;
     return {};
   }
-  return {connectTo(endpoints[endpoint % endpoints.size()], error), now};
-}
-
-bool Watch::greet(Link& link, int to, Purpose purpose, int about, int& error) const {
-  pollfd state{link.socket.descriptor(), POLLOUT, 0};
-  if (link.greeted || ::poll(&state, 1, 0) == 0) {
-    error = EAGAIN;
-    return link.greeted;
-  }
-  error = connectError(link.socket);
-  if (error == 0) {
-    Greeting greeting = expected_;
-    greeting.to = static_cast<uint32_t>(to);
-    greeting.purpose = purpose;
-    greeting.about = static_cast<uint32_t>(about);
-    link.greeted = sendNow(link.socket, greeting);
-    error = link.greeted ? EAGAIN : errno;
-  }
-  return link.greeted;
+  Greeting greeting = expected_;
+  greeting.to = static_cast<uint32_t>(rank);
+  greeting.purpose = purpose;
+  greeting.about = static_cast<uint32_t>(about);
+  return {endpoints[endpoint % endpoints.size()], greeting, now, error};
 }
 
 void Watch::connect(Watched& watched, Time now) {
   int error = 0;
-  watched.link = linkTo(watched.rank, watched.endpoint, now, error);
+  watched.visit = visitTo(watched.rank, watched.endpoint, Purpose::kWatch, 0, now, error);
   watched.nextAttempt = now + std::min<Clock::duration>(group_.heartbeatTimeout / 10, kAttemptLimit);
-  if (watched.link.socket) {
+  if (watched.visit) {
     listen(watched, now);
   } else {
     lose(watched, error, now);
@@ -282,13 +237,13 @@ void Watch::connect(Watched& watched, Time now) {
 
 void Watch::listen(Watched& watched, Time now) {
   int error = 0;
-  if (!greet(watched.link, watched.rank, Purpose::kWatch, 0, error)) {
-    if (!pending(error) || now - watched.link.since > kAttemptLimit) {
+  if (!watched.visit.greet(error)) {
+    if (!Visit::pending(error) || now - watched.visit.since() > kAttemptLimit) {
       lose(watched, error, now);
     }
     return;
   }
-  const std::optional<Signal> last = receiveLast(watched.link.socket, error);
+  const std::optional<Signal> last = watched.visit.receiveLast(error);
   if (last == Signal::kBeat || last == Signal::kLeaves) {
     watched.heard = now;
     watched.known = watched.answers = true;
@@ -296,10 +251,10 @@ void Watch::listen(Watched& watched, Time now) {
     watched.done = last == Signal::kLeaves;
   }
   if (watched.done) {
-    watched.link = {};
-  } else if (!pending(error)) {
+    watched.visit = {};
+  } else if (!Visit::pending(error)) {
     lose(watched, error, now);
-  } else if (watched.heard < watched.link.since && now - watched.link.since > kAttemptLimit) {
+  } else if (watched.heard < watched.visit.since() && now - watched.visit.since() > kAttemptLimit) {
     ++watched.endpoint; // whoever is there says nothing
   }
 }
@@ -307,8 +262,8 @@ void Watch::listen(Watched& watched, Time now) {
 // A process that was heard of, and whose host now says that nobody listens there, or somebody else, has ended.
 void Watch::lose(Watched& watched, int error, Time now) {
   const bool refused = error == ECONNREFUSED ||
-      (watched.link.greeted && now - watched.link.since < kAttemptLimit && watched.heard < watched.link.since);
-  watched.link = {};
+      (watched.visit.greeted() && now - watched.visit.since() < kAttemptLimit && watched.heard < watched.visit.since());
+  watched.visit = {};
   if (watched.known && refused) {
     find(watched, Kind::kEnded, kEndedWithoutLeaving);
   } else if (watched.known && error == ECONNRESET) {
@@ -332,9 +287,8 @@ void Watch::ask(Watched& watched, Time now) {
   for (const int other : beside) {
     for (size_t endpoint = 0; endpoint < endpoints_[other].size(); ++endpoint) {
       int error = 0;
-      Link question = linkTo(other, endpoint, now, error);
-      if (question.socket) {
-        question.asked = other;
+      Visit question = visitTo(other, endpoint, Purpose::kAsk, watched.rank, now, error);
+      if (question) {
         watched.questions.push_back(std::move(question));
       }
     }
@@ -343,13 +297,13 @@ void Watch::ask(Watched& watched, Time now) {
 
 void Watch::listenToAnswers(Watched& watched, Time now) {
   std::optional<Signal> answer;
-  std::erase_if(watched.questions, [&](Link& question) {
+  std::erase_if(watched.questions, [&](Visit& question) {
     int error = 0;
-    if (greet(question, question.asked, Purpose::kAsk, watched.rank, error)) {
-      const std::optional<Signal> last = receiveLast(question.socket, error);
+    if (question.greet(error)) {
+      const std::optional<Signal> last = question.receiveLast(error);
       answer = last ? last : answer;
     }
-    return !pending(error);
+    return !Visit::pending(error);
   });
   if (answer == Signal::kLives) {
     watched.heard = now - group_.heartbeatTimeout / 4;
@@ -386,17 +340,8 @@ void Watch::find(Watched& watched, Kind kind, std::string text) {
   }
   foundSilence_ = foundSilence_ || kind == Kind::kSilent;
   watched.done = true;
-  watched.link = {};
+  watched.visit = {};
   watched.questions.clear();
-}
-
-bool Watch::speaksFor(int rank, const std::function<bool(int)>& lives) const {
-  for (int other = 0; other < static_cast<int>(group_.hosts.size()); ++other) {
-    if (other != rank && group_.hosts[other] == group_.hosts[rank] && (other == group_.self || lives(other))) {
-      return other == group_.self;
-    }
-  }
-  return false;
 }
 
 } // namespace torch_rpc_mpi

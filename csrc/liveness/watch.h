@@ -15,7 +15,7 @@
 
 #include "base/clock.h"
 #include "liveness/greeting.h"
-#include "liveness/sockets.h"
+#include "liveness/visit.h"
 #include "liveness/visitors.h"
 #include "liveness/watch_ring.h"
 
@@ -40,7 +40,7 @@ namespace torch_rpc_mpi {
 // A connection begins with a greeting that holds a secret of the session. Whoever does not know it is cut off.
 //
 // Thread-safe once started: mutex_ guards findings_ (found_ is a hint), forgotten_, stopped_ and saysSo_; group_,
-// expected_ and endpoints_ are immutable then; the rest is for the thread alone.
+// expected_ and endpoints_ are immutable then; the rest is for the thread alone, but what ring_ says in speaksFor().
 class Watch {
  public:
   enum class Kind { kEnded, kSilent, kUnreachable };
@@ -76,27 +76,22 @@ class Watch {
   // Tells those who watch this rank that it leaves, and ends the thread. (The destructor does not tell.)
   void leave();
   // Of a rank of this host: whether this one is the first of those beside it that live.
-  bool speaksFor(int rank, const std::function<bool(int)>& lives) const;
+  bool speaksFor(int rank, const std::function<bool(int)>& lives) const {
+    return ring_->speaksFor(rank, lives);
+  }
 
  private:
   using Time = Clock::time_point;
-  // A connection to another rank, made by this one.
-  struct Link {
-    Socket socket;
-    Time since;
-    bool greeted = false; // it is connected, and was told who calls
-    int asked = -1;       // of a question: the rank to which it is put
-  };
   struct Watched {
     int rank;
     Time heard;       // or since when it is watched
     Time nextAttempt; // to connect
-    Link link{};
-    size_t endpoint = 0;           // the one to try
-    bool known = false;            // it was heard of
-    bool answers = false;          // if it lives
-    bool done = false;             // what there is to find was found, or it leaves
-    std::vector<Link> questions{}; // to those beside it
+    Visit visit{};
+    size_t endpoint = 0;            // the one to try
+    bool known = false;             // it was heard of
+    bool answers = false;           // if it lives
+    bool done = false;              // what there is to find was found, or it leaves
+    std::vector<Visit> questions{}; // to those beside it
     Time nextQuestion{};
   };
 
@@ -114,9 +109,8 @@ class Watch {
   void listenToAnswers(Watched& watched, Time now);
   void judge(Watched& watched, Time now);
   void find(Watched& watched, Kind kind, std::string text);
-  Link linkTo(int rank, size_t endpoint, Time now, int& error) const;
-  // Whether it is connected, and greeted. Else `error` says whether it failed.
-  bool greet(Link& link, int to, Purpose purpose, int about, int& error) const;
+  // endpoint: which one of that rank. about: another rank, of a question.
+  Visit visitTo(int rank, size_t endpoint, Purpose purpose, int about, Time now, int& error) const;
   void wake() const;
 
   const int wake_; // eventfd

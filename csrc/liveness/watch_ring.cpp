@@ -64,4 +64,13 @@ std::vector<int> WatchRing::besides(int rank) const {
   return result;
 }
 
+bool WatchRing::speaksFor(int rank, const std::function<bool(int)>& lives) const {
+  for (int other = 0; other < static_cast<int>(hosts_.size()); ++other) {
+    if (other != rank && hosts_[other] == hosts_[rank] && (other == self_ || lives(other))) {
+      return other == self_;
+    }
+  }
+  return false;
+}
+
 } // namespace torch_rpc_mpi

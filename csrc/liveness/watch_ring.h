@@ -1,6 +1,7 @@
 // Which ranks watch which.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 namespace torch_rpc_mpi {
@@ -24,6 +25,8 @@ class WatchRing {
   std::vector<int> watched() const;
   // The other ranks of that one's host that are alive, ascending.
   std::vector<int> besides(int rank) const;
+  // Whether of that one's host this rank is the first of the others that live. Any thread: it knows nothing of lose().
+  bool speaksFor(int rank, const std::function<bool(int)>& lives) const;
 
  private:
   const int self_;

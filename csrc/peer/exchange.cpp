@@ -109,40 +109,12 @@ bool Exchange::wouldSendAtOnce(int rank, uint64_t chargedBytes) const {
 
 void Exchange::released(int source, uint64_t chargedBytes) {
   if (peers_[source]->credit.released(chargedBytes)) {
-    const std::lock_guard<std::mutex> lock(dueMutex_);
-    due_.push_back(source);
-    hasDue_ = true;
+    due_.tellCredit(source);
   }
 }
 
 void Exchange::refuse(int source, const std::string& why) {
-  const std::lock_guard<std::mutex> lock(dueMutex_);
-  refused_.emplace_back(source, why);
-  hasDue_ = true;
-}
-
-void Exchange::failRefused(ProgressToken& token) {
-  std::vector<std::pair<int, std::string>> refused;
-  {
-    const std::lock_guard<std::mutex> lock(dueMutex_);
-    refused.swap(refused_);
-  }
-  for (const auto& [rank, why] : refused) {
-    fail(token, rank, why);
-  }
-}
-
-std::vector<int> Exchange::takeDue() {
-  std::vector<int> due;
-  if (hasDue()) {
-    const std::lock_guard<std::mutex> lock(dueMutex_);
-    due.swap(due_);
-    hasDue_ = false;
-  }
-  for (const int rank : due) {
-    peers_[rank]->credit.tellsAgain();
-  }
-  return due;
+  due_.refuse(source, why);
 }
 
 bool Exchange::sendBlocked(ProgressToken& token) {
@@ -183,17 +155,20 @@ void Exchange::reportCredit(ProgressToken& token, const std::vector<int>& ranks)
 // ---- receiving ----
 
 bool Exchange::poll(ProgressToken& token) {
-  if (hasDue()) {
-    failRefused(token);
+  const DuePeers::Due due = due_.take();
+  for (const auto& [rank, why] : due.refused) {
+    fail(token, rank, why);
   }
-  const std::vector<int> due = takeDue();
+  for (const int rank : due.credit) {
+    peers_[rank]->credit.tellsAgain();
+  }
   if (closed_) {
     return false; // but nothing stays due, for which a sender would turn for ever
   }
-  reportCredit(token, due);
+  reportCredit(token, due.credit);
   const bool received = transport_.poll(token) > 0;
   const bool atDevice = moveAtDevice(token);
-  const bool moved = sendBlocked(token) || received || atDevice || !due.empty();
+  const bool moved = sendBlocked(token) || received || atDevice || !due.credit.empty();
   if (!fatal_.empty()) {
     throw std::runtime_error(fatal_);
   }

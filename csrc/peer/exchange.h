@@ -13,21 +13,19 @@
 // How much may be under way: Note [Credit] in credit.h, and to a peer of this host Note [Untaken messages] in window.h.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "peer/due_peers.h"
 #include "peer/peer.h"
 
 namespace torch_rpc_mpi {
 
-// Everything is guarded by the progress token but: counters_ (atomics, read by anyone), what Peer and Credit say of
-// themselves, and due_ and refused_, guarded by dueMutex_ (hasDue_ is a hint).
+// Everything is guarded by the progress token but: counters_ (atomics, read by anyone), due_, and what Peer and Credit
+// say of themselves.
 class Exchange : private PeerFailureListener {
  public:
   using Time = Peer::Time;
@@ -79,7 +77,7 @@ class Exchange : private PeerFailureListener {
     return !atDevice_.empty();
   }
   bool hasDue() const { // any thread: somebody is to be told of credit, or to fail
-    return hasDue_.load(std::memory_order_relaxed);
+    return due_.any();
   }
   // Whether a request waits here to be sent; whether not all of one that has been is there.
   bool holdsRequest(ProgressToken& /*token*/, int rank, uint64_t callId) const {
@@ -96,8 +94,6 @@ class Exchange : private PeerFailureListener {
 
   void onPeerFailed(ProgressToken& token, int rank, const std::string& reason) noexcept override;
   void reportCredit(ProgressToken& token, const std::vector<int>& ranks);
-  std::vector<int> takeDue();
-  void failRefused(ProgressToken& token);
   void giveBackMemory();
   bool sendBlocked(ProgressToken& token); // whether there was something that could be sent
   bool moveAtDevice(ProgressToken& token);
@@ -123,11 +119,7 @@ class Exchange : private PeerFailureListener {
   std::optional<Time> errorsOfNobodySince_; // of MPI, one after the other, that name no peer
   std::string fatal_;                       // what broke the transport; thrown by the next poll()
   bool closed_ = false;
-
-  std::mutex dueMutex_;
-  std::vector<int> due_;
-  std::vector<std::pair<int, std::string>> refused_; // peers, and why
-  std::atomic<bool> hasDue_{false};
+  DuePeers due_;
 };
 
 } // namespace torch_rpc_mpi

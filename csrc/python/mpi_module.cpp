@@ -46,44 +46,10 @@ const SignalService kSignalsAndCompanions{
       }
     }};
 
-} // namespace
+using WithoutGil = py::call_guard<NoGil>;
 
-void bindMpi(py::module_& module) {
-  using WithoutGil = py::call_guard<NoGil>;
-  py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
-      .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
-      .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })
-      .def("initialized", &MpiLibrary::initialized)
-      .def("finalized", &MpiLibrary::finalized)
-      .def("thread_level", &MpiLibrary::threadLevel)
-      .def("initialize", &MpiLibrary::initialize, WithoutGil())
-      .def("library_version", &MpiLibrary::libraryVersion);
-  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
-      .def_static(
-          "duplicate",
-          [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout, Companions* companions) {
-            const Watch watch(companions);
-            return Communicator::duplicate(std::move(mpi), parent, timeout, kSignalsAndCompanions);
-          },
-          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), py::arg("companions"), WithoutGil())
-      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), WithoutGil())
-      .def_property_readonly("rank", &Communicator::rank)
-      .def_property_readonly("size", &Communicator::size)
-      .def(
-          "allgather",
-          [](Communicator& self, const py::bytes& data, double timeout, Companions* companions) {
-            const std::string mine = data;
-            std::vector<std::string> all;
-            {
-              const NoGil noGil;
-              const Watch watch(companions);
-              all = self.allgather(mine, timeout, kSignalsAndCompanions);
-            }
-            std::vector<py::bytes> result(all.begin(), all.end());
-            return result;
-          },
-          py::arg("data"), py::arg("timeout"), py::arg("companions"))
-      .def("free", &Communicator::free, WithoutGil());
+// Worlds without a launcher, and whether they come into being.
+void bindLaunch(py::module_& module) {
   py::module_::import("torch._C._distributed_c10d"); // holds the class of stores
   // Never destroyed: a child made by fork() would hang up for its parent.
   py::class_<PmiServer, std::unique_ptr<PmiServer, py::nodelete>>(module, "PMIServer")
@@ -121,6 +87,46 @@ void bindMpi(py::module_& module) {
           py::init<std::string, double, double, std::shared_ptr<Companions>, std::string>(), py::arg("what"),
           py::arg("warn_after"), py::arg("abort_after"), py::arg("companions") = nullptr, py::arg("world") = "")
       .def("cancel", &InitWatchdog::cancel, WithoutGil());
+}
+
+} // namespace
+
+void bindMpi(py::module_& module) {
+  py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
+      .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
+      .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })
+      .def("initialized", &MpiLibrary::initialized)
+      .def("finalized", &MpiLibrary::finalized)
+      .def("thread_level", &MpiLibrary::threadLevel)
+      .def("initialize", &MpiLibrary::initialize, WithoutGil())
+      .def("library_version", &MpiLibrary::libraryVersion);
+  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
+      .def_static(
+          "duplicate",
+          [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout, Companions* companions) {
+            const Watch watch(companions);
+            return Communicator::duplicate(std::move(mpi), parent, timeout, kSignalsAndCompanions);
+          },
+          py::arg("runtime"), py::arg("parent"), py::arg("timeout"), py::arg("companions"), WithoutGil())
+      .def_static("group", &Communicator::group, py::arg("runtime"), py::arg("world"), py::arg("ranks"), WithoutGil())
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("size", &Communicator::size)
+      .def(
+          "allgather",
+          [](Communicator& self, const py::bytes& data, double timeout, Companions* companions) {
+            const std::string mine = data;
+            std::vector<std::string> all;
+            {
+              const NoGil noGil;
+              const Watch watch(companions);
+              all = self.allgather(mine, timeout, kSignalsAndCompanions);
+            }
+            std::vector<py::bytes> result(all.begin(), all.end());
+            return result;
+          },
+          py::arg("data"), py::arg("timeout"), py::arg("companions"))
+      .def("free", &Communicator::free, WithoutGil());
+  bindLaunch(module);
 }
 
 } // namespace torch_rpc_mpi

@@ -20,9 +20,7 @@
 #include "codec/not_run.h"
 #include "python/call_arguments.h"
 #include "python/called_function.h"
-#include "python/interpreter.h"
-#include "python/pickle/plain_pickle.h"
-#include "python/python_error.h"
+#include "python/function_runner.h"
 #include "python/python_functions.h"
 #include "python/script_messages.h"
 #include "python/user_code.h"
@@ -63,78 +61,13 @@ c10::TypePtr messageType() {
 
 } // namespace
 
-// The session's Python functions, and its pickler of plain values. Who calls run(), or serialize() with a Python
-// object, holds the GIL.
-struct PythonRequestCallback::PythonSide {
-  PythonSide(py::object runFunction, py::object serialize, py::object passOn, py::object plainPickler)
-      : runFunction(std::move(runFunction)),
-        serializeFunction(std::move(serialize)),
-        passOnFunction(std::move(passOn)),
-        plainPicklerObject(std::move(plainPickler)),
-        plainPickler(plainPicklerObject.is_none() ? nullptr : &plainPicklerObject.cast<const PlainPickler&>()) {}
-  ~PythonSide() {
-    if (interpreterRuns()) {
-      const Gil gil;
-      runFunction = py::object();
-      serializeFunction = py::object();
-      passOnFunction = py::object();
-      plainPicklerObject = py::object();
-    } else {
-      runFunction.release();
-      serializeFunction.release();
-      passOnFunction.release();
-      plainPicklerObject.release();
-    }
-  }
-  PythonSide(const PythonSide&) = delete;
-  PythonSide& operator=(const PythonSide&) = delete;
-
-  py::object run(py::object function) const {
-    const UserCode code;
-    const py::object arguments = std::move(function); // they end in it, too
-    return callToTheEndOfPython(runFunction, arguments);
-  }
-  rpc::SerializedPyObj serialize(const py::object& result) const {
-    if (plainPickler != nullptr) {
-      if (auto plain = plainPickler->dumpResult(result)) {
-        return {std::move(plain->data), std::move(plain->tensors)};
-      }
-    }
-    const UserCode code;
-    auto [data, tensors] = serializeFunction(result).cast<std::pair<std::string, std::vector<at::Tensor>>>();
-    return {std::move(data), std::move(tensors)};
-  }
-  // Its value, or its error if that is an exception of Python (which another worker sent). Takes the GIL.
-  rpc::SerializedPyObj serialize(rpc::JitFuture& future) const {
-    c10::IValue value;
-    std::optional<PythonError> failure;
-    try {
-      value = future.value();
-    } catch (const PythonError& error) {
-      failure = error;
-    }
-    const Gil gil;
-    try {
-      return serialize(failure ? passOnFunction(failure->remote()) : torch::jit::toPyObject(std::move(value)));
-    } catch (const py::error_already_set& error) {
-      throw std::runtime_error(error.what());
-    }
-  }
-
-  py::object runFunction;
-  py::object serializeFunction;
-  py::object passOnFunction;
-  py::object plainPicklerObject;
-  const PlainPickler* const plainPickler; // of that object, or null
-};
-
 PythonRequestCallback::PythonRequestCallback(
     py::object runFunction,
     py::object serialize,
     py::object passOn,
     py::object plainPickler)
     : python_(
-          std::make_shared<PythonSide>(
+          std::make_shared<FunctionRunner>(
               std::move(runFunction),
               std::move(serialize),
               std::move(passOn),
@@ -155,12 +88,12 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
     case rpc::MessageType::PYTHON_CALL: {
       const auto& call = static_cast<rpc::PythonCall&>(command);
       return std::make_unique<PythonFunction>(
-          agent_, python_->plainPickler, call.serializedPyObj(), call.isAsyncExecution());
+          agent_, python_->plainPickler(), call.serializedPyObj(), call.isAsyncExecution());
     }
     case rpc::MessageType::PYTHON_REMOTE_CALL: {
       const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
       auto function = std::make_unique<PythonFunction>(
-          agent_, python_->plainPickler, call.serializedPyObj(), call.isAsyncExecution());
+          agent_, python_->plainPickler(), call.serializedPyObj(), call.isAsyncExecution());
       function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
       return function;
     }

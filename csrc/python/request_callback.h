@@ -11,6 +11,7 @@
 
 namespace torch_rpc_mpi {
 
+class FunctionRunner;
 class MpiAgent;
 
 // As torch's, a Python function is unpickled, run, and its result pickled. Three things differ: from the call to the
@@ -70,7 +71,6 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
   JitFuturePtr processPythonRRefFetchCall(torch::distributed::rpc::RpcCommandBase& command) const override;
 
  private:
-  struct PythonSide;
   std::unique_ptr<torch::distributed::rpc::RpcCommandBase> unpickle(
       torch::distributed::rpc::RpcCommandBase& command,
       const torch::distributed::rpc::MessageType& type) const;
@@ -85,7 +85,7 @@ class PythonRequestCallback final : public torch::distributed::rpc::RequestCallb
       const std::function<JitFuturePtr(const pybind11::object& result)>& keep) const;
 
   // Shared with the futures of functions that return later, which may outlive the agent.
-  std::shared_ptr<const PythonSide> python_;
+  std::shared_ptr<const FunctionRunner> python_;
   MpiAgent* agent_ = nullptr;
 };
 

@@ -3,10 +3,10 @@
 // Note [State of threads]
 // ~~~~~~~~~~~~~~~~~~~~~~~
 // A function that a peer calls expects a thread of its own, as TensorPipe's threads make a new Python thread state for
-// each. Engine threads keep theirs, which costs less (Note [Python thread state] in module.cpp), and a user's thread
-// that reads its answer while it waits is in the middle of something else. So what code has set for its thread would be
-// met by the next: context variables (decimal's and numpy's settings among them), thread-local values, the running
-// event loop, tracing functions, torch's modes, the treatment of denormal numbers.
+// each. Engine threads keep theirs, which costs less (Note [Python thread state] in interpreter.cpp), and a user's
+// thread that reads its answer while it waits is in the middle of something else. So what code has set for its thread
+// would be met by the next: context variables (decimal's and numpy's settings among them), thread-local values, the
+// running event loop, tracing functions, torch's modes, the treatment of denormal numbers.
 //
 // Instead of making a thread state, the parts of the present one that hold these are put aside, and are empty as in a
 // new one; Python makes them when they are first asked for. At the end they are dropped, if they were made, and the

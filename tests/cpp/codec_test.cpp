@@ -1,4 +1,4 @@
-#include "codec/message_codec.h"
+#include "codec/inbound_rpc.h"
 
 #include <ATen/Functions.h>
 #include <torch/csrc/distributed/rpc/utils.h>
@@ -10,6 +10,9 @@
 #include "base/error_text.h"
 #include "check.h"
 #include "codec/not_run.h"
+#include "codec/outbound_rpc.h"
+#include "codec/own_copy.h"
+#include "codec/receive_target.h"
 #include "codec/sendable.h"
 #include "codec/tensor_format.h"
 #include "peer/receive_pool.h"

@@ -1,5 +1,6 @@
 // Device memory that neighbours lend each other, over a runtime whose memory is the host's.
-#include "device/lending.h"
+#include "device/borrower.h"
+#include "device/lender.h"
 
 #include <cstdlib>
 #include <cstring>

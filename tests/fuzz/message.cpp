@@ -4,7 +4,8 @@
 #include <new>
 #include <stdexcept>
 
-#include "codec/message_codec.h"
+#include "codec/inbound_rpc.h"
+#include "codec/receive_target.h"
 #include "tensor_reading.h"
 
 using namespace torch_rpc_mpi;

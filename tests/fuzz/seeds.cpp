@@ -7,7 +7,7 @@
 #include <ATen/Functions.h>
 
 #include "agent/late_calls.h"
-#include "codec/message_codec.h"
+#include "codec/outbound_rpc.h"
 #include "python/pickle/plain_pickle_format.h"
 
 using namespace torch_rpc_mpi;

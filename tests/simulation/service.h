@@ -9,7 +9,7 @@
 #include <torch/csrc/distributed/rpc/request_callback.h>
 
 #include "agent/call_table.h"
-#include "codec/message_codec.h"
+#include "codec/rpc_message.h"
 #include "oracle.h"
 
 namespace torch_rpc_mpi::simulation {
