@@ -10,6 +10,7 @@
 
 #include "base/deadline.h"
 #include "host/resources.h"
+#include "python/interpreter.h"
 #include "python/signals.h"
 #include "python/user_code.h"
 
