@@ -9,11 +9,11 @@
 
 namespace torch_rpc_mpi {
 
-// A control frame (goodbye, drain): a short text or struct as the body.
+// A control frame (goodbye, drain): a short text or struct as the body, or nothing but its header.
 class OutboundControl final : public OutboundMessage {
  public:
-  OutboundControl(int peer, FrameKind kind, std::string body)
-      : OutboundMessage(peer, kind, 0),
+  OutboundControl(int peer, FrameKind kind, std::string body = {}, uint64_t callId = 0)
+      : OutboundMessage(peer, kind, callId),
         body_(std::move(body)) {}
   bool light() const override {
     return true;

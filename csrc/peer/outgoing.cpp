@@ -7,6 +7,7 @@
 
 #include "base/error_text.h"
 #include "base/flight_recorder.h"
+#include "peer/outbound_control.h"
 
 namespace torch_rpc_mpi {
 
@@ -25,22 +26,6 @@ bool isReady(OutboundMessage& message) {
     return false;
   }
 }
-
-// Nothing but its header.
-class BareMessage final : public OutboundMessage {
- public:
-  using OutboundMessage::OutboundMessage;
-  bool light() const override {
-    return true;
-  }
-  void failed(const std::string&) noexcept override {}
-
- protected:
-  size_t planBody(std::vector<ConstSpan>&) override {
-    return 0;
-  }
-  void writeBody(char*) override {}
-};
 
 } // namespace
 
@@ -165,7 +150,7 @@ OutboundPtr Outgoing::forget(ProgressToken& token, uint64_t callId) {
     sendWaiting(token);
   }
   if (message == nullptr) {
-    post(token, std::make_unique<BareMessage>(rank_, FrameKind::kForget, callId));
+    post(token, std::make_unique<OutboundControl>(rank_, FrameKind::kForget, std::string(), callId));
   }
   return message;
 }
@@ -189,7 +174,7 @@ bool Outgoing::wouldSendAtOnce(uint64_t chargedBytes) const {
 
 void Outgoing::reportCredit(ProgressToken& token) {
   if (!framesBlocked_ && windowAllows(token, Channel::kFrame)) {
-    send(token, std::make_unique<BareMessage>(rank_, FrameKind::kCredit, /*callId=*/0));
+    send(token, std::make_unique<OutboundControl>(rank_, FrameKind::kCredit));
   }
 }
 
@@ -223,7 +208,7 @@ OutboundPtr Outgoing::gather(OutboundPtr first) {
   }
   OutboundPtr batch;
   try {
-    batch = std::make_unique<BareMessage>(rank_, FrameKind::kBatch, /*callId=*/0);
+    batch = std::make_unique<OutboundControl>(rank_, FrameKind::kBatch);
     batch->frame_ = context_.frames.get();
   } catch (const std::bad_alloc&) { // then they go one by one
     return first;
