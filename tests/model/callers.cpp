@@ -103,7 +103,7 @@ bool EngineModel::stepOfTurn(State& s, Thread& t) {
   }
 }
 
-// Exchange::poll, Dispatcher::onMessage, watchNeighbours
+// Exchange::poll, Dispatcher::onMessage, Losses::look
 void EngineModel::receive(State& s, Thread& t) {
   t.at = At::kTurnEnd;
   if (s.closed) {
@@ -124,7 +124,7 @@ void EngineModel::receive(State& s, Thread& t) {
     step_ = "turn: polls, a goodbye has arrived";
     t.at = onPeerEnded(s, Gone::kLeft) ? At::kTurnGone : At::kTurnEnd;
   } else if (arrived == 0 && s.peerEnded && !s.endNoticed && pick(2) == 1) {
-    step_ = "watchNeighbours: the peer's process has ended";
+    step_ = "look: the peer's process has ended";
     s.endNoticed = 1;
     t.at = onPeerEnded(s, Gone::kEnded) ? At::kTurnGone : At::kTurnEnd;
   } else {
