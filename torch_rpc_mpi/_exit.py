@@ -17,6 +17,7 @@ Imported at the end of ``import torch``, and so without anything but the standar
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
@@ -216,6 +217,8 @@ def _end_launch(status: int, why: str) -> None:
         ended.set()
 
     def end_at_exit() -> None:
+        with contextlib.suppress(Exception):  # it is whatever the program has put there
+            sys.stdout.flush()
         limit.cancel()
         limit.join()  # one that has begun
         if not ended.is_set():

@@ -24,13 +24,11 @@ import re
 import select
 import socket
 import stat
-import sys
 import termios
 import time
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TextIO
 
 Environment = Mapping[str, str]
 
@@ -48,6 +46,7 @@ _DEFAULT_PORT = 29500
 # Seconds.
 _ANSWER_LIMIT = 1.0
 _READ_LIMIT = 0.5
+_OUTPUTS = 1, 2  # descriptors, whatever sys.stdout and sys.stderr are
 _CLAIM = "TORCH_RPC_MPI_LAUNCHED"
 
 
@@ -139,26 +138,23 @@ def end_job(status: int, environ: Environment = os.environ) -> None:
         if not select.select([descriptor], [], [], _ANSWER_LIMIT)[0]:
             return
         os.read(descriptor, 1024)
-        _wait_until_read(sys.stdout)
-        _wait_until_read(sys.stderr)
+        for output in _OUTPUTS:
+            _wait_until_read(output)
         os.write(descriptor, f"cmd=abort exitcode={status}\n".encode())
     except OSError:
         return  # the launcher has ended
 
 
-def _wait_until_read(file: TextIO | None) -> None:
+def _wait_until_read(descriptor: int) -> None:
     """As ``waitUntilRead`` of csrc/host/launcher_output.h, which says why."""
-    if file is None:
-        return
     try:
-        file.flush()
-        if not stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             return
         end = time.monotonic() + _READ_LIMIT
-        while any(fcntl.ioctl(file.fileno(), termios.FIONREAD, bytes(4))) and time.monotonic() < end:
+        while any(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))) and time.monotonic() < end:
             time.sleep(0.001)
-    except (OSError, ValueError):
-        return  # the file is closed, or none that has a descriptor
+    except OSError:
+        return  # it is closed
 
 
 def _identity(environ: Environment) -> str:

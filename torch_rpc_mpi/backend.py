@@ -343,8 +343,7 @@ def _agent_options(
         ]
     mpi = _mpi.open_library()
     agent_options.any_source = mpi.takes_any_source(nodes)
-    if options.device_path != "pinned" and placement.devices:
-        agent_options.mpi_takes_device_memory = options.device_path == "mpi" or mpi.takes_memory_of(
-            placement.devices[0].type
-        )
+    agent_options.mpi_takes_device_memory = options.device_path == "mpi" or (
+        options.device_path == "auto" and placement.devices != [] and mpi.takes_memory_of(placement.devices[0].type)
+    )
     return agent_options

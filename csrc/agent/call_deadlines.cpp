@@ -105,6 +105,8 @@ void CallDeadlines::askAfterLate(ProgressToken& token) {
       for (; first != late_.end() && first->peer == peer; ++first) {
         if (peer != members_.rank() && exchange_.holdsRequest(token, peer, first->id)) {
           calls_.explain(first->id, peer, sharedText(notSent(members_.describe(peer))));
+        } else if (peer != members_.rank() && exchange_.stagesRequest(token, peer, first->id)) {
+          calls_.explain(first->id, peer, sharedText(notReady()));
         } else {
           ids.push_back(first->id);
         }

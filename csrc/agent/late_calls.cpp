@@ -91,6 +91,10 @@ std::string notSent(const std::string& callee) {
   return "It was not sent: " + callee + " has yet to take or to begin so many earlier calls that this one waited here";
 }
 
+std::string notReady() {
+  return "It was not sent: what was queued on the device of its tensors before it has yet to be done";
+}
+
 std::string whyLate(const std::string& callee, const Business& business, const LateCall& call) {
   switch (call.state) {
     case LateCall::State::kArriving:

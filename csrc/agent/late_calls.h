@@ -61,6 +61,7 @@ Statement readStatement(ConstSpan body);
 
 // For the end of the error of a timeout. callee: in the words of errors.
 std::string notSent(const std::string& callee);
+std::string notReady(); // its tensors are on a device
 std::string whyLate(const std::string& callee, const Business& business, const LateCall& call);
 
 } // namespace torch_rpc_mpi

@@ -8,13 +8,14 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-// The chunks of some memory, in their order, once what lies in its stream now is done.
+// The chunks of some memory, in their order.
 class Chunks {
  public:
-  Chunks(std::shared_ptr<Devices> devices, const c10::Stream& stream, size_t bytes)
-      : devices_(std::move(devices)),
-        bytes_(bytes),
-        before_(devices_->event(stream.device())) {
+  Chunks(std::shared_ptr<Devices> devices, size_t bytes) : devices_(std::move(devices)), bytes_(bytes) {}
+
+  // They are ready once what lies in the stream now is done.
+  void follow(const c10::Stream& stream) {
+    before_ = devices_->event(stream.device());
     const OnDevice onDevice(devices_->runtime(), stream.device_index());
     before_->record(devices_->runtime().handleOf(stream));
   }
@@ -61,7 +62,9 @@ class DirectSource final : public ChunkSource {
   DirectSource(std::shared_ptr<Devices> devices, const c10::Stream& stream, ConstSpan memory, c10::Storage owner)
       : memory_(memory),
         owner_(std::move(owner)),
-        chunks_(std::move(devices), stream, memory.bytes) {}
+        chunks_(std::move(devices), memory.bytes) {
+    chunks_.follow(stream);
+  }
   size_t chunks() const override {
     return chunks_.count();
   }
@@ -91,11 +94,15 @@ class DirectSink final : public ChunkSink {
  public:
   DirectSink(std::shared_ptr<Devices> devices, const c10::Stream& stream, MutableSpan memory)
       : memory_(memory),
-        chunks_(std::move(devices), stream, memory.bytes) {}
+        stream_(stream),
+        chunks_(std::move(devices), memory.bytes) {}
   size_t chunks() const override {
     return chunks_.count();
   }
   std::optional<MutableSpan> next() override {
+    if (!std::exchange(begun_, true) && memory_.data != nullptr) {
+      chunks_.follow(stream_);
+    }
     if (!chunks_.ready()) {
       return std::nullopt;
     }
@@ -111,6 +118,8 @@ class DirectSink final : public ChunkSink {
 
  private:
   const MutableSpan memory_; // without data: there is none for it
+  const c10::Stream stream_;
+  bool begun_ = false;
   Chunks chunks_;
 };
 

@@ -32,11 +32,15 @@ bool isOver(const DeviceEvent& event) {
 
 } // namespace
 
-Devices::Devices(std::vector<c10::Device> devices, size_t chunk, bool mpiTakesMemory)
+Devices::Devices(
+    std::shared_ptr<const DeviceRuntime> runtime,
+    std::vector<c10::Device> devices,
+    size_t chunk,
+    bool mpiTakesMemory)
     : devices_(std::move(devices)),
       chunk_(chunk),
       mpiTakesMemory_(mpiTakesMemory),
-      runtime_(DeviceRuntime::find(devices_.at(0).type())) {
+      runtime_(std::move(runtime)) {
   watchForks();
   for (const c10::Device device : devices_) {
     pools_.emplace(

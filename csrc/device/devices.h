@@ -44,9 +44,13 @@ class AtLast {
 // guards itself. It lives as long as anything that refers to it, a message perhaps: hence shared.
 class Devices {
  public:
-  // All of one type, in the order of their indices. Throws DeviceError.
+  // All of the runtime's type, in the order of their indices.
   // chunk: bytes, of what MPI carries. mpiTakesMemory: it reads and writes the memory of these devices itself.
-  Devices(std::vector<c10::Device> devices, size_t chunk, bool mpiTakesMemory);
+  Devices(
+      std::shared_ptr<const DeviceRuntime> runtime,
+      std::vector<c10::Device> devices,
+      size_t chunk,
+      bool mpiTakesMemory);
 
   const std::vector<c10::Device>& all() const {
     return devices_;

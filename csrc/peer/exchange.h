@@ -83,6 +83,10 @@ class Exchange : private PeerFailureListener {
   bool holdsRequest(ProgressToken& /*token*/, int rank, uint64_t callId) const {
     return peers_[rank]->outgoing.holdsRequest(callId);
   }
+  // Whether one waits here until its tensors' device has done what comes before.
+  bool stagesRequest(ProgressToken& /*token*/, int rank, uint64_t callId) const {
+    return peers_[rank]->outgoing.stagesRequest(callId);
+  }
   bool lacksPartOf(ProgressToken& /*token*/, int source, FrameKind kind, uint64_t callId) const {
     return peers_[source]->incoming.lacksPartOf(kind, callId);
   }

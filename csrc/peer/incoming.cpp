@@ -147,7 +147,7 @@ bool Incoming::tryDevice(ProgressToken& token) {
   atDevice_ = false;
   try {
     return pump(token);
-  } catch (const std::exception& error) { // no pinned memory
+  } catch (const std::exception& error) { // no pinned memory, or a device failed
     owner_.onPeerFailed(token, rank_, errorText(error));
     return true;
   }

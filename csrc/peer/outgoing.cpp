@@ -91,9 +91,7 @@ bool Outgoing::stage(OutboundPtr& message) {
     if (message->ready()) {
       return false;
     }
-    staged_.push_back(std::move(message));
-    context_.counters.waitingForDevice.fetch_add(1, std::memory_order_relaxed);
-    awaitDevice();
+    hold(std::move(message));
     return true;
   } catch (const std::exception& thrown) {
     error = errorText(thrown);
@@ -101,6 +99,12 @@ bool Outgoing::stage(OutboundPtr& message) {
   giveBackCredit(*message);
   context_.done.failed.emplace_back(std::move(message), error);
   return true;
+}
+
+void Outgoing::hold(OutboundPtr message) {
+  staged_.push_back(std::move(message));
+  context_.counters.waitingForDevice.fetch_add(1, std::memory_order_relaxed);
+  awaitDevice();
 }
 
 // The exchange calls tryDevice() in each turn.
@@ -114,7 +118,9 @@ void Outgoing::awaitDevice() {
 bool Outgoing::tryDevice(ProgressToken& token) {
   atDevice_ = false;
   bool any = false;
-  for (size_t left = std::min(staged_.size(), kAskedInTurn); left > 0 && windowAllows(token, Channel::kFrame); --left) {
+  // A peer that fails meanwhile takes all of them along.
+  for (size_t left = std::min(staged_.size(), kAskedInTurn);
+       left > 0 && !staged_.empty() && windowAllows(token, Channel::kFrame); --left) {
     OutboundPtr message = std::move(staged_.front());
     staged_.pop_front();
     context_.counters.waitingForDevice.fetch_sub(1, std::memory_order_relaxed);
@@ -123,17 +129,21 @@ bool Outgoing::tryDevice(ProgressToken& token) {
       any = true;
     }
   }
-  if (!staged_.empty()) {
+  if (!staged_.empty() && !framesBlocked_) { // else tryAgain() does
     awaitDevice();
   }
   const bool waited = sendWaiting(token); // for the credit of one that failed
   return pump(token) || any || waited;
 }
 
-OutboundPtr Outgoing::takeStaged(uint64_t callId) {
-  const auto found = std::ranges::find_if(staged_, [&](const OutboundPtr& message) {
+std::deque<OutboundPtr>::const_iterator Outgoing::findStaged(uint64_t callId) const {
+  return std::ranges::find_if(staged_, [&](const OutboundPtr& message) {
     return message->header_.kind == FrameKind::kRequest && message->header_.callId == callId;
   });
+}
+
+OutboundPtr Outgoing::takeStaged(uint64_t callId) {
+  const auto found = staged_.begin() + (findStaged(callId) - staged_.begin());
   if (found == staged_.end()) {
     return nullptr;
   }
@@ -191,6 +201,9 @@ bool Outgoing::tryAgain(ProgressToken& token) {
   blocked_ = false;
   framesBlocked_ = false;
   const bool frames = sendWaiting(token);
+  if (!staged_.empty()) {
+    awaitDevice();
+  }
   return pump(token) || frames;
 }
 
@@ -220,9 +233,9 @@ OutboundPtr Outgoing::gather(OutboundPtr first) {
       continue;
     }
     if (!isReady(*next)) {
-      OutboundPtr staged = waiting_.takeNext();
-      charge(*staged);
-      stage(staged);
+      OutboundPtr unready = waiting_.takeNext();
+      charge(*unready);
+      hold(std::move(unready)); // asked again, it might be ready, or say why it never will be
       continue;
     }
     const size_t before = first != nullptr ? first->frameBytes() : batch->header_.bodyBytes;

@@ -34,6 +34,10 @@ class Outgoing {
   bool holdsRequest(uint64_t callId) const {
     return waiting_.holdsRequest(callId);
   }
+  // Whether it waits for a device.
+  bool stagesRequest(uint64_t callId) const {
+    return findStaged(callId) != staged_.end();
+  }
   // Any thread, a hint: a request of so many bytes would leave at once.
   bool wouldSendAtOnce(uint64_t chargedBytes) const;
   // Nobody waits any more for the answer to this call: it is given back, or the peer is told.
@@ -55,12 +59,15 @@ class Outgoing {
 
   bool windowAllows(ProgressToken& token, Channel channel);
   void awaitDevice();
-  bool stage(OutboundPtr& message); // false: it is ready. It is charged
+  // Of messages that are charged. false: it is ready.
+  bool stage(OutboundPtr& message);
+  void hold(OutboundPtr message); // until it is
   size_t chunksOf(OutboundMessage& message, size_t part, size_t offset = 0) const;
   void send(ProgressToken& token, OutboundPtr message);
   std::string encode(OutboundMessage& message); // why it cannot be, or nothing
   void charge(const OutboundMessage& message);
   void giveBackCredit(const OutboundMessage& message); // one that was charged is not sent
+  std::deque<OutboundPtr>::const_iterator findStaged(uint64_t callId) const;
   OutboundPtr takeStaged(uint64_t callId);
   void count(const FrameHeader& header);
   OutboundPtr gather(OutboundPtr first);

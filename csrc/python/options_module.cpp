@@ -64,7 +64,8 @@ AgentOptions PyAgentOptions::toCore(int worldSize, int ranksOnHost, std::vector<
   options.idling.maxSleep = durationOf<std::chrono::nanoseconds>(maxSleep);
   options.flightRecorderDir = flightRecorderDir;
   if (!devices.empty()) {
-    options.devices = std::make_shared<Devices>(devices, bulkChunk, mpiTakesDeviceMemory);
+    options.devices = std::make_shared<Devices>(
+        DeviceRuntime::find(devices.front().type()), devices, bulkChunk, mpiTakesDeviceMemory);
     if (!deviceNames.empty()) {
       options.devices->share(namesOf(deviceNames), std::move(neighbours), largestRegion(deviceMemory));
     }

@@ -52,7 +52,7 @@ class SlowMessage final : public OutboundMessage {
     if (breaks) {
       throw std::runtime_error("the device is broken");
     }
-    return *isReady;
+    return asked++ >= readyWhenAsked && *isReady;
   }
   ChunkSource* sourceOf(size_t) override {
     return source_.get();
@@ -66,6 +66,7 @@ class SlowMessage final : public OutboundMessage {
   static inline size_t there = 0, sent = 0;
   static inline std::string lastFailure;
   bool breaks = false;
+  int asked = 0, readyWhenAsked = 0;
   std::shared_ptr<bool> isReady = std::make_shared<bool>(true);
 
  protected:
@@ -126,10 +127,10 @@ struct SinkRank final : Rank {
 };
 
 struct SlowPair {
-  SlowPair()
+  explicit SlowPair(ExchangeOptions options = Pair::smallOptions())
       : network(std::make_shared<FakeNetwork>(2)),
-        a(network, 0, Pair::smallOptions()),
-        b(network, 1, Pair::smallOptions()) {
+        a(network, 0, options),
+        b(network, 1, options) {
     SlowMessage::there = SlowMessage::sent = NarrowSink::arrived = 0;
     SlowMessage::lastFailure.clear();
   }
@@ -176,6 +177,43 @@ TEST(a_message_of_a_broken_device_fails_alone) {
   CHECK_EQUAL(pair.b.bodies.size(), 1U);
 }
 
+TEST(what_gets_ready_while_it_is_gathered_is_sent) {
+  auto options = Pair::smallOptions();
+  options.windowRequests = 2;
+  SlowPair pair(options);
+  for (const char* text : {"first", "second", "third"}) {
+    pair.a.post(request(text));
+  }
+  auto slow = std::make_unique<SlowMessage>();
+  slow->readyWhenAsked = 1;
+  pair.a.post(std::move(slow));
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 2U);
+  for (size_t taken = 0; taken < 2; ++taken) {
+    pair.b.exchange.released(0, pair.b.charged[taken]);
+  }
+  pair.settle();
+  CHECK_EQUAL(pair.b.bodies.size(), 4U);
+  CHECK_EQUAL(pair.b.bodies.back(), "slow");
+}
+
+TEST(a_peer_that_fails_while_what_waits_for_a_device_is_sent_fails_all_of_it) {
+  SlowPair pair;
+  const auto isReady = std::make_shared<bool>(false);
+  for (int i = 0; i < 3; ++i) {
+    auto slow = std::make_unique<SlowMessage>();
+    slow->isReady = isReady;
+    pair.a.post(std::move(slow));
+  }
+  pair.settle();
+  *isReady = true;
+  pair.a.transport.sendsFail = true;
+  pair.settle();
+  CHECK_EQUAL(SlowMessage::lastFailure, "peer 1: the send failed");
+  CHECK_EQUAL(pair.a.exchange.counters().waitingForDevice, 0U);
+  CHECK_THAT(!pair.a.exchange.awaitsDevice(*pair.a.hold));
+}
+
 TEST(what_waits_for_a_device_is_not_sent_once_its_call_is_forgotten) {
   SlowPair pair;
   auto slow = std::make_unique<SlowMessage>();
@@ -183,7 +221,9 @@ TEST(what_waits_for_a_device_is_not_sent_once_its_call_is_forgotten) {
   const auto isReady = slow->isReady;
   pair.a.post(std::move(slow));
   pair.settle();
+  CHECK_THAT(pair.a.exchange.stagesRequest(*pair.a.hold, 1, 7) && !pair.a.exchange.holdsRequest(*pair.a.hold, 1, 7));
   CHECK_THAT(pair.a.exchange.forget(*pair.a.hold, 1, 7) != nullptr);
+  CHECK_THAT(!pair.a.exchange.stagesRequest(*pair.a.hold, 1, 7));
   *isReady = true;
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 0U);

@@ -12,6 +12,8 @@ import torch.distributed.rpc as rpc
 from device_world import COUNT, FIRST, IS_TEST_DEVICE, SECOND, late, maps, module, numbers
 from harness import World, equal, eventually, program
 
+from torch_rpc_mpi import _mpi
+
 
 def identity(value: Any) -> Any:
     return value
@@ -71,6 +73,26 @@ def go_on_without_one(world: World) -> None:
     world.wait(f"rank {2 - world.rank} is done")
     print(f"rank {world.rank} went on", flush=True)
     rpc.shutdown(graceful=False)
+
+
+@program(
+    size=2,
+    launcherless=True,
+    skip=None if IS_TEST_DEVICE else "no MPI that can be had is aware of real devices",
+    tensorpipe="it does not use MPI",
+)
+def an_mpi_that_says_that_it_takes_device_memory_is_given_it(world: World) -> None:
+    """Not where two processes share the devices: so each has a node of its own here."""
+    asked: list[str] = []
+    _mpi.LoadedMPI.takes_memory_of = lambda self, kind: not asked.append(kind)  # type: ignore[method-assign]
+    world.init(**maps((FIRST, FIRST)), node=f"node of rank {world.rank}")
+    equal(asked, [torch.device(FIRST).type])
+    x = late(100_000)
+    equal(rpc.rpc_sync(world.next, identity, args=(x,)).cpu(), numbers(100_000, "cpu"))
+    told = rpc._get_debug_info()
+    equal(told["mpi.device_path"], "mpi")
+    assert int(told["mpi.device_bytes_received_mpi"]) >= 400_000
+    rpc.shutdown()
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -170,7 +169,8 @@ def test_the_launcher_has_read_what_is_written_before_it_ends_the_job(monkeypatc
     ours, launchers = socket.socketpair()
     reads, writes = os.pipe()
     with ours, launchers, open(reads, "rb") as shown, open(writes, "w") as errors:
-        monkeypatch.setattr(sys, "stderr", errors)
+        monkeypatch.setattr(_launchers, "_READ_LIMIT", 60.0)
+        monkeypatch.setattr(_launchers, "_OUTPUTS", (writes,))
         launchers.sendall(b"cmd=response_to_init rc=0\n")
         print("why", file=errors, flush=True)
         looked = threading.Event()

@@ -113,6 +113,14 @@ class TestOfAllRanks:
         check(closed, WARNING, "devices 0 and 1 cannot", "topo")
         check(told, NOTE, "rank 1 (north) to rank 0 (north)", "device_path")
 
+    def test_those_by_mpi(self) -> None:
+        summary, closed, told = device_paths.verdicts(
+            [DevicePath(0, 1, "mpi", UNSEEN), DevicePath(1, 0, "mpi"), DevicePath(0, 2, "mpi")], self.HOSTS
+        )
+        check(summary, OK, "mpi in 3 of 3 ways")
+        check(closed, WARNING, "rank 0 (north) to rank 1 (north): by MPI: ", "-- Let each rank see")
+        check(told, NOTE, "rank 1 (north) to rank 0 (north): by MPI, as device_path says")
+
     def test_calls_that_fail(self) -> None:
         _, failed = device_paths.verdicts([DevicePath(0, 2, "", error="out of memory")], self.HOSTS)
         check(failed, PROBLEM, "rank 0 (north) to rank 2 (south): failed: out of memory")

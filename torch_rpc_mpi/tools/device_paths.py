@@ -23,6 +23,7 @@ _ELEMENTS = 200_000  # smaller tensors go through pinned memory anyway: see docs
 _LIMIT = 5.0  # seconds, in which two ranks agree on a path; a call takes longer where one makes its context
 _NAMED = 6  # pairs of ranks in a fact; all are in the JSON
 _OFFERED = "(ipc is offered)"
+_LONG = {"mpi": "by MPI", "pinned": "pinned memory"}
 _NO_LINK = "where it matters, a device that can (`nvidia-smi topo -p2p r`); virtual machines and IOMMUs may forbid it"
 
 
@@ -136,12 +137,12 @@ def verdicts(paths: Sequence[Path], hosts: Sequence[str]) -> Iterator[Fact]:
     within = [path for path in paths if hosts[path.sender] == hosts[path.receiver]]
     for why, closed in _by(within, "why"):
         cause, _, remedy = why.partition(". ")
-        way = "by MPI" if closed[0].name == "mpi" else "pinned memory"
-        yield Fact(key, f"{_list(closed, hosts)}: {way}: {cause}", Status.WARNING, remedy or _NO_LINK)
-    forced = [path for path in within if path.name == "pinned" and not path.why]
-    if forced:
-        because = "as device_path says, or torch does not tell the UUIDs of the devices"
-        yield Fact(key, f"{_list(forced, hosts)}: pinned memory, {because}", Status.NOTE)
+        yield Fact(key, f"{_list(closed, hosts)}: {_LONG[closed[0].name]}: {cause}", Status.WARNING, remedy or _NO_LINK)
+    for name, way in _LONG.items():
+        forced = [path for path in within if path.name == name and not path.why]
+        if forced:
+            because = "as device_path says, or torch does not tell the UUIDs of the devices"
+            yield Fact(key, f"{_list(forced, hosts)}: {way}, {because}", Status.NOTE)
 
 
 def _by(paths: Iterable[Path], what: str) -> list[tuple[str, list[Path]]]:
