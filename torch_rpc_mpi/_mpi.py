@@ -41,6 +41,9 @@ _INSTALL_MPI = (
     "`python -m mpi4py --mpi-lib-version` must work."
 )
 
+# MPICH's MPIX_GPU_SUPPORT_CUDA and MPIX_GPU_SUPPORT_HIP.
+_GPU_SUPPORT_CUDA, _GPU_SUPPORT_HIP = 0, 2
+
 _LONGEST_LIBRARY_TEXT = 8192  # MPI_MAX_LIBRARY_VERSION_STRING, of MPICH; Open MPI has 256
 
 # MPI_Init says nothing while it waits for late ranks; a user should know before losing patience.
@@ -85,10 +88,18 @@ class LoadedMPI:
         By the functions that MPICH and its kin, and Open MPI, have for that. Those that lack them are not GPU-aware,
         or too old to tell.
         """
-        kinds = () if device_type != "cuda" else ("cuda",) if torch.version.hip is None else ("hip", "rocm")
+        if device_type != "cuda":
+            return False
+        number, kinds = (
+            (_GPU_SUPPORT_CUDA, ["cuda"]) if torch.version.hip is None else (_GPU_SUPPORT_HIP, ["hip", "rocm"])
+        )
         library = ctypes.CDLL(self.MPI.__file__)  # which has loaded MPI
-        queries = (getattr(library, f"MPIX_Query_{kind}_support", None) for kind in kinds)
-        return any(query is not None and bool(query()) for query in queries)
+        queries = [getattr(library, f"MPIX_Query_{kind}_support", None) for kind in kinds]
+        if any(queries):
+            return any(query is not None and query() for query in queries)
+        supported = ctypes.c_int()
+        query = getattr(library, "MPIX_GPU_query_support", None)  # the only one that Cray's tells of
+        return query is not None and query(number, ctypes.byref(supported)) == 0 and supported.value != 0
 
 
 _loaded: LoadedMPI | None = None

@@ -229,13 +229,26 @@ class TestAbi:
             ("cuda", "6.2", {"rocm": 1}, True),
             ("cuda", "6.2", {"hip": 1, "cuda": 0}, True),
             ("xpu", None, {"cuda": 1}, False),
+            ("cuda", None, {0: 1}, True),
+            ("cuda", None, {2: 1}, False),
+            ("cuda", "6.2", {2: 1}, True),
+            ("cuda", None, {0: 1, "cuda": 0}, False),
         ],
     )
     def test_asks_mpi_whether_it_takes_device_memory(
-        self, monkeypatch: pytest.MonkeyPatch, device_type: str, hip: str | None, queries: dict[str, int], taken: bool
+        self, monkeypatch: pytest.MonkeyPatch, device_type: str, hip: str | None, queries: dict[Any, int], taken: bool
     ) -> None:
-        """Here a library that claims it; one for real could not be had."""
-        functions = {f"MPIX_Query_{kind}_support": lambda said=said: said for kind, said in queries.items()}
+        """Here a library that claims it; one for real could not be had. Numbers: of what it has one function for."""
+
+        def query(kind: int, supported: Any) -> int:
+            supported._obj.value = queries.get(kind, 0)
+            return 0
+
+        functions: dict[str, Any] = {
+            f"MPIX_Query_{kind}_support": lambda said=said: said for kind, said in queries.items()
+        }
+        if any(isinstance(kind, int) for kind in queries):
+            functions["MPIX_GPU_query_support"] = query
         monkeypatch.setattr(ctypes, "CDLL", {"mpi": SimpleNamespace(**functions)}.__getitem__)
         monkeypatch.setattr(torch.version, "hip", hip)
         module, runtime = SimpleNamespace(__file__="mpi"), cast(Any, None)
