@@ -22,7 +22,8 @@ namespace torch_rpc_mpi {
 // immutable, or guards itself.
 class Losses {
  public:
-  // Of parts of an agent that need not be there yet, but for the transport. interval: how often to look whether neighbours are alive.
+  // Of parts of an agent that need not be there yet, but for the transport. interval: how often to look whether
+  // neighbours are alive.
   Losses(
       Transport& transport,
       Membership& members,
