@@ -103,9 +103,10 @@ void CallDeadlines::askAfterLate(ProgressToken& token) {
       const int peer = first->peer;
       std::vector<uint64_t> ids;
       for (; first != late_.end() && first->peer == peer; ++first) {
-        if (peer != members_.rank() && exchange_.holdsRequest(token, peer, first->id)) {
+        const bool own = peer == members_.rank();
+        if (!own && exchange_.holdsRequest(token, peer, first->id)) {
           calls_.explain(first->id, peer, sharedText(notSent(members_.describe(peer))));
-        } else if (peer != members_.rank() && exchange_.stagesRequest(token, peer, first->id)) {
+        } else if (!own && exchange_.stagesRequest(token, peer, first->id)) {
           calls_.explain(first->id, peer, sharedText(notReady()));
         } else {
           ids.push_back(first->id);

@@ -86,25 +86,26 @@ void Outgoing::send(ProgressToken& token, OutboundPtr message) {
 }
 
 bool Outgoing::stage(OutboundPtr& message) {
-  std::string error;
   try {
     if (message->ready()) {
       return false;
     }
-    hold(std::move(message));
-    return true;
+    hold(message);
   } catch (const std::exception& thrown) {
-    error = errorText(thrown);
+    failCharged(std::move(message), errorText(thrown));
   }
-  giveBackCredit(*message);
-  context_.done.failed.emplace_back(std::move(message), error);
   return true;
 }
 
-void Outgoing::hold(OutboundPtr message) {
-  staged_.push_back(std::move(message));
+void Outgoing::hold(OutboundPtr& message) {
+  staged_.push_back(std::move(message)); // which leaves it where it is if there is no memory
   context_.counters.waitingForDevice.fetch_add(1, std::memory_order_relaxed);
   awaitDevice();
+}
+
+void Outgoing::failCharged(OutboundPtr message, const std::string& error) {
+  giveBackCredit(*message);
+  context_.done.failed.emplace_back(std::move(message), error);
 }
 
 // The exchange calls tryDevice() in each turn.
@@ -235,7 +236,11 @@ OutboundPtr Outgoing::gather(OutboundPtr first) {
     if (!isReady(*next)) {
       OutboundPtr unready = waiting_.takeNext();
       charge(*unready);
-      hold(std::move(unready)); // asked again, it might be ready, or say why it never will be
+      try {
+        hold(unready); // asked again, it might be ready, or say why it never will be
+      } catch (const std::bad_alloc& failure) {
+        failCharged(std::move(unready), errorText(failure));
+      }
       continue;
     }
     const size_t before = first != nullptr ? first->frameBytes() : batch->header_.bodyBytes;

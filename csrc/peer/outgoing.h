@@ -61,7 +61,8 @@ class Outgoing {
   void awaitDevice();
   // Of messages that are charged. false: it is ready.
   bool stage(OutboundPtr& message);
-  void hold(OutboundPtr message); // until it is
+  void hold(OutboundPtr& message); // until it is. Throws std::bad_alloc, and it stays where it is
+  void failCharged(OutboundPtr message, const std::string& error);
   size_t chunksOf(OutboundMessage& message, size_t part, size_t offset = 0) const;
   void send(ProgressToken& token, OutboundPtr message);
   std::string encode(OutboundMessage& message); // why it cannot be, or nothing
