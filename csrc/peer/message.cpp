@@ -1,7 +1,7 @@
 #include "peer/message.h"
 
 #include "host/pages.h"
-#include "peer/outgoing.h"
+#include "peer/sending.h"
 
 namespace torch_rpc_mpi {
 
@@ -46,7 +46,7 @@ void OutboundMessage::giveBack(void* data, size_t bytes) const noexcept {
 }
 
 void OutboundMessage::complete(ProgressToken& token, const OperationStatus& status) noexcept {
-  outgoing_->operationDone(token, *this, 1, status.error);
+  sending_->operationDone(token, *this, 1, status.error);
 }
 
 } // namespace torch_rpc_mpi

@@ -115,6 +115,7 @@ class OutboundMessage : public Operation {
 
  private:
   friend class Outgoing;
+  friend class Sending;
   size_t frameBytes() const { // once encoded
     return sizeof(header_) + (header_.bodyInBulk != 0 ? 0 : header_.bodyBytes);
   }
@@ -129,7 +130,7 @@ class OutboundMessage : public Operation {
     return part < before ? nullptr : sourceOf(part - before);
   }
   // Bookkeeping of what goes out, token only.
-  class Outgoing* outgoing_ = nullptr;
+  class Sending* sending_ = nullptr;
   size_t unfinished_ = 0;         // operations still to complete: the frame, and each chunk
   std::vector<ConstSpan> posted_; // once it is kept: the chunks that MPI may read, by address
 };

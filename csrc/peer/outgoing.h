@@ -1,14 +1,15 @@
-// What goes out to one peer: messages that wait for credit or until it has taken others, frames, and the bulk streams
-// behind them.
+// What goes out to one peer: messages that wait for credit, until it has taken others, or for a device, and what leaves
+// in a batch. From then on they are in Sending.
 #pragma once
 
 #include <cstdint>
 #include <deque>
 #include <string>
-#include <vector>
 
 #include "peer/credit.h"
+#include "peer/gate.h"
 #include "peer/peer_context.h"
+#include "peer/sending.h"
 #include "peer/waiting.h"
 
 namespace torch_rpc_mpi {
@@ -45,59 +46,30 @@ class Outgoing {
   // The peer takes no more. What waits fails with the reason; what was posted is left to the transport, which parks it.
   void abandon(ProgressToken& token, const std::string& reason);
   bool awaitsDevice() const {
-    return atDevice_;
+    return gate_.awaitsDevice();
   }
 
  private:
-  friend class OutboundMessage;
-  struct ChunkSend;
-  struct Stream {
-    OutboundMessage* message;
-    size_t part;
-    size_t offset; // bytes, or chunks of a source
-  };
-
-  bool windowAllows(ProgressToken& token, Channel channel);
-  void awaitDevice();
   // Of messages that are charged. false: it is ready.
   bool stage(OutboundPtr& message);
   void hold(OutboundPtr& message); // until it is. Throws std::bad_alloc, and it stays where it is
   void failCharged(OutboundPtr message, const std::string& error);
-  size_t chunksOf(OutboundMessage& message, size_t part, size_t offset = 0) const;
   void send(ProgressToken& token, OutboundPtr message);
   std::string encode(OutboundMessage& message); // why it cannot be, or nothing
   void charge(const OutboundMessage& message);
   void giveBackCredit(const OutboundMessage& message); // one that was charged is not sent
   std::deque<OutboundPtr>::const_iterator findStaged(uint64_t callId) const;
   OutboundPtr takeStaged(uint64_t callId);
-  void count(const FrameHeader& header);
   OutboundPtr gather(OutboundPtr first);
   void addTo(OutboundMessage& batch, OutboundPtr message);
-  void transmit(ProgressToken& token, OutboundPtr message);
-  bool pump(ProgressToken& token);      // whether a chunk was sent
-  bool sendChunk(ProgressToken& token); // false: it is not there yet
-  // So many of a message's operations are complete, or will never be posted; `error`: the transport's, if they failed.
-  void operationDone(ProgressToken& token, OutboundMessage& message, size_t operations, const std::string& error);
-  void letGo(OutboundPtr message); // nothing more is to be done for it
-  void keep();
-  void cutStreams(ProgressToken& token);
 
   const int rank_;
   Credit& credit_;
   PeerContext& context_;
-  PeerFailureListener& owner_;
-  Window window_;
+  Gate gate_;
+  Sending sending_;
   Waiting waiting_;
-  bool framesBlocked_ = false;     // by the window: the next ones get in line
-  bool blocked_ = false;           // named in PeerContext::blocked
-  bool atDevice_ = false;          // named in PeerContext::atDevice
   std::deque<OutboundPtr> staged_; // encoded and charged, but not ready
-  std::deque<Stream> streams_;
-  std::vector<const ChunkSend*> chunks_;    // posted and not complete
-  size_t unfinished_ = 0;                   // messages
-  std::vector<OutboundMessage*> withParts_; // of the unfinished ones
-  bool pumping_ = false;                    // an operation that completes inside send() must not recurse
-  bool abandoned_ = false;
 };
 
 } // namespace torch_rpc_mpi
