@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _exit, _launchers, _system
+from . import _exit, _extension, _launchers, _system
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -119,7 +119,7 @@ def load(init_timeout: float) -> LoadedMPI:
     global _loaded
     refuse_forked_child()
     if _loaded is None:
-        extension = load_extension()
+        extension = _extension.load()
         _loaded = _open(extension, _initialize_mpi(extension, init_timeout))
     elif _left_uninitialized and not _loaded.MPI.Is_initialized():
         _loaded.runtime.initialize()  # an attempt to form a world has failed before; now one process is enough
@@ -132,7 +132,7 @@ def open_library() -> LoadedMPI:
     global _loaded, _left_uninitialized
     refuse_forked_child()
     if _loaded is None:
-        extension = load_extension()
+        extension = _extension.load()
         mpi4py = import_mpi4py()
         _left_uninitialized = mpi4py.rc.initialize
         mpi4py.rc.initialize = False
@@ -188,49 +188,6 @@ def refuse_forked_child() -> None:
             "which had initialised MPI, and MPI does not survive a fork. Use RPC in the parent only, or start the "
             'child with multiprocessing\'s "spawn" or "forkserver" method.'
         )
-
-
-def load_extension() -> ModuleType:
-    """The extension module ``torch_rpc_mpi._C``. Raises ImportError with the remedy when it does not load."""
-    package = Path(__file__).resolve().parent
-    reinstall = (
-        "Reinstall it in this environment: `pip install --force-reinstall --no-deps torch_rpc_mpi` (or `pip install .` "
-        "in its source tree)."
-    )
-    try:
-        extension = importlib.import_module("torch_rpc_mpi._C")
-    except ImportError as error:
-        if error.name == "torch_rpc_mpi._C" and (package.parent / "pyproject.toml").exists():
-            raise ImportError(
-                f"Python has imported the sources of torch_rpc_mpi in {package}, which have no compiled extension. Run "
-                "the program from another directory, or with `python -I`, to use the installed package; or install "
-                "the sources where they are: `pip install --editable .`"
-            ) from error
-        raise ImportError(
-            f"the extension of torch_rpc_mpi does not load into torch {torch.__version__}: {error}. It was built for "
-            f"torch {_built_for() or 'of another release'}. {reinstall}"
-        ) from error
-    built_for = extension.__torch_version__
-    if _minor(built_for) != _minor(torch.__version__):
-        raise ImportError(
-            f"torch_rpc_mpi was built for torch {built_for}, but this is torch {torch.__version__}. {reinstall}"
-        )
-    return extension
-
-
-def _built_for() -> str | None:
-    """The torch of an extension that does not load, as its file says."""
-    try:
-        spec = importlib.util.find_spec("torch_rpc_mpi._C")
-        content = Path(spec.origin).read_bytes() if spec is not None and spec.origin else b""
-    except (OSError, ValueError):
-        return None
-    found = re.search(rb"torch_rpc_mpi was built for torch ([0-9][\w.+]*)", content)
-    return found[1].decode() if found else None
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
 
 
 def import_mpi4py() -> ModuleType:

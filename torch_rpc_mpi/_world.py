@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _launchers, _meeting, _mpi, _system
+from . import _extension, _launchers, _meeting, _mpi, _system
 from ._meeting import Member, Membership
 from ._torch_api import FileStore, PrefixStore, Store
 
@@ -90,7 +90,7 @@ def gather(store: Store, worker: str, node: str, rank: int, size: int, timeout: 
     else:
         world_ranks = [member.membership.rank for member in members if member.membership]
     _mpi.load(timeout)  # checks its state
-    communicators = _mpi.load_extension().Communicator
+    communicators = _extension.load().Communicator
     world = mpi.handle(mpi.MPI.COMM_WORLD)
     if world_ranks == list(range(mpi.MPI.COMM_WORLD.Get_size())):
         # Unlike the other, it can be left when one of them ends.
@@ -105,7 +105,7 @@ def _companions(members: Sequence[Member], me: Member) -> _C.Companions:
         for rank, member in enumerate(members)
         if member.process_space == me.process_space != "" and member.pid != me.pid
     ]
-    companions: _C.Companions = _mpi.load_extension().Companions(here)
+    companions: _C.Companions = _extension.load().Companions(here)
     return companions
 
 
@@ -215,7 +215,7 @@ def _initialize(
 ) -> None:
     """Runs MPI_Init as rank ``rank`` of a world of as many ranks as ``nodes`` lists."""
     size = len(nodes)
-    server = _mpi.load_extension().PMIServer(session, rank, size, world, node_map(nodes), _left(deadline), companions)
+    server = _extension.load().PMIServer(session, rank, size, world, node_map(nodes), _left(deadline), companions)
     pmi = {"PMI_FD": server.client_socket, "PMI_RANK": rank, "PMI_SIZE": size}
     os.environ.update({variable: str(value) for variable, value in pmi.items()})
     try:
@@ -276,7 +276,7 @@ def _watchdog(
         world: the one that is being formed, of which nothing is to be left then.
     """
     left = _left(deadline)
-    watchdog = _mpi.load_extension().InitWatchdog(
+    watchdog = _extension.load().InitWatchdog(
         f"{call} of {mpi.library()} (pid {os.getpid()}), which waits for every rank of the session. Look at the other "
         "ranks' output",
         min(_WARN_AFTER, left / 2),

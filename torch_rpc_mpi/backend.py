@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.rpc import internal
 
-from . import __version__, _agreement, _devices, _exit, _launch, _mpi, _rendezvous, _torch_api, _world
+from . import __version__, _agreement, _devices, _exit, _extension, _launch, _mpi, _rendezvous, _torch_api, _world
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
 from .options import MPIRpcBackendOptions
 
@@ -82,7 +82,7 @@ def prepare(name: Any, rank: Any, world_size: Any, options: Any) -> InitCall:
     rank, world_size = _complete_place(name, options, rank, world_size)
     if _without_launcher(options, rank, world_size):
         options = _rendezvous.made_interruptible(options)
-    _mpi.load_extension().forget_autograd_worker_id(rank)
+    _extension.load().forget_autograd_worker_id(rank)
     return InitCall(name, rank, world_size, options)
 
 
@@ -133,7 +133,7 @@ def init_backend(
     # Again, because torch's own init_rpc or _init_rpc_backend may have been called past our wrapper.
     call = prepare(name, rank, world_size, rpc_backend_options)
     options = call.rpc_backend_options
-    extension = _mpi.load_extension()
+    extension = _extension.load()
     communicator: _C.Communicator
     companions: _C.Companions | None = None  # under a launcher, that looks after the ranks
     node = socket.gethostname()
@@ -218,7 +218,7 @@ def _watch_other_hosts(
     on_all_ranks: Callable[[Callable[[], Any]], list[Any]],
 ) -> None:
     """See ``Note [Liveness across hosts]`` in ``liveness/watch.h``. Collective."""
-    watch = _mpi.load_extension().HostWatch()
+    watch = _extension.load().HostWatch()
     offers = on_all_ranks(lambda: (watch.address, os.urandom(32)))
     addresses, secrets = [address for address, _ in offers], [secret for _, secret in offers]
     on_all_ranks(lambda: agent.watch_other_hosts(watch, neighbours, addresses, hosts, secrets[0], heartbeat_timeout))

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import _mpi, _register, backend
+from . import _extension, _register, backend
 from ._option_checks import Option, check_float, check_int
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store
 from .options import OPTIONS, MPIRpcBackendOptions, signature_of
@@ -32,7 +32,7 @@ BACKEND_NAME = "FAULTY_MPI"
 def _check_message(option: Option, name: object) -> str:
     if not isinstance(name, str):
         raise option.wrong_type(name, "made of names of messages (str)")
-    known = _mpi.load_extension().message_type_names()
+    known = _extension.load().message_type_names()
     if name not in known:
         raise ValueError(
             f"FaultyMPIRpcBackendOptions: {option.name}: no message {name!r}; there are {', '.join(known)}"

@@ -16,7 +16,7 @@ import torch
 import unit_fakes
 
 import torch_rpc_mpi
-from torch_rpc_mpi import _mpi
+from torch_rpc_mpi import _extension, _mpi
 
 pytestmark = pytest.mark.usefixtures("fresh_mpi", "no_launcher")
 
@@ -133,43 +133,43 @@ class TestNothingToLoad:
 
 class TestExtension:
     def test_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(_mpi, "__file__", str(tmp_path / "torch_rpc_mpi" / "_mpi.py"))
+        monkeypatch.setattr(_extension, "__file__", str(tmp_path / "torch_rpc_mpi" / "_extension.py"))
         monkeypatch.setitem(sys.modules, "torch_rpc_mpi._C", None)
         with pytest.raises(ImportError, match=r"does not load into torch .*Reinstall"):
-            _mpi.load_extension()
+            _extension.load()
 
     def test_missing_in_the_sources(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "torch_rpc_mpi").mkdir()
         (tmp_path / "pyproject.toml").touch()
-        monkeypatch.setattr(_mpi, "__file__", str(tmp_path / "torch_rpc_mpi" / "_mpi.py"))
+        monkeypatch.setattr(_extension, "__file__", str(tmp_path / "torch_rpc_mpi" / "_extension.py"))
         monkeypatch.setitem(sys.modules, "torch_rpc_mpi._C", None)
         with pytest.raises(ImportError, match=r"imported the sources of torch_rpc_mpi in .*another directory"):
-            _mpi.load_extension()
+            _extension.load()
 
     def test_of_another_torch(self, extension: ModuleType) -> None:
         extension.__torch_version__ = "2.6.0"  # type: ignore[attr-defined]
         with pytest.raises(ImportError, match=r"was built for torch 2\.6\.0, but this is torch .*Reinstall"):
-            _mpi.load_extension()
+            _extension.load()
 
     def test_that_does_not_load_names_the_torch_that_it_was_built_for(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         built = tmp_path / "_C.so"
         built.write_bytes(b"\x7fELF\0torch_rpc_mpi was built for torch 2.6.0\0")
-        monkeypatch.setattr(_mpi, "__file__", str(tmp_path / "torch_rpc_mpi" / "_mpi.py"))
+        monkeypatch.setattr(_extension, "__file__", str(tmp_path / "torch_rpc_mpi" / "_extension.py"))
         monkeypatch.setitem(sys.modules, "torch_rpc_mpi._C", None)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(built)))
         with pytest.raises(
             ImportError, match=r"does not load into torch 2.*It was built for torch 2\.6\.0\. Reinstall"
         ):
-            _mpi.load_extension()
+            _extension.load()
 
     def test_says_which_torch_it_was_built_for(self) -> None:
-        assert _mpi._built_for() == _mpi.load_extension().__torch_version__
+        assert _extension._built_for() == _extension.load().__torch_version__
 
     def test_of_the_same_torch_series(self, extension: ModuleType) -> None:
         extension.__torch_version__ = ".".join(torch.__version__.split(".")[:2]) + ".99"  # type: ignore[attr-defined]
-        assert _mpi.load_extension() is extension
+        assert _extension.load() is extension
 
 
 class TestAbi:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _launchers, _mpi
+from .. import __version__, _extension, _launchers
 from . import __doc__ as description
 from .case import Case, text_of
 from .cases import CASES
@@ -302,9 +302,9 @@ def _machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cpus": psutil.cpu_count(),
-        "usable_cpus": _mpi.load_extension().usable_cores(),
+        "usable_cpus": _extension.load().usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "usable_memory_bytes": _mpi.load_extension().usable_memory(),
+        "usable_memory_bytes": _extension.load().usable_memory(),
     }
 
 

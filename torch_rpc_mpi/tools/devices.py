@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import _devices, _mpi
+from .. import _devices, _extension
 from . import trial
 from .facts import Fact, Status, count_text
 from .place import Place
@@ -71,7 +71,7 @@ def _look(tell: Tell) -> None:
     module: Any = getattr(torch, kind)
     tell({"names": [str(module.get_device_name(index)) for index in range(count)]}, "the runtime library")
     tell({"uuids": _devices.names([torch.device(kind, 0)] if count else [])}, "")
-    extension = _mpi.load_extension()
+    extension = _extension.load()
     for device_type, library_and_prefix in _devices.runtimes().items():
         extension.register_device_runtime(device_type, *library_and_prefix)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _launch, _mpi, _register, _rendezvous
+from .. import __version__, _extension, _launch, _mpi, _register, _rendezvous
 from ..options import MPIRpcBackendOptions
 from . import trial
 from .facts import Fact, Resources, Status
@@ -114,7 +114,7 @@ class Library:
 
 def _open(tell: Tell) -> None:
     tell({}, "extension")
-    extension = _mpi.load_extension()
+    extension = _extension.load()
     resources = [extension.usable_cores(), extension.usable_memory(), *extension.cgroup_limits()]
     tell({"built_for": extension.__torch_version__, "resources": resources}, "mpi4py")
     mpi4py = _mpi.import_mpi4py()
