@@ -37,7 +37,7 @@ struct GuestAnnouncement {
 // Of a call whose response arrived.
 class Caller::ResponseTask final : public CompletionTask {
  public:
-  ResponseTask(Caller& caller, InboundMessage inbound)
+  ResponseTask(Caller& caller, InboundMessage&& inbound)
       : CompletionTask(caller.completion_),
         caller_(caller),
         inbound_(std::move(inbound)) {}
@@ -236,7 +236,7 @@ void Caller::driveUntil(const c10::ivalue::Future& future) {
   }
 }
 
-bool Caller::onResponse(InboundMessage response, std::vector<TaskPtr>& tasks) {
+bool Caller::onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks) {
   const int peer = response.source;
   const uint64_t id = response.header.callId;
   FlightRecorder::instance().record(

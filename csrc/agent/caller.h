@@ -97,7 +97,7 @@ class Caller final : private SendFailureListener {
 
   // Of the token's holder. What completes calls goes to `tasks`; what throws there has lost none.
   // False if the response is to a call that was made to another worker.
-  bool onResponse(InboundMessage response, std::vector<TaskPtr>& tasks);
+  bool onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks);
   // See CallDeadlines.
   void expire(ProgressToken& token, Clock::time_point now, std::vector<TaskPtr>& tasks) {
     deadlines_.expire(token, now, tasks);

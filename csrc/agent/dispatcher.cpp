@@ -134,7 +134,7 @@ bool Dispatcher::turn(ProgressToken& token, std::vector<TaskPtr>& tasks) {
 }
 
 bool Dispatcher::progress(ProgressToken& token) {
-  const bool posted = outbox_.post(token);
+  const bool posted = outbox_.post(token, now_);
   if (server_.owes()) {
     server_.pay(token);
   }
@@ -144,7 +144,7 @@ bool Dispatcher::progress(ProgressToken& token) {
     moved = lending_.send(token) || moved;
     awaitsDevice_ = exchange_.awaitsDevice(token);
   }
-  const auto now = Clock::now();
+  const auto now = now_ = Clock::now();
   exchange_.look(token, now);
   losses_.takeFindings(token);
   if (now >= nextTrim_) {
@@ -192,7 +192,7 @@ void Dispatcher::keepLoans(InboundMessage& message) const {
   }
 }
 
-void Dispatcher::onMessage(ProgressToken& token, InboundMessage message) {
+void Dispatcher::onMessage(ProgressToken& token, InboundMessage&& message) {
   const int source = message.source;
   keepLoans(message); // what it throws fails the peer
   switch (message.header.kind) {

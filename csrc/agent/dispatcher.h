@@ -64,7 +64,7 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
  private:
   // ExchangeListener
   std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) override;
-  void onMessage(ProgressToken& token, InboundMessage message) override;
+  void onMessage(ProgressToken& token, InboundMessage&& message) override;
   void onStrayFrame(int source, const std::string& reason) override;
   std::string failureText(int peer, const std::string& cause) const override;
   void onPeerEnded(ProgressToken& token, int peer, const std::string& reason) override;
@@ -88,8 +88,9 @@ class Dispatcher final : public EngineDriver, public ExchangeListener {
   Losses losses_;
   DeviceLending lending_;
 
-  std::vector<TaskPtr> arrivals_; // made during a turn
-  Clock::time_point nextTrim_ = Clock::now();
+  std::vector<TaskPtr> arrivals_;        // made during a turn
+  Clock::time_point now_ = Clock::now(); // of the last turn
+  Clock::time_point nextTrim_ = now_;
   std::atomic<bool> rests_{false};
   std::atomic<bool> awaitsDevice_{false};
 };

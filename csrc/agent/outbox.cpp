@@ -1,8 +1,15 @@
 #include "agent/outbox.h"
 
 #include <new>
+#include <utility>
 
 namespace torch_rpc_mpi {
+
+namespace {
+
+constexpr size_t kKept = 1024; // messages; what a burst has needed beyond goes
+
+} // namespace
 
 void Outbox::encode(OutboundRpc& message) const {
   message.encode(exchange_.frames());
@@ -26,25 +33,29 @@ void Outbox::refuse(int peer, const std::string& why) noexcept {
   }
 }
 
-bool Outbox::post(ProgressToken& token) {
+bool Outbox::post(ProgressToken& token, Clock::time_point expiredBefore) {
   if (!filled()) {
     return false;
   }
-  std::vector<OutboundPtr> queued;
+  std::vector<OutboundPtr> queued = std::exchange(spare_, {});
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     queued.swap(queue_);
     filled_ = false;
   }
-  const auto now = Clock::now();
   for (OutboundPtr& message : queued) {
-    if (message->late(now)) {
+    if (message->late(expiredBefore)) {
       exchange_.drop(token, std::move(message)); // the call may have been given up already
     } else {
       exchange_.post(token, std::move(message));
     }
   }
-  return !queued.empty();
+  const bool any = !queued.empty();
+  queued.clear();
+  if (queued.capacity() <= kKept) {
+    spare_ = std::move(queued);
+  }
+  return any;
 }
 
 } // namespace torch_rpc_mpi

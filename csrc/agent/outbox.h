@@ -44,7 +44,9 @@ class Outbox {
   bool filled() const {
     return filled_.load();
   }
-  bool post(ProgressToken& token); // whether there was something
+  // expiredBefore: calls whose time was over by then have been given up, and their requests are not sent. Returns
+  // whether there was something.
+  bool post(ProgressToken& token, Clock::time_point expiredBefore);
 
  private:
   Exchange& exchange_;
@@ -54,6 +56,7 @@ class Outbox {
   std::mutex mutex_;
   std::vector<OutboundPtr> queue_;
   std::atomic<bool> filled_{false};
+  std::vector<OutboundPtr> spare_; // the token's: empty, but with memory, which is not asked for once a message
 };
 
 } // namespace torch_rpc_mpi

@@ -44,7 +44,7 @@ class Server::Served {
 // A request that has arrived and not begun: its caller may call it off.
 class Server::RequestTask final : public Task {
  public:
-  RequestTask(Server& server, int source, uint64_t id, ArrivedRequest request)
+  RequestTask(Server& server, int source, uint64_t id, ArrivedRequest&& request)
       : server_(server),
         served_(server),
         kind_(request.inbound.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest),
@@ -114,7 +114,7 @@ Server::Server(
       running_(std::make_shared<RunningRequests>()),
       states_(members.rank(), numWorkerThreads, exchange, engine, unbegun_, *running_) {}
 
-TaskPtr Server::arrived(InboundMessage request) {
+TaskPtr Server::arrived(InboundMessage&& request) {
   const int source = request.source;
   const uint64_t id = request.header.callId;
   FlightRecorder::instance().record(
@@ -143,7 +143,7 @@ void Server::forget(int source, uint64_t id, bool comes) {
   }
 }
 
-void Server::serve(InboundMessage inbound) noexcept {
+void Server::serve(InboundMessage&& inbound) noexcept {
   const ReplyTo reply{inbound.source, inbound.header.callId};
   try {
     decodeAndRun(std::move(inbound), reply);
@@ -162,7 +162,7 @@ void Server::serveOwn(uint64_t id, RpcMessage request, Streams streams) noexcept
   }
 }
 
-void Server::decodeAndRun(InboundMessage inbound, ReplyTo reply) {
+void Server::decodeAndRun(InboundMessage&& inbound, ReplyTo reply) {
   exchange_.released(inbound.source, inbound.header.chargedBytes);
   MessageInStreams request;
   try {

@@ -60,7 +60,7 @@ class Server final : private SendFailureListener {
   }
   // What serves a request that has arrived, or one of this worker to itself. Each counts from now on. Null if its
   // caller does not wait for it any more.
-  TaskPtr arrived(InboundMessage request);
+  TaskPtr arrived(InboundMessage&& request);
   TaskPtr ownRequest(uint64_t id, RpcMessage request, Streams streams, Clock::time_point deadline);
   // Of the token's holder: a caller does not wait for that call any more. The request is dropped if it has not begun.
   // comes: something of that caller has arrived in part, this request perhaps.
@@ -101,9 +101,9 @@ class Server final : private SendFailureListener {
   class RequestTask;
   class LastMessagesTask;
 
-  void serve(InboundMessage inbound) noexcept;
+  void serve(InboundMessage&& inbound) noexcept;
   void serveOwn(uint64_t id, RpcMessage request, Streams streams) noexcept;
-  void decodeAndRun(InboundMessage inbound, ReplyTo reply);
+  void decodeAndRun(InboundMessage&& inbound, ReplyTo reply);
   void run(RpcMessage request, ReplyTo reply, Streams streams);
   JitFuturePtr process(torch::distributed::rpc::Message& request, Streams streams) const;
   void respond(ReplyTo reply, MakeResponse response) noexcept;

@@ -44,7 +44,9 @@ class UnbegunRequests {
       list.last = this;
     }
     ~Entry() {
-      (void)take();
+      if (!asked_) {
+        (void)take();
+      }
     }
     Entry(const Entry&) = delete;
     Entry& operator=(const Entry&) = delete;
@@ -54,6 +56,7 @@ class UnbegunRequests {
     }
     // Nothing if it was taken before.
     std::optional<ArrivedRequest> take() {
+      asked_ = true;
       const std::lock_guard<std::mutex> lock(all_.mutex_);
       return takeLocked();
     }
@@ -75,6 +78,7 @@ class UnbegunRequests {
     const int source_;
     const uint64_t id_;
     ArrivedRequest request_;
+    bool asked_ = false; // by whom it belongs to, who needs no lock for this
     bool taken_ = false;
     Entry *previous_ = nullptr, *next_ = nullptr; // in the list of the caller
   };

@@ -80,7 +80,7 @@ Incoming::Incoming(int rank, PeerContext& context, PeerFailureListener& owner)
 
 Incoming::~Incoming() = default;
 
-void Incoming::receive(ProgressToken& token, InboundMessage inbound) {
+void Incoming::receive(ProgressToken& token, InboundMessage&& inbound) {
   auto message = std::make_unique<Message>();
   message->inbound = std::move(inbound);
   const FrameHeader& header = message->inbound.header;

@@ -20,7 +20,7 @@ class Incoming {
 
   // Receives the rest of a message whose frame has arrived; the listener gets it then. Frames come here in their order.
   // Throws when nothing can be received any more.
-  void receive(ProgressToken& token, InboundMessage message);
+  void receive(ProgressToken& token, InboundMessage&& message);
   // What waits for room at a device; returns whether something moved.
   bool tryDevice(ProgressToken& token);
   // Nothing more is received. Memory that MPI may touch is kept until it has, or for ever, but without its pages.

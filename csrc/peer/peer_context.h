@@ -33,7 +33,7 @@ class ExchangeListener {
   // are then received into nothing, and the message arrives with the error; or what else is wrong, which fails the
   // peer.
   virtual std::unique_ptr<BulkTarget> makeTarget(int source, const FrameHeader& header, ConstSpan body) = 0;
-  virtual void onMessage(ProgressToken& token, InboundMessage message) = 0;
+  virtual void onMessage(ProgressToken& token, InboundMessage&& message) = 0;
   // A frame of nobody that is known.
   virtual void onStrayFrame(int source, const std::string& reason) = 0;
   // The words of an error: who failed, and why.

@@ -94,7 +94,7 @@ struct Rank : ExchangeListener {
     }
     return target;
   }
-  void onMessage(ProgressToken&, InboundMessage message) override {
+  void onMessage(ProgressToken&, InboundMessage&& message) override {
     const size_t skip = message.header.bulkParts * sizeof(uint64_t);
     const ConstSpan body = message.body();
     kinds.push_back(message.header.kind);
