@@ -71,12 +71,20 @@ def agent_class(options: MPIRpcBackendOptions, store: Store) -> Callable[..., Ag
     return Agent
 
 
+# Who was told so by a person who pressed no key, or by a program, knows; who reads a scheduler's log does not.
+_TERMINATED = (
+    "is ended by SIGTERM: its job was cancelled or preempted, or its time is over, or a launcher ends it after another "
+    "rank. A handler (signal.signal(signal.SIGTERM, ...)) can save what is needed before."
+)
+
+
 @dataclass
 class _Session:
     agent: Agent
     pid: int
     replaced: Replacements
     second_interrupt: _C.SecondInterrupt
+    termination: _C.TerminationNotice
     all_gathers: _all_gather.Watch
     forget_finalize: Callable[[], None]
 
@@ -98,8 +106,11 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str, m
     second_interrupt = _C.SecondInterrupt(
         agent, whereabouts, mpi.runtime if _exit.is_of_a_job() else None, mpi.handle(mpi.MPI.COMM_WORLD)
     )
+    termination = _C.TerminationNotice(f"torch_rpc_mpi: {whereabouts} {_TERMINATED}")
     forget_finalize = _exit.before_finalize(mpi.MPI, functools.partial(_leave_before_finalize, agent, whereabouts))
-    _current = _Session(agent, os.getpid(), Replacements(), second_interrupt, _all_gather.Watch(agent), forget_finalize)
+    _current = _Session(
+        agent, os.getpid(), Replacements(), second_interrupt, termination, _all_gather.Watch(agent), forget_finalize
+    )
     _current.replaced.make(_hooks_into_api(agent, pickler))
     _current.replaced.make(_hooks_into_futures())
     _current.replaced.make(_current.all_gathers.replacements())
@@ -125,6 +136,7 @@ def end(agent: Agent) -> None:
         return
     _current = None
     session.second_interrupt.cancel()
+    session.termination.cancel()
     session.all_gathers.end()
     session.replaced.undo()
     session.forget_finalize()

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "agent/mpi_agent.h"
 #include "base/deadline.h"
 #include "host/fork_guard.h"
+#include "host/termination.h"
 #include "mpi/mpi_transport.h"
 #include "python/interpreter.h"
 #include "python/interruptible_wait.h"
@@ -176,6 +178,9 @@ void bindEnd(py::module_& module) {
           py::init(&watchForSecondInterrupt), py::arg("agent"), py::arg("whereabouts"), py::arg("job"),
           py::arg("world"))
       .def("cancel", &SecondInterrupt::cancel, WithoutGil());
+  py::class_<TerminationNotice>(module, "TerminationNotice")
+      .def(py::init<std::string_view>(), py::arg("line"))
+      .def("cancel", &TerminationNotice::cancel);
 }
 
 } // namespace

@@ -109,6 +109,40 @@ def exceptions_that_are_caught_end_nothing(world: World) -> None:
     rpc.shutdown()
 
 
+TERMINATED = r"torch_rpc_mpi: worker 'worker1' \(rank 1 on host \S+\) is ended by SIGTERM: its job was cancelled or"
+
+
+@program(size=3, succeeds=False, expect=[TERMINATED], forbid=NOISE, tensorpipe=NO_JOB)
+def sigterm_of_one_rank_ends_the_job_with_a_line(world: World) -> None:
+    if begin(world):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+
+@program(
+    launcherless=True,
+    succeeds=False,
+    expect=[TERMINATED, "rank 0 survived", "a rank ended with status -15"],
+    forbid=NOISE[:-1],
+    tensorpipe="it does not tell",
+)
+def sigterm_of_one_rank_ends_it_with_a_line(world: World) -> None:
+    """And as it would without RPC, for who started it asks for the status."""
+    world.init()
+    started = world.event("started")
+    if world.rank == 1:
+        world.wait("end")
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+    pending = rpc.rpc_async(world.name(1), signal_and_wait, args=(started, world.event("never")))
+    started.wait()
+    world.signal("end")
+    with names("worker1", "its process has ended"):
+        pending.wait()
+    print(f"rank {world.rank} survived", flush=True)
+    rpc.shutdown(graceful=False)
+
+
 @contextlib.contextmanager
 def names(*texts: str) -> Iterator[None]:
     """Expects an error at once, with these texts."""

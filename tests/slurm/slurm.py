@@ -33,7 +33,12 @@ OK_OF_3 = ("rank 0 of 3: .*ok$", "rank 1 of 3: .*ok$", "rank 2 of 3: .*ok$")
 ALONE = ("rank 0 of 1: .*ok$",)
 NEEDS_PMIX = ("takes PMIx, and is offered .*PMI.* Start it with `srun --mpi=pmix`",)
 NEEDS_LAUNCHER = ("Open MPI .* makes ranks of processes only under its launcher",)
-PREEMPTED = ("rank 0 waits$", "rank 1 waits$", r"error: \*\*\* STEP .* CANCELLED AT")
+PREEMPTED = (
+    "rank 0 waits$",
+    "rank 1 waits$",
+    r"error: \*\*\* STEP .* CANCELLED AT",
+    r"worker 'worker0' \(rank 0 on host \S+\) is ended by SIGTERM",
+)
 
 STEPS = f"""
 cat >job.sh <<end

@@ -143,6 +143,14 @@ class SecondInterrupt:
         pass
 
 
+class TerminationNotice:
+    def __init__(self, line: str) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+
 class AgentOptions:
     """Any attribute can be set."""
 
@@ -208,6 +216,7 @@ def make_extension(directory: Path) -> ModuleType:
         "Neighbours": Neighbours,
         "MPIAgent": Agent,
         "SecondInterrupt": SecondInterrupt,
+        "TerminationNotice": TerminationNotice,
         "future_add_done_callback": vars(torch._C.Future)["add_done_callback"],
         "future_then": vars(torch._C.Future)["then"],
         "future_wait": vars(torch._C.Future)["wait"],

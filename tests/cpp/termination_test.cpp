@@ -1,0 +1,120 @@
+// Real processes, which SIGTERM ends.
+#include "host/termination.h"
+
+#include <csignal>
+#include <string>
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.h"
+
+using namespace torch_rpc_mpi;
+
+namespace {
+
+struct End {
+  int status = 0; // as of waitpid
+  std::string words;
+};
+
+// Of a child that does this, and then is sent SIGTERM by itself.
+template <typename Body>
+End endAfter(Body body) {
+  int output[2];
+  CHECK_THAT(pipe(output) == 0);
+  const pid_t child = fork();
+  CHECK_THAT(child >= 0);
+  if (child == 0) {
+    dup2(output[1], STDERR_FILENO);
+    close(output[0]);
+    close(output[1]);
+    body();
+    kill(getpid(), SIGTERM);
+    _exit(0); // not reached, unless it is ignored
+  }
+  close(output[1]);
+  End end;
+  char text[4096];
+  for (ssize_t bytes; (bytes = read(output[0], text, sizeof text)) > 0;) {
+    end.words.append(text, static_cast<size_t>(bytes));
+  }
+  close(output[0]);
+  CHECK_THAT(waitpid(child, &end.status, 0) == child);
+  return end;
+}
+
+bool endedBySignal(const End& end) {
+  return WIFSIGNALED(end.status) && WTERMSIG(end.status) == SIGTERM;
+}
+
+TEST(what_sigterm_ends_says_so) {
+  const End end = endAfter([] { new TerminationNotice("worker1 is ended"); });
+  CHECK_THAT(endedBySignal(end));
+  CHECK_THAT(end.words == "worker1 is ended\n");
+}
+
+TEST(a_line_that_is_too_long_is_cut) {
+  const End end = endAfter([] { new TerminationNotice(std::string(5000, 'x')); });
+  CHECK_THAT(endedBySignal(end));
+  CHECK_THAT(end.words == std::string(1023, 'x') + "\n");
+}
+
+TEST(sigterm_has_its_default_effect_after_the_session) {
+  const End end = endAfter([] {
+    TerminationNotice notice("worker1 is ended");
+    notice.cancel();
+    notice.cancel();
+  });
+  CHECK_THAT(endedBySignal(end));
+  CHECK_THAT(end.words.empty());
+}
+
+TEST(each_session_has_its_own_line) {
+  const End end = endAfter([] {
+    TerminationNotice("worker1 is ended").cancel();
+    auto* const current = new TerminationNotice("worker2 is ended");
+    TerminationNotice("worker3 is ended").cancel(); // which had no effect, and takes none away
+    (void)current;
+  });
+  CHECK_THAT(endedBySignal(end));
+  CHECK_THAT(end.words == "worker2 is ended\n");
+}
+
+TEST(a_handler_of_the_users_stays) {
+  for (const bool before : {true, false}) {
+    const End end = endAfter([before] {
+      const auto install = [] { std::signal(SIGTERM, [](int) { _exit(7); }); };
+      if (before) {
+        install();
+      }
+      auto* const notice = new TerminationNotice("worker1 is ended");
+      if (!before) {
+        install();
+        notice->cancel();
+      }
+    });
+    CHECK_THAT(WIFEXITED(end.status) && WEXITSTATUS(end.status) == 7);
+    CHECK_THAT(end.words.empty());
+  }
+}
+
+TEST(a_forked_child_is_ended_without_a_word) {
+  const End end = endAfter([] {
+    new TerminationNotice("worker1 is ended");
+    const pid_t child = fork();
+    if (child == 0) {
+      kill(getpid(), SIGTERM);
+      _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGTERM) {
+      _exit(1);
+    }
+  });
+  CHECK_THAT(endedBySignal(end));
+  CHECK_THAT(end.words == "worker1 is ended\n");
+}
+
+} // namespace
