@@ -71,7 +71,7 @@ def agent_class(options: MPIRpcBackendOptions, store: Store) -> Callable[..., Ag
     return Agent
 
 
-# Who was told so by a person who pressed no key, or by a program, knows; who reads a scheduler's log does not.
+# The causes: a scheduler's log has no other line that tells them.
 _TERMINATED = (
     "is ended by SIGTERM: its job was cancelled or preempted, or its time is over, or a launcher ends it after another "
     "rank. A handler (signal.signal(signal.SIGTERM, ...)) can save what is needed before."
@@ -124,6 +124,8 @@ def current_agent() -> Agent | None:
 def tell_of_loss(loss: tuple[int, str]) -> None:
     """Told by the engine: the rank of a worker that was lost, and why."""
     agent = current_agent()
+    if _current is not None:
+        _current.termination.cancel()  # a launcher ends the others by SIGTERM, and their lines would hide the cause
     if agent is not None:
         faults.tell_of_loss(agent.get_worker_info(loss[0]), loss[1])
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
-import pickle
 import platform
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,11 +19,12 @@ import torch
 from torch.distributed.rpc import internal
 
 from . import __version__, _agreement, _devices, _exit, _extension, _launch, _mpi, _rendezvous, _torch_api, _world
+from ._group import Group
 from ._torch_api import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT, RpcBackendOptions, Store, WorkerInfo
 from .options import MPIRpcBackendOptions
 
 if TYPE_CHECKING:
-    from . import _C
+    from . import _C, _pickler, _session
     from ._torch_api import RpcAgent
 
 
@@ -118,6 +118,19 @@ def _without_launcher(options: MPIRpcBackendOptions, rank: int, world_size: int)
     return options.comm is None and _launch.through_store(rank, world_size)
 
 
+def _gather(store: Store, call: InitCall) -> Group:
+    options = call.rpc_backend_options
+    node, limit = socket.gethostname(), options.init_timeout
+    if _without_launcher(options, call.rank, call.world_size):
+        node = options.node or node
+        return Group(*_world.gather(store, call.name, node, call.rank, call.world_size, limit), node, limit)
+    mpi = _mpi.load(limit)
+    communicator = _extension.load().Communicator.duplicate(
+        mpi.runtime, mpi.handle(_communicator(mpi, options)), limit, None
+    )
+    return Group(communicator, None, node, limit)
+
+
 def init_backend(
     store: Store,
     name: str,
@@ -132,75 +145,43 @@ def init_backend(
     """
     # Again, because torch's own init_rpc or _init_rpc_backend may have been called past our wrapper.
     call = prepare(name, rank, world_size, rpc_backend_options)
-    options = call.rpc_backend_options
-    extension = _extension.load()
-    communicator: _C.Communicator
-    companions: _C.Companions | None = None  # under a launcher, that looks after the ranks
-    node = socket.gethostname()
-    if _without_launcher(options, call.rank, call.world_size):
-        node = options.node or node
-        communicator, companions = _world.gather(store, name, node, call.rank, call.world_size, options.init_timeout)
-    else:
-        mpi = _mpi.load(options.init_timeout)
-        communicator = extension.Communicator.duplicate(
-            mpi.runtime, mpi.handle(_communicator(mpi, options)), options.init_timeout, companions
-        )
+    group = _gather(store, call)
     made: list[_C.Neighbours] = []
 
     def describe() -> _agreement.Member:
-        made.append(extension.Neighbours())
-        return _describe(call, node, made[0].address)
+        made.append(_extension.load().Neighbours())
+        return _describe(call, group.node, made[0].address)
 
-    def on_all_ranks(work: Callable[[], Any]) -> list[Any]:
-        return _on_all_ranks(communicator, companions, options.init_timeout, work)
-
-    members = on_all_ranks(describe)
+    members = group.on_all_ranks(describe)
     neighbours = made.pop()
     try:
         _agreement.check(members)
-        placement = _place_devices(call.name, [member.wishes for member in members], on_all_ranks)
+        placement = _place_devices(call.name, [member.wishes for member in members], group.on_all_ranks)
     except Exception:
-        communicator.free()
+        group.communicator.free()
         raise
     # Here and not above, because they import the extension.
-    from . import _pickler, _remote_errors, _session
+    from . import _pickler, _session
 
+    options = call.rpc_backend_options
     pickler = None if options.pickler == "pickle" else _pickler.RpcPickler(options.pickler == "cloudpickle")
     agents: list[_session.Agent] = []
-    names, hosts = [member.name for member in members], [member.host for member in members]
-    whereabouts = f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {hosts[call.rank]})"
-    agent_class = _session.agent_class(options, store)
 
     def make_agent() -> tuple[bool, int]:
-        agents.append(
-            agent_class(
-                communicator,
-                names,
-                hosts,
-                neighbours,
-                # Those of other nodes are no neighbours, also where this process could reach their memory.
-                [member.address if member.node == members[call.rank].node else "" for member in members],
-                _agent_options(extension, options, len({member.node for member in members}), placement, names),
-                _session.make_run_function(whereabouts),
-                _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
-                functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
-                None if pickler is None else pickler.plain,
-                _session.tell_of_loss,
-            )
-        )
+        agents.append(_make_agent(store, call, group, neighbours, members, placement, pickler))
         return neighbours.reaches_all, neighbours.host
 
     # When this returns, every rank has its agent, and what a faster rank sends to one that has not started it yet waits
     # in MPI. So there is no need of a first round of RPCs, which TensorPipe has here to set up its connections.
-    reached = on_all_ranks(make_agent)
+    reached = group.on_all_ranks(make_agent)
     if all(reaches_all for reaches_all, _ in reached):
         neighbours.ring_each_other()
     agent = agents.pop()
     hosts_of_ranks = [host for _, host in reached]
     if len(set(hosts_of_ranks)) > 1:
-        _watch_other_hosts(agent, neighbours, hosts_of_ranks, options.heartbeat_timeout, on_all_ranks)
+        _watch_other_hosts(agent, neighbours, hosts_of_ranks, options.heartbeat_timeout, group.on_all_ranks)
     try:
-        _session.begin(agent, pickler, whereabouts, _mpi.open_library())
+        _session.begin(agent, pickler, _whereabouts_in(call, members), _mpi.open_library())
         _torch_api.init_rpc_states(agent)
     except BaseException:
         agent.shutdown()
@@ -208,6 +189,41 @@ def init_backend(
             _torch_api.reset_current_rpc_agent()
         raise
     return agent
+
+
+def _whereabouts_in(call: InitCall, members: Sequence[_agreement.Member]) -> str:
+    return f"{WorkerInfo(call.name, call.rank)} (rank {call.rank} on host {members[call.rank].host})"
+
+
+def _make_agent(
+    store: Store,
+    call: InitCall,
+    group: Group,
+    neighbours: _C.Neighbours,
+    members: Sequence[_agreement.Member],
+    placement: _devices.Placement,
+    pickler: _pickler.RpcPickler | None,
+) -> _session.Agent:
+    from . import _remote_errors, _session
+
+    options = call.rpc_backend_options
+    names = [member.name for member in members]
+    whereabouts = _whereabouts_in(call, members)
+    nodes = len({member.node for member in members})
+    return _session.agent_class(options, store)(
+        group.communicator,
+        names,
+        [member.host for member in members],
+        neighbours,
+        # Those of other nodes are no neighbours, also where this process could reach their memory.
+        [member.address if member.node == members[call.rank].node else "" for member in members],
+        _agent_options(_extension.load(), options, nodes, placement, names),
+        _session.make_run_function(whereabouts),
+        _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
+        functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
+        None if pickler is None else pickler.plain,
+        _session.tell_of_loss,
+    )
 
 
 def _watch_other_hosts(
@@ -289,26 +305,6 @@ def _describe(call: InitCall, node: str, address: str) -> _agreement.Member:
         },
         wishes=_devices.Wishes(call.name, options.device_maps, options.devices),
     )
-
-
-def _on_all_ranks(
-    communicator: _C.Communicator, companions: _C.Companions | None, timeout: float, work: Callable[[], Any]
-) -> list[Any]:
-    """Runs ``work`` here and gathers every rank's result. If it failed anywhere, raises on all ranks, naming which."""
-    result, failure = None, None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    text = None if failure is None else f"{type(failure).__name__}: {failure} (on {socket.gethostname()})"
-    outcomes = [
-        pickle.loads(data) for data in communicator.allgather(pickle.dumps((result, text)), timeout, companions)
-    ]
-    failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
-    if failed:
-        communicator.free()
-        raise RuntimeError("init_rpc failed on all ranks because of\n  " + "\n  ".join(failed)) from failure
-    return [result for result, _ in outcomes]
 
 
 def _place_devices(

@@ -24,7 +24,7 @@
 
 namespace torch_rpc_mpi {
 
-// arrivals_ and nextTrim_ are guarded by the progress token, what losses_ and lending_ know as well; rests_ and
+// arrivals_, now_ and nextTrim_ are guarded by the progress token, what losses_ and lending_ know as well; rests_ and
 // awaitsDevice_ are atomics; the rest is immutable, or guards itself.
 class Dispatcher final : public EngineDriver, public ExchangeListener {
  public:

@@ -33,7 +33,7 @@ void Outbox::refuse(int peer, const std::string& why) noexcept {
   }
 }
 
-bool Outbox::post(ProgressToken& token, Clock::time_point expiredBefore) {
+bool Outbox::post(ProgressToken& token, Clock::time_point lastTurn) {
   if (!filled()) {
     return false;
   }
@@ -44,7 +44,7 @@ bool Outbox::post(ProgressToken& token, Clock::time_point expiredBefore) {
     filled_ = false;
   }
   for (OutboundPtr& message : queued) {
-    if (message->late(expiredBefore)) {
+    if (message->late(lastTurn)) {
       exchange_.drop(token, std::move(message)); // the call may have been given up already
     } else {
       exchange_.post(token, std::move(message));

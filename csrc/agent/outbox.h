@@ -13,7 +13,7 @@
 
 namespace torch_rpc_mpi {
 
-// Thread-safe: mutex_ guards queue_, of which filled_ is a hint; the rest is immutable.
+// Thread-safe: mutex_ guards queue_, of which filled_ is a hint; spare_ is the token's; the rest is immutable.
 class Outbox {
  public:
   // engine: there when the first message comes.
@@ -44,9 +44,9 @@ class Outbox {
   bool filled() const {
     return filled_.load();
   }
-  // expiredBefore: calls whose time was over by then have been given up, and their requests are not sent. Returns
-  // whether there was something.
-  bool post(ProgressToken& token, Clock::time_point expiredBefore);
+  // lastTurn: calls whose time was over by then have been given up, or are about to be, and their requests are not
+  // sent. Returns whether there was something.
+  bool post(ProgressToken& token, Clock::time_point lastTurn);
 
  private:
   Exchange& exchange_;
@@ -56,7 +56,7 @@ class Outbox {
   std::mutex mutex_;
   std::vector<OutboundPtr> queue_;
   std::atomic<bool> filled_{false};
-  std::vector<OutboundPtr> spare_; // the token's: empty, but with memory, which is not asked for once a message
+  std::vector<OutboundPtr> spare_; // the token's: empty, so that a turn need not allocate memory for what it takes
 };
 
 } // namespace torch_rpc_mpi

@@ -78,7 +78,7 @@ class UnbegunRequests {
     const int source_;
     const uint64_t id_;
     ArrivedRequest request_;
-    bool asked_ = false; // by whom it belongs to, who needs no lock for this
+    bool asked_ = false; // take() was called; of the owner alone, and so without the lock
     bool taken_ = false;
     Entry *previous_ = nullptr, *next_ = nullptr; // in the list of the caller
   };

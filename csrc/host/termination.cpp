@@ -7,6 +7,7 @@
 #include <csignal>
 #include <utility>
 
+#include <poll.h>
 #include <unistd.h>
 
 #include "host/launcher_output.h"
@@ -15,40 +16,59 @@ namespace torch_rpc_mpi {
 
 namespace {
 
-std::atomic<bool> inUse{false};
-// What the handler uses, which may run when an object has just been cancelled: written only while it is not installed.
+// For room on standard error, of which a reader that is stopped leaves none. The process is to end.
+constexpr int kRoomLimit = 200; // milliseconds
+
+std::atomic<bool> inUse{false}; // an object has the signal's effect
+std::atomic<bool> said{false};  // its line was printed, or is being
+// What the handler uses, which may run when an object has just been cancelled: written only while none is in use.
 std::array<char, 1024> notice;
 size_t noticeBytes = 0;
 pid_t owner = 0;
 
-// Async-signal-safe.
-void onTermination(int number) {
-  const int error = errno;
-  if (getpid() == owner) {
-    if (write(STDERR_FILENO, notice.data(), noticeBytes) > 0) {
-      waitUntilRead(STDERR_FILENO);
-    }
-  }
+bool hasRoom(int descriptor) {
+  pollfd output{descriptor, POLLOUT, 0};
+  return poll(&output, 1, kRoomLimit) == 1 && (output.revents & POLLOUT) != 0 && (output.revents & POLLERR) == 0;
+}
+
+void setDefault(int number) {
   struct sigaction byDefault{};
   byDefault.sa_handler = SIG_DFL;
   sigaction(number, &byDefault, nullptr);
-  kill(getpid(), number); // which takes effect when this returns
+}
+
+// Async-signal-safe.
+void onTermination(int number) {
+  const int error = errno;
+  if (inUse && getpid() == owner && !said.exchange(true) && hasRoom(STDERR_FILENO) &&
+      write(STDERR_FILENO, notice.data(), noticeBytes) > 0) {
+    waitUntilRead(STDERR_FILENO);
+  }
+  setDefault(number);
+  kill(getpid(), number); // another thread takes it at once, or this one when it returns
   errno = error;
+}
+
+// A library that puts back what it found may have put ours back after its object was gone.
+bool isOursOrDefault(const struct sigaction& action) {
+  return (action.sa_flags & SA_SIGINFO) == 0 && (action.sa_handler == SIG_DFL || action.sa_handler == onTermination);
 }
 
 } // namespace
 
 TerminationNotice::TerminationNotice(std::string_view line) {
   struct sigaction current{};
-  if (sigaction(SIGTERM, nullptr, &current) != 0 || (current.sa_flags & SA_SIGINFO) != 0 ||
-      current.sa_handler != SIG_DFL || inUse.exchange(true)) {
+  // The default effect does not end the first process of a container.
+  if (getpid() == 1 || sigaction(SIGTERM, nullptr, &current) != 0 || !isOursOrDefault(current) || inUse.load()) {
     return;
   }
   noticeBytes = std::min(line.size(), notice.size() - 1);
   std::copy_n(line.begin(), noticeBytes, notice.begin());
   notice[noticeBytes++] = '\n';
   owner = getpid();
+  said = false;
   active_ = true;
+  inUse = true;
   struct sigaction ours{};
   ours.sa_handler = onTermination;
   ours.sa_flags = SA_RESTART;
@@ -64,11 +84,8 @@ void TerminationNotice::cancel() noexcept {
     return;
   }
   struct sigaction current{};
-  if (sigaction(SIGTERM, nullptr, &current) == 0 && (current.sa_flags & SA_SIGINFO) == 0 &&
-      current.sa_handler == onTermination) {
-    struct sigaction byDefault{};
-    byDefault.sa_handler = SIG_DFL;
-    sigaction(SIGTERM, &byDefault, nullptr);
+  if (sigaction(SIGTERM, nullptr, &current) == 0 && isOursOrDefault(current)) {
+    setDefault(SIGTERM);
   }
   inUse = false;
 }

@@ -1,13 +1,15 @@
-// The last line of a process that SIGTERM ends: schedulers end so what they preempt, and what has used up its time.
+// The last line of a process that SIGTERM ends, as schedulers end what they preempt and what has used up its time.
 #pragma once
 
 #include <string_view>
 
 namespace torch_rpc_mpi {
 
-// While it lives, and SIGTERM has its default effect, that is preceded by a line on standard error. A handler that is
-// installed meanwhile takes its place, and a forked child ends without a word. The signal's effect is the process's:
-// one object at a time has it, and others do nothing.
+// While it lives, and SIGTERM has its default effect, a line on standard error precedes that. A handler that is
+// installed meanwhile takes its place; one that puts back what Python knows, which is the default effect, does so for
+// good. A forked child ends without a word, and so does the first process of a container, which the signal does not
+// end. The effect is the process's: one object at a time has it, and others do nothing. Made and cancelled by one
+// thread at a time.
 class TerminationNotice {
  public:
   // The line, without its end; of a long one the first 1023 bytes.
@@ -15,8 +17,7 @@ class TerminationNotice {
   ~TerminationNotice();
   TerminationNotice(const TerminationNotice&) = delete;
   TerminationNotice& operator=(const TerminationNotice&) = delete;
-  // Idempotent; one thread at a time.
-  void cancel() noexcept;
+  void cancel() noexcept; // idempotent
 
  private:
   bool active_ = false;

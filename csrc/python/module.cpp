@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, module) {
   bindFunctions(module);
   bindFutures(module);
   bindInterruptibleWaits(module);
-  // With words that the file is searched for where it does not load: load_extension() in _mpi.py.
+  // With words that the file is searched for where it does not load: load() in _extension.py.
   static constexpr std::string_view kBuiltFor = "torch_rpc_mpi was built for torch " TORCH_VERSION;
   module.attr("__torch_version__") = kBuiltFor.substr(kBuiltFor.rfind(' ') + 1);
 }

@@ -4,6 +4,7 @@
 #include <csignal>
 #include <string>
 
+#include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -97,6 +98,59 @@ TEST(a_handler_of_the_users_stays) {
     CHECK_THAT(WIFEXITED(end.status) && WEXITSTATUS(end.status) == 7);
     CHECK_THAT(end.words.empty());
   }
+}
+
+TEST(sigterm_that_is_ignored_stays_so) {
+  const End end = endAfter([] {
+    std::signal(SIGTERM, SIG_IGN);
+    new TerminationNotice("worker1 is ended");
+  });
+  CHECK_THAT(WIFEXITED(end.status) && WEXITSTATUS(end.status) == 0);
+  CHECK_THAT(end.words.empty());
+}
+
+// As a library does that saves and restores what it finds.
+TEST(what_is_put_back_after_a_session_says_nothing_and_does_not_keep_the_next_one_from_it) {
+  const auto putBack = [] {
+    TerminationNotice notice("worker1 is ended");
+    struct sigaction found{};
+    sigaction(SIGTERM, nullptr, &found);
+    std::signal(SIGTERM, SIG_IGN);
+    notice.cancel();
+    sigaction(SIGTERM, &found, nullptr);
+  };
+  const End none = endAfter(putBack);
+  CHECK_THAT(endedBySignal(none));
+  CHECK_THAT(none.words.empty());
+  const End next = endAfter([&] {
+    putBack();
+    new TerminationNotice("worker2 is ended");
+  });
+  CHECK_THAT(endedBySignal(next));
+  CHECK_THAT(next.words == "worker2 is ended\n");
+}
+
+TEST(nobody_who_reads_its_output_keeps_a_process_from_its_end) {
+  int output[2];
+  CHECK_THAT(pipe(output) == 0);
+  const pid_t child = fork();
+  CHECK_THAT(child >= 0);
+  if (child == 0) {
+    dup2(output[1], STDERR_FILENO);
+    new TerminationNotice("worker1 is ended");
+    fcntl(STDERR_FILENO, F_SETFL, O_NONBLOCK);
+    const std::string filling(4096, 'x');
+    while (write(STDERR_FILENO, filling.data(), filling.size()) > 0) {
+    }
+    fcntl(STDERR_FILENO, F_SETFL, 0);
+    kill(getpid(), SIGTERM);
+    _exit(0);
+  }
+  int status = 0;
+  CHECK_THAT(waitpid(child, &status, 0) == child);
+  CHECK_THAT(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
+  close(output[0]);
+  close(output[1]);
 }
 
 TEST(a_forked_child_is_ended_without_a_word) {

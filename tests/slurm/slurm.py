@@ -61,6 +61,16 @@ wait $!
 cat job.out
 """
 
+# The same of a job whose mpirun is told as well, and ends its ranks in its own way.
+PREEMPTION_OF_MPIRUN = f"""
+sbatch -n 2 -o job.out --wrap '$MPIRUN -n 2 {RANKS} waits; echo mpirun ended' >sbatch.out
+until [ $(grep -c waits job.out) = 2 ]; do sleep 0.1; done
+srun --partition=urgent -n 16 true
+while squeue -h | grep -q .; do sleep 0.1; done
+cat job.out
+"""
+PREEMPTED_UNDER_MPIRUN = ("rank 0 waits$", "rank 1 waits$", r"CANCELLED AT|is ended by SIGTERM")
+
 
 class Case(NamedTuple):
     name: str
@@ -86,6 +96,7 @@ CASES = (
     Case("mp.spawn in a step", f"srun -n 1 python {SMOKE} --spawn 2", OK, NEEDS_LAUNCHER),
     Case("one world of two steps", STEPS, OK, NEEDS_LAUNCHER),
     Case("preemption", PREEMPTION, PREEMPTED, PREEMPTED),
+    Case("preemption, mpirun", PREEMPTION_OF_MPIRUN, PREEMPTED_UNDER_MPIRUN, PREEMPTED_UNDER_MPIRUN),
 )
 
 

@@ -16,6 +16,7 @@ import torch_rpc_mpi
 from torch_rpc_mpi import MPIRpcBackendOptions, _agreement, _mpi, _torch_api, backend
 from torch_rpc_mpi._agreement import Member
 from torch_rpc_mpi._devices import Wishes
+from torch_rpc_mpi._group import Group
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -192,19 +193,19 @@ class Gathering(unit_fakes.Communicator):
 class TestOnAllRanks:
     def test_gathers_results(self) -> None:
         communicator: Any = Gathering(("b", None))
-        assert backend._on_all_ranks(communicator, None, 1, lambda: "a") == ["a", "b"]
+        assert Group(communicator, None, "here", 1).on_all_ranks(lambda: "a") == ["a", "b"]
         assert communicator.freed == 0
 
     def test_raises_here_what_failed_elsewhere(self) -> None:
         communicator: Any = Gathering((None, None), (None, "OSError: no threads left (on south)"))
         with pytest.raises(RuntimeError, match=r"init_rpc failed .*\n  rank 2: OSError: no threads left \(on south\)"):
-            backend._on_all_ranks(communicator, None, 1, lambda: "a")
+            Group(communicator, None, "here", 1).on_all_ranks(lambda: "a")
         assert communicator.freed == 1
 
     def test_keeps_the_cause_where_it_failed(self) -> None:
         communicator: Any = Gathering((None, None))
         with pytest.raises(RuntimeError, match="rank 0: ZeroDivisionError") as caught:
-            backend._on_all_ranks(communicator, None, 1, lambda: 1 / 0)
+            Group(communicator, None, "here", 1).on_all_ranks(lambda: 1 / 0)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert communicator.freed == 1
 
