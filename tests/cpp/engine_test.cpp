@@ -275,6 +275,9 @@ TEST(engine_a_second_attempt_runs_before_other_requests_and_none_beside_it) {
   });
   running.driver.put(Task::Kind::kSecondAttempt, [&] { order.push_back(1); });
   running.engine->submitted(false);
+  while (running.engine->counts().queuedRequests < 2) { // the leader, which may have the token, hands them over
+    std::this_thread::yield();
+  }
   go.release();
   ended.acquire();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
