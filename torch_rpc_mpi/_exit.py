@@ -133,6 +133,17 @@ def is_of_a_job() -> bool:
     return _watched is not None and _watched.job is not None
 
 
+def termination_line() -> str:
+    """What this worker says when SIGTERM ends it."""
+    who = "this worker" if _watched is None else _watched.whereabouts
+    # The causes: a scheduler's log has no other line that tells them.
+    return (
+        f"torch_rpc_mpi: {who} is ended by SIGTERM: its job was cancelled or preempted, or its time is over, or a "
+        "launcher ends it after another rank. A handler (signal.signal(signal.SIGTERM, ...)) can save what is needed "
+        "before."
+    )
+
+
 def farewell() -> str | None:
     """Why this process leaves, for its peers; None if they are to be told nothing, because the job ends."""
     return _farewell

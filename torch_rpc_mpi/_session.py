@@ -71,13 +71,6 @@ def agent_class(options: MPIRpcBackendOptions, store: Store) -> Callable[..., Ag
     return Agent
 
 
-# The causes: a scheduler's log has no other line that tells them.
-_TERMINATED = (
-    "is ended by SIGTERM: its job was cancelled or preempted, or its time is over, or a launcher ends it after another "
-    "rank. A handler (signal.signal(signal.SIGTERM, ...)) can save what is needed before."
-)
-
-
 @dataclass
 class _Session:
     agent: Agent
@@ -106,7 +99,7 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str, m
     second_interrupt = _C.SecondInterrupt(
         agent, whereabouts, mpi.runtime if _exit.is_of_a_job() else None, mpi.handle(mpi.MPI.COMM_WORLD)
     )
-    termination = _C.TerminationNotice(f"torch_rpc_mpi: {whereabouts} {_TERMINATED}")
+    termination = _C.TerminationNotice(_exit.termination_line())
     forget_finalize = _exit.before_finalize(mpi.MPI, functools.partial(_leave_before_finalize, agent, whereabouts))
     _current = _Session(
         agent, os.getpid(), Replacements(), second_interrupt, termination, _all_gather.Watch(agent), forget_finalize
