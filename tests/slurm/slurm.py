@@ -27,10 +27,13 @@ LIMIT = 300.0  # seconds, on a busy machine
 RANKS = f"python {shlex.quote(str(HERE / 'ranks.py'))}"
 SMOKE = shlex.quote(str(HERE.parent / "smoke" / "smoke.py"))
 LAUNCHED = f"python {SMOKE} --launched"
+# Written for torchrun and TensorPipe.
+UNMODIFIED = f"python -m torch_rpc_mpi {shlex.quote(str(HERE.parent / 'programs' / 'training.py'))} --epochs 1"
 
 OK = ("rank 0 of 2: .*ok$", "rank 1 of 2: .*ok$")
 OK_OF_3 = ("rank 0 of 3: .*ok$", "rank 1 of 3: .*ok$", "rank 2 of 3: .*ok$")
 ALONE = ("rank 0 of 1: .*ok$",)
+TRAINED = ("rank 0 is done with StandInAgent", "rank 1 is done with StandInAgent")
 NEEDS_PMIX = ("takes PMIx, and is offered .*PMI.* Start it with `srun --mpi=pmix`",)
 NEEDS_LAUNCHER = ("Open MPI .* makes ranks of processes only under its launcher",)
 PREEMPTED = (
@@ -95,6 +98,7 @@ CASES = (
     ),
     Case("mp.spawn in a step", f"srun -n 1 python {SMOKE} --spawn 2", OK, NEEDS_LAUNCHER),
     Case("one world of two steps", STEPS, OK, NEEDS_LAUNCHER),
+    Case("an unmodified program", f"srun --mpi=$PMI -n 2 {UNMODIFIED}", TRAINED, TRAINED),
     Case("preemption", PREEMPTION, PREEMPTED, PREEMPTED),
     Case("preemption, mpirun", PREEMPTION_OF_MPIRUN, PREEMPTED_UNDER_MPIRUN, PREEMPTED_UNDER_MPIRUN),
 )
@@ -149,7 +153,7 @@ def check(name: str, script: str, says: tuple[str, ...], environment: dict[str, 
         return False
     # With the whole line, which is one of an error.
     lines = [line for line in output.splitlines() if re.search(says[-1], line)]
-    print(f"{name:36} {seconds:5.1f} s  {'works' if says in (OK, OK_OF_3, ALONE) else lines[0]}", flush=True)
+    print(f"{name:36} {seconds:5.1f} s  {'works' if says in (OK, OK_OF_3, ALONE, TRAINED) else lines[0]}", flush=True)
     return True
 
 
