@@ -85,6 +85,12 @@ def all_ranks_are_here(environ: Environment = os.environ) -> bool:
     return ranks_here is not None and ranks_here == environ.get("PMI_SIZE")
 
 
+def is_first_of_host(environ: Environment = os.environ) -> bool:
+    """Whether this process is to speak for all of its host, when what they have in common comes to each of them."""
+    launcher = find_torchrun(environ) or find_launcher(environ)
+    return launcher is None or launcher.local_rank in (0, None)
+
+
 def variables_for_mpi(environ: Environment = os.environ) -> list[str]:
     """Those from which MPI itself learns of a launch.
 

@@ -24,6 +24,7 @@ std::atomic<bool> said{false};  // its line was printed, or is being
 // What the handler uses, which may run when an object has just been cancelled: written only while none is in use.
 std::array<char, 1024> notice;
 size_t noticeBytes = 0;
+bool saidWhenParentEnds = true;
 pid_t owner = 0;
 
 bool hasRoom(int descriptor) {
@@ -38,9 +39,10 @@ void setDefault(int number) {
 }
 
 // Async-signal-safe.
-void onTermination(int number) {
+void onTermination(int number, siginfo_t* info, void* /*context*/) {
   const int error = errno;
-  if (inUse && getpid() == owner && !said.exchange(true) && hasRoom(STDERR_FILENO) &&
+  const bool isToSay = saidWhenParentEnds || info->si_pid != getppid();
+  if (inUse && getpid() == owner && isToSay && !said.exchange(true) && hasRoom(STDERR_FILENO) &&
       write(STDERR_FILENO, notice.data(), noticeBytes) > 0) {
     waitUntilRead(STDERR_FILENO);
   }
@@ -51,12 +53,12 @@ void onTermination(int number) {
 
 // A library that puts back what it found may have put ours back after its object was gone.
 bool isOursOrDefault(const struct sigaction& action) {
-  return (action.sa_flags & SA_SIGINFO) == 0 && (action.sa_handler == SIG_DFL || action.sa_handler == onTermination);
+  return (action.sa_flags & SA_SIGINFO) == 0 ? action.sa_handler == SIG_DFL : action.sa_sigaction == onTermination;
 }
 
 } // namespace
 
-TerminationNotice::TerminationNotice(std::string_view line) {
+TerminationNotice::TerminationNotice(std::string_view line, bool whenParentEnds) {
   struct sigaction current{};
   // The default effect does not end the first process of a container.
   if (getpid() == 1 || sigaction(SIGTERM, nullptr, &current) != 0 || !isOursOrDefault(current) || inUse.load()) {
@@ -65,13 +67,14 @@ TerminationNotice::TerminationNotice(std::string_view line) {
   noticeBytes = std::min(line.size(), notice.size() - 1);
   std::copy_n(line.begin(), noticeBytes, notice.begin());
   notice[noticeBytes++] = '\n';
+  saidWhenParentEnds = whenParentEnds;
   owner = getpid();
   said = false;
   active_ = true;
   inUse = true;
   struct sigaction ours{};
-  ours.sa_handler = onTermination;
-  ours.sa_flags = SA_RESTART;
+  ours.sa_sigaction = onTermination;
+  ours.sa_flags = SA_RESTART | SA_SIGINFO;
   sigaction(SIGTERM, &ours, nullptr);
 }
 

@@ -12,8 +12,9 @@ namespace torch_rpc_mpi {
 // thread at a time.
 class TerminationNotice {
  public:
-  // The line, without its end; of a long one the first 1023 bytes.
-  explicit TerminationNotice(std::string_view line);
+  // line: without its end; of a long one the first 1023 bytes. whenParentEnds: also where the signal comes from the
+  // parent, a launcher's daemon perhaps, which ends all processes of this host with it.
+  explicit TerminationNotice(std::string_view line, bool whenParentEnds = true);
   ~TerminationNotice();
   TerminationNotice(const TerminationNotice&) = delete;
   TerminationNotice& operator=(const TerminationNotice&) = delete;

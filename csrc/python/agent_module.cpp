@@ -179,7 +179,7 @@ void bindEnd(py::module_& module) {
           py::arg("world"))
       .def("cancel", &SecondInterrupt::cancel, WithoutGil());
   py::class_<TerminationNotice>(module, "TerminationNotice")
-      .def(py::init<std::string_view>(), py::arg("line"))
+      .def(py::init<std::string_view, bool>(), py::arg("line"), py::arg("when_parent_ends"))
       .def("cancel", &TerminationNotice::cancel);
 }
 

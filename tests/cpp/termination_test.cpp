@@ -55,6 +55,42 @@ TEST(what_sigterm_ends_says_so) {
   CHECK_THAT(end.words == "worker1 is ended\n");
 }
 
+// As a launcher does, which ends all of a host.
+TEST(what_the_parent_ends_says_so_where_it_is_to) {
+  for (const bool isToSay : {true, false}) {
+    int output[2], ready[2];
+    CHECK_THAT(pipe(output) == 0 && pipe(ready) == 0);
+    const pid_t child = fork();
+    CHECK_THAT(child >= 0);
+    if (child == 0) {
+      dup2(output[1], STDERR_FILENO);
+      new TerminationNotice("worker1 is ended", isToSay);
+      close(output[0]);
+      close(output[1]);
+      (void)!write(ready[1], "", 1);
+      for (;;) {
+        pause();
+      }
+    }
+    close(output[1]);
+    char byte = 0;
+    CHECK_THAT(read(ready[0], &byte, 1) == 1);
+    kill(child, SIGTERM);
+    std::string words;
+    char text[4096];
+    for (ssize_t bytes; (bytes = read(output[0], text, sizeof text)) > 0;) {
+      words.append(text, static_cast<size_t>(bytes));
+    }
+    int status = 0;
+    CHECK_THAT(waitpid(child, &status, 0) == child);
+    CHECK_THAT(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
+    CHECK_THAT(words == (isToSay ? "worker1 is ended\n" : ""));
+    for (const int end : {output[0], ready[0], ready[1]}) {
+      close(end);
+    }
+  }
+}
+
 TEST(a_line_that_is_too_long_is_cut) {
   const End end = endAfter([] { new TerminationNotice(std::string(5000, 'x')); });
   CHECK_THAT(endedBySignal(end));

@@ -120,6 +120,20 @@ def test_torchrun_within_a_task() -> None:
     assert _launchers.find_launcher(environment) == SRUN
 
 
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        ({**HYDRA, "MPI_LOCALRANKID": "0"}, True),
+        ({**HYDRA, "MPI_LOCALRANKID": "1"}, False),
+        ({**STEP, "TORCHELASTIC_RUN_ID": "none", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, True),
+        ({**STEP, "TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_one_process_speaks_for_its_host(environment: dict[str, str], speaks: bool) -> None:
+    assert _launchers.is_first_of_host(environment) is speaks
+
+
 @pytest.mark.parametrize("environment", [{}, {"RANK": "1", "WORLD_SIZE": "4"}])
 def test_torchrun_is_not_invented(environment: dict[str, str]) -> None:
     assert _launchers.find_torchrun(environment) is None

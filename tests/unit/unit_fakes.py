@@ -144,7 +144,7 @@ class SecondInterrupt:
 
 
 class TerminationNotice:
-    def __init__(self, line: str) -> None:
+    def __init__(self, line: str, when_parent_ends: bool) -> None:
         pass
 
     def cancel(self) -> None:
