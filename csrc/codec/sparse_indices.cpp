@@ -26,6 +26,11 @@ bool areIndices(const at::Tensor& tensor) {
   return !tensor.is_neg() && !tensor.requires_grad();
 }
 
+// torch makes no sparse tensor of others: it resolves these first, which not every dtype lets it do.
+bool areValues(const at::Tensor& tensor) {
+  return !tensor.is_neg() && !tensor.is_conj() && !tensor.requires_grad();
+}
+
 // Of one matrix: rows + 1 places in the columns' indices, which do not go back, and of these only what there is.
 template <typename Index>
 void checkCompressed(const Index* rows, int64_t rowCount, const Index* columns, int64_t columnCount, int64_t nonZeros) {
@@ -44,7 +49,7 @@ void checkCompressed(const Index* rows, int64_t rowCount, const Index* columns, 
 void checkSparse(const at::Tensor& indices, const at::Tensor& values, c10::IntArrayRef sizes) {
   require(
       indices.scalar_type() == at::kLong && indices.dim() == 2 && areIndices(indices) && values.dim() > 0 &&
-          !values.requires_grad() && indices.size(1) == values.size(0),
+          areValues(values) && indices.size(1) == values.size(0),
       "the indices of a sparse tensor do not fit its values");
   require(indices.device() == values.device(), "the indices of a sparse tensor are not where its values are");
   const int64_t dimensions = indices.size(0);
@@ -74,7 +79,7 @@ void checkSparseCsr(
   require(
       batchDimensions >= 0 && dimensions >= batchDimensions + 2 && columns.dim() == rows.dim() &&
           values.dim() == dimensions - 1 && rows.scalar_type() == columns.scalar_type() && areIndices(rows) &&
-          areIndices(columns) && rows.is_contiguous() && columns.is_contiguous() && !values.requires_grad(),
+          areIndices(columns) && rows.is_contiguous() && columns.is_contiguous() && areValues(values),
       "the indices of a sparse tensor do not fit its values");
   const auto batch = sizes.slice(0, batchDimensions);
   const int64_t rowCount = sizes[batchDimensions];

@@ -14,6 +14,7 @@
 #include "codec/own_copy.h"
 #include "codec/receive_target.h"
 #include "codec/sendable.h"
+#include "codec/sparse_indices.h"
 #include "codec/tensor_format.h"
 #include "peer/receive_pool.h"
 #include "tensor_reading.h"
@@ -126,6 +127,21 @@ TEST(codec_carries_quantized_tensors) {
     CHECK_THAT(at::equal(arrived.dequantize(), channels.dequantize()));
     CHECK_THAT(arrived.qscheme() == channels.qscheme());
   }
+}
+
+// No sender has such values, and torch would resolve them, which it can for some dtypes only.
+TEST(codec_refuses_values_of_a_sparse_tensor_that_are_negated_or_conjugated) {
+  const at::Tensor indices = at::zeros({1, 1}, at::kLong);
+  const at::Tensor compressed = at::arange(2);
+  const at::Tensor columns = at::zeros({1}, at::kLong);
+  const at::Tensor complex = at::ones({1}, at::kComplexFloat);
+  for (const at::Tensor& values :
+       {at::_neg_view(at::ones({1}, at::kUInt16)), at::_neg_view(complex), at::conj(complex)}) {
+    CHECK_THROWS(checkSparse(indices, values, {3}), "do not fit its values");
+    CHECK_THROWS(checkSparseCsr(compressed, columns, values, {1, 3}), "do not fit its values");
+  }
+  checkSparse(indices, complex, {3});
+  checkSparseCsr(compressed, columns, complex, {1, 3});
 }
 
 TEST(codec_refuses_indices_that_a_sparse_tensor_does_not_have) {
