@@ -38,11 +38,7 @@ def programs() -> list[Program]:
     if not examples:
         return ours
     rpc = Path(examples).resolve() / "distributed" / "rpc"
-    return [
-        *ours,
-        Program("examples: rnn", rpc / "rnn" / "main.py"),
-        Program("examples: batch/reinforce", rpc / "batch" / "reinforce.py", ("--max-world-size=4", "--num-episode=5")),
-    ]
+    return [*ours, Program("examples: rnn", rpc / "rnn" / "main.py")]
 
 
 def free_port() -> str:
