@@ -327,7 +327,8 @@ def missing_worker(world: World) -> None:
         return
     with pytest.raises((RuntimeError, TimeoutError)) as caught:
         world.init(init_timeout=3)
-    print(f"rank {world.rank} saw", " ".join(str(caught.value).split()), flush=True)
+    seen = " ".join(str(caught.value).split())
+    print(f"rank {world.rank} saw {seen}", flush=True)  # in one piece, since others print as well
     world.signal(f"rank {world.rank} gave up")
 
 
