@@ -117,8 +117,6 @@ def current_agent() -> Agent | None:
 def tell_of_loss(loss: tuple[int, str]) -> None:
     """Told by the engine: the rank of a worker that was lost, and why."""
     agent = current_agent()
-    if _current is not None:
-        _current.termination.cancel()  # a launcher ends the others by SIGTERM, and their lines would hide the cause
     if agent is not None:
         faults.tell_of_loss(agent.get_worker_info(loss[0]), loss[1])
 

@@ -217,7 +217,7 @@ def _make_agent(
         neighbours,
         # Those of other nodes are no neighbours, also where this process could reach their memory.
         [member.address if member.node == members[call.rank].node else "" for member in members],
-        _agent_options(_extension.load(), options, nodes, placement, names),
+        _agent_options(options, nodes, placement, names),
         _session.make_run_function(whereabouts),
         _session.make_serialize(internal.serialize if pickler is None else pickler.serialize, whereabouts),
         functools.partial(_remote_errors.pass_on, whereabouts=whereabouts),
@@ -323,8 +323,9 @@ def _place_devices(
 
 
 def _agent_options(
-    extension: Any, options: MPIRpcBackendOptions, nodes: int, placement: _devices.Placement, names: list[str]
+    options: MPIRpcBackendOptions, nodes: int, placement: _devices.Placement, names: list[str]
 ) -> _C.AgentOptions:
+    extension = _extension.load()
     agent_options: _C.AgentOptions = extension.AgentOptions()
     for name in options.of_agent:
         setattr(agent_options, name, getattr(options, name))

@@ -2,7 +2,7 @@
 //
 // Note [Flight recorder]
 // ~~~~~~~~~~~~~~~~~~~~~~
-// It always records, since nobody knows beforehand when it is needed: some twenty instructions an event, six events a
+// It always records, since nobody knows beforehand when it is needed: some twenty instructions an event, eight events a
 // call on both sides together, no lock and no memory. The oldest events are overwritten. What is written where is in
 // agent/flight_log.h.
 #pragma once
