@@ -19,34 +19,66 @@ struct End {
   std::string words;
 };
 
+// A child whose standard error is a pipe, and what becomes of it.
+class Child {
+ public:
+  template <typename Body>
+  explicit Child(Body body) {
+    CHECK_THAT(pipe(output_) == 0);
+    pid_ = fork();
+    CHECK_THAT(pid_ >= 0);
+    if (pid_ == 0) {
+      dup2(output_[1], STDERR_FILENO);
+      close(output_[0]);
+      close(output_[1]);
+      body();
+      kill(getpid(), SIGTERM);
+      _exit(0); // not reached, unless it is ignored
+    }
+    close(output_[1]);
+  }
+  ~Child() {
+    close(output_[0]);
+  }
+  Child(const Child&) = delete;
+  Child& operator=(const Child&) = delete;
+
+  pid_t pid() const {
+    return pid_;
+  }
+  // Whether anybody reads its output or not.
+  int status() const { // as of waitpid
+    int status = 0;
+    CHECK_THAT(waitpid(pid_, &status, 0) == pid_);
+    return status;
+  }
+  End end() const {
+    End end;
+    char text[4096];
+    for (ssize_t bytes; (bytes = read(output_[0], text, sizeof text)) > 0;) {
+      end.words.append(text, static_cast<size_t>(bytes));
+    }
+    end.status = status();
+    return end;
+  }
+
+ private:
+  int output_[2];
+  pid_t pid_ = -1;
+};
+
 // Of a child that does this, and then is sent SIGTERM by itself.
 template <typename Body>
 End endAfter(Body body) {
-  int output[2];
-  CHECK_THAT(pipe(output) == 0);
-  const pid_t child = fork();
-  CHECK_THAT(child >= 0);
-  if (child == 0) {
-    dup2(output[1], STDERR_FILENO);
-    close(output[0]);
-    close(output[1]);
-    body();
-    kill(getpid(), SIGTERM);
-    _exit(0); // not reached, unless it is ignored
-  }
-  close(output[1]);
-  End end;
-  char text[4096];
-  for (ssize_t bytes; (bytes = read(output[0], text, sizeof text)) > 0;) {
-    end.words.append(text, static_cast<size_t>(bytes));
-  }
-  close(output[0]);
-  CHECK_THAT(waitpid(child, &end.status, 0) == child);
-  return end;
+  return Child(body).end();
+}
+
+bool endedBySignal(int status) {
+  return WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM;
 }
 
 bool endedBySignal(const End& end) {
-  return WIFSIGNALED(end.status) && WTERMSIG(end.status) == SIGTERM;
+  return endedBySignal(end.status);
 }
 
 TEST(what_sigterm_ends_says_so) {
@@ -58,36 +90,23 @@ TEST(what_sigterm_ends_says_so) {
 // As a launcher does, which ends all of a host.
 TEST(what_the_parent_ends_says_so_where_it_is_to) {
   for (const bool isToSay : {true, false}) {
-    int output[2], ready[2];
-    CHECK_THAT(pipe(output) == 0 && pipe(ready) == 0);
-    const pid_t child = fork();
-    CHECK_THAT(child >= 0);
-    if (child == 0) {
-      dup2(output[1], STDERR_FILENO);
+    int ready[2];
+    CHECK_THAT(pipe(ready) == 0);
+    const Child child([&] {
       new TerminationNotice("worker1 is ended", isToSay);
-      close(output[0]);
-      close(output[1]);
       (void)!write(ready[1], "", 1);
       for (;;) {
         pause();
       }
-    }
-    close(output[1]);
+    });
     char byte = 0;
     CHECK_THAT(read(ready[0], &byte, 1) == 1);
-    kill(child, SIGTERM);
-    std::string words;
-    char text[4096];
-    for (ssize_t bytes; (bytes = read(output[0], text, sizeof text)) > 0;) {
-      words.append(text, static_cast<size_t>(bytes));
-    }
-    int status = 0;
-    CHECK_THAT(waitpid(child, &status, 0) == child);
-    CHECK_THAT(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
-    CHECK_THAT(words == (isToSay ? "worker1 is ended\n" : ""));
-    for (const int end : {output[0], ready[0], ready[1]}) {
-      close(end);
-    }
+    kill(child.pid(), SIGTERM);
+    const End end = child.end();
+    CHECK_THAT(endedBySignal(end));
+    CHECK_THAT(end.words == (isToSay ? "worker1 is ended\n" : ""));
+    close(ready[0]);
+    close(ready[1]);
   }
 }
 
@@ -167,26 +186,15 @@ TEST(what_is_put_back_after_a_session_says_nothing_and_does_not_keep_the_next_on
 }
 
 TEST(nobody_who_reads_its_output_keeps_a_process_from_its_end) {
-  int output[2];
-  CHECK_THAT(pipe(output) == 0);
-  const pid_t child = fork();
-  CHECK_THAT(child >= 0);
-  if (child == 0) {
-    dup2(output[1], STDERR_FILENO);
+  const Child child([] {
     new TerminationNotice("worker1 is ended");
     fcntl(STDERR_FILENO, F_SETFL, O_NONBLOCK);
     const std::string filling(4096, 'x');
     while (write(STDERR_FILENO, filling.data(), filling.size()) > 0) {
     }
     fcntl(STDERR_FILENO, F_SETFL, 0);
-    kill(getpid(), SIGTERM);
-    _exit(0);
-  }
-  int status = 0;
-  CHECK_THAT(waitpid(child, &status, 0) == child);
-  CHECK_THAT(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
-  close(output[0]);
-  close(output[1]);
+  });
+  CHECK_THAT(endedBySignal(child.status()));
 }
 
 TEST(a_forked_child_is_ended_without_a_word) {
@@ -199,7 +207,7 @@ TEST(a_forked_child_is_ended_without_a_word) {
     }
     int status = 0;
     waitpid(child, &status, 0);
-    if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGTERM) {
+    if (!endedBySignal(status)) {
       _exit(1);
     }
   });
