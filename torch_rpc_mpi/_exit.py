@@ -144,6 +144,15 @@ def termination_line() -> str:
     )
 
 
+def speaks_when_parent_ends() -> bool:
+    """Whether that is to be said also where the signal comes from the parent.
+
+    A launcher ends all ranks of a host at once, of which one speaks. A parent of multiprocessing, such as mp.spawn's,
+    ends its own children, and knows why.
+    """
+    return multiprocessing.parent_process() is None and _launchers.is_first_of_host()
+
+
 def farewell() -> str | None:
     """Why this process leaves, for its peers; None if they are to be told nothing, because the job ends."""
     return _farewell

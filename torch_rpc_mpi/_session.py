@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed.rpc import internal
 
-from . import _C, _all_gather, _exit, _launchers, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
+from . import _C, _all_gather, _exit, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
 from ._tensorpipe import TranslatedOptions
 from ._torch_api import Place, Replacements, RpcBackendOptions, Store, TensorPipeAgent
@@ -99,7 +99,7 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str, m
     second_interrupt = _C.SecondInterrupt(
         agent, whereabouts, mpi.runtime if _exit.is_of_a_job() else None, mpi.handle(mpi.MPI.COMM_WORLD)
     )
-    termination = _C.TerminationNotice(_exit.termination_line(), _launchers.is_first_of_host())
+    termination = _C.TerminationNotice(_exit.termination_line(), _exit.speaks_when_parent_ends())
     forget_finalize = _exit.before_finalize(mpi.MPI, functools.partial(_leave_before_finalize, agent, whereabouts))
     _current = _Session(
         agent, os.getpid(), Replacements(), second_interrupt, termination, _all_gather.Watch(agent), forget_finalize

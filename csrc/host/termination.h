@@ -13,7 +13,7 @@ namespace torch_rpc_mpi {
 class TerminationNotice {
  public:
   // line: without its end; of a long one the first 1023 bytes. whenParentEnds: also where the signal comes from the
-  // parent, a launcher's daemon perhaps, which ends all processes of this host with it.
+  // parent, such as a launcher's daemon, which ends all processes of this host with it.
   explicit TerminationNotice(std::string_view line, bool whenParentEnds = true);
   ~TerminationNotice();
   TerminationNotice(const TerminationNotice&) = delete;

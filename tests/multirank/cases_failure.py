@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -146,6 +147,24 @@ def sigterm_after_the_session_has_no_line(world: World) -> None:
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait()
+
+
+def has_a_session(world: World) -> None:
+    world.init()
+    world.signal(f"session of {world.rank}")
+    threading.Event().wait()
+
+
+@program(launcherless=True, expect=["(a rank ended with status 0\n(.*\n)*){2}"], forbid=["is ended by SIGTERM"])
+def sigterm_of_multiprocessings_parent_has_no_line(world: World) -> None:
+    """The parent knows why, as mp.spawn does when it ends the others after one that has failed."""
+    child = multiprocessing.get_context("fork").Process(target=has_a_session, args=(world,))
+    child.start()
+    for rank in range(world.size):
+        world.wait(f"session of {rank}")
+    child.terminate()
+    child.join()
+    equal(child.exitcode, -signal.SIGTERM)
 
 
 @contextlib.contextmanager
