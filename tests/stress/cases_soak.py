@@ -43,11 +43,12 @@ LIMIT = 240 + CALLS / 200
 WARM_UP = 0.25  # of the calls, after which nothing may grow
 WINDOW = 8  # calls of one caller at once
 
-# Arguments: one in a hundred is large, and as often between 1 and 2 MiB as between 100 and 200 MiB.
+# Arguments: one in a hundred is large, and as often between 1 and 2 MiB as between 100 and 200 MiB. That is
+# 300 kB a call on average. In more than 200 000 calls, as many of them as in those.
 SMALL, LARGE = 16 << 10, 256 << 20
-LARGE_SHARE = 0.01
+BYTES_IN_ALL = min(CALLS, 200_000) * 300_000
+LARGE_SHARE = 0.01 * min(1, 200_000 / CALLS)
 STARTS = 16 << 20  # of arguments, in what all of them are parts of
-BYTES_OF_A_CALL = 300_000  # on average, of one rank's at most
 IN_FLIGHT = (2 << 30) // RANKS  # of one rank's arguments
 
 # What the process may have more after all calls than after the first. Allocated: caches of the heap for more threads.
@@ -266,7 +267,7 @@ def make_calls(world: World, seed: str) -> None:
     generator = torch.Generator().manual_seed(random.Random(seed).randrange(2**60))
     words = torch.randint(2**62, ((STARTS + LARGE + SMALL) // 8,), generator=generator)
     pattern[:] = [words.view(torch.uint8)]
-    in_all = Bytes(CALLS // RANKS * BYTES_OF_A_CALL)
+    in_all = Bytes(BYTES_IN_ALL // RANKS)
     soakers = [Soaker(world, seed, thread, in_all) for thread in range(CALLERS)]
 
     def make(calls: float) -> Usage:
