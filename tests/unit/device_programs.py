@@ -58,14 +58,16 @@ def seeds_show_missing_waits() -> None:
         written, read = device.Stream(), device.Stream()
         source = torch.zeros(1, device="rpctest")
         seen = []
-        for number in range(1, 30):
-            with device.stream(written):
-                source.fill_(number)
-            if wait:
-                read.wait_stream(written)
-            with device.stream(read):
-                seen.append(source + 0)
-            written.wait_stream(read)
+        device.synchronize()
+        with device.held(read), device.held(written):  # all is queued first, however slow this thread is
+            for number in range(1, 30):
+                with device.stream(written):
+                    source.fill_(number)
+                if wait:
+                    read.wait_stream(written)
+                with device.stream(read):
+                    seen.append(source + 0)
+                written.wait_stream(read)
         device.synchronize()
         return sum(float(value) != number for number, value in enumerate(seen, 1))
 
