@@ -57,12 +57,7 @@ gpu:
 	PYTHON=$(PYTHON) ci/gpu.sh $(ARGS)
 
 test:
-	ci/lint.sh
-	ci/cpp_tests.sh
-	ci/fuzz.sh
-	ci/python_tests.sh
-	ci/conformance.sh
-	ci/openmpi.sh
+	ci/test.sh
 
 fuzz:
 	ci/fuzz.sh $(SECONDS)
