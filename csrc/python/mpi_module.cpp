@@ -23,16 +23,16 @@ namespace {
 // Those that the wait of this thread looks after.
 thread_local Companions* watched = nullptr;
 
-class Watch {
+class Watching {
  public:
-  explicit Watch(Companions* companions) {
+  explicit Watching(Companions* companions) {
     watched = companions;
   }
-  ~Watch() {
+  ~Watching() {
     watched = nullptr;
   }
-  Watch(const Watch&) = delete;
-  Watch& operator=(const Watch&) = delete;
+  Watching(const Watching&) = delete;
+  Watching& operator=(const Watching&) = delete;
 };
 
 const SignalService kSignalsAndCompanions{
@@ -104,7 +104,7 @@ void bindMpi(py::module_& module) {
       .def_static(
           "duplicate",
           [](std::shared_ptr<MpiLibrary> mpi, intptr_t parent, double timeout, Companions* companions) {
-            const Watch watch(companions);
+            const Watching watching(companions);
             return Communicator::duplicate(std::move(mpi), parent, timeout, kSignalsAndCompanions);
           },
           py::arg("runtime"), py::arg("parent"), py::arg("timeout"), py::arg("companions"), WithoutGil())
@@ -118,7 +118,7 @@ void bindMpi(py::module_& module) {
             std::vector<std::string> all;
             {
               const NoGil noGil;
-              const Watch watch(companions);
+              const Watching watching(companions);
               all = self.allgather(mine, timeout, kSignalsAndCompanions);
             }
             std::vector<py::bytes> result(all.begin(), all.end());

@@ -56,7 +56,7 @@ class CountedTask final : public Task {
 };
 
 // A network of one: what was sent arrives with a later turn.
-class Driver final : public EngineDriver {
+class StressedDriver final : public EngineDriver {
  public:
   bool turn(ProgressToken&, std::vector<TaskPtr>& tasks) override {
     ++turns_; // by the token's holder alone: unguarded on purpose
@@ -97,21 +97,21 @@ class Driver final : public EngineDriver {
   uint64_t turns_ = 0;
 };
 
-struct Running {
-  explicit Running(IdlingOptions idling) {
+struct StressedEngine {
+  explicit StressedEngine(IdlingOptions idling) {
     EngineOptions options;
     options.numWorkerThreads = 3;
     options.idling = idling;
     engine = std::make_shared<ThreadedEngine>(options, driver, bell);
     engine->start();
   }
-  Driver driver;
+  StressedDriver driver;
   BellWord bell;
   std::shared_ptr<ThreadedEngine> engine;
 };
 
 // What a user's thread does, over and over.
-void use(Running& running, Counts& counts, int round) {
+void use(StressedEngine& running, Counts& counts, int round) {
   const auto make = [&](Task::Kind kind, std::atomic<bool>* done = nullptr) {
     return std::make_unique<CountedTask>(kind, counts, done);
   };
@@ -148,7 +148,7 @@ constexpr int kUsers = 4;
 
 void stress(IdlingOptions idling) {
   constexpr int kRounds = 2000;
-  Running running(idling);
+  StressedEngine running(idling);
   Counts counts;
   std::vector<std::thread> users;
   for (int user = 0; user < kUsers; ++user) {
@@ -182,7 +182,7 @@ TEST(engine_stress_runs_or_drops_each_task_when_it_stops) {
   for (int engine = 0; engine < 20; ++engine) {
     Counts counts;
     {
-      Running running({.spinTime = std::chrono::microseconds(10 * engine)});
+      StressedEngine running({.spinTime = std::chrono::microseconds(10 * engine)});
       std::atomic<bool> stopping{false};
       std::vector<std::thread> users;
       for (int user = 0; user < kUsers; ++user) {

@@ -41,8 +41,8 @@ std::vector<std::unique_ptr<Watch>> ranksAlone(size_t size, milliseconds timeout
 }
 
 // The last rank is another process.
-struct OtherProcess {
-  OtherProcess(const std::function<void()>& child, milliseconds timeout, std::vector<int> hosts = {0, 1})
+struct ForkedProcess {
+  ForkedProcess(const std::function<void()>& child, milliseconds timeout, std::vector<int> hosts = {0, 1})
       : hosts_(std::move(hosts)) {
     int here[2];
     int there[2];
@@ -71,7 +71,7 @@ struct OtherProcess {
     }
     std::this_thread::sleep_for(milliseconds(300)); // till all are connected
   }
-  ~OtherProcess() {
+  ~ForkedProcess() {
     kill(pid, SIGKILL);
     waitpid(pid, nullptr, 0);
   }
@@ -160,14 +160,14 @@ TEST(watch_finds_nothing_of_those_that_live_and_of_those_that_leave) {
 }
 
 TEST(watch_finds_at_once_that_a_process_has_ended) {
-  OtherProcess other([] { pause(); }, std::chrono::hours(1));
+  ForkedProcess other([] { pause(); }, std::chrono::hours(1));
   kill(other.pid, SIGKILL);
   const auto finding = findingWithin(*other.watches[0], kPatience);
   CHECK_THAT(finding && finding->rank == 1 && finding->kind == Watch::Kind::kEnded);
 }
 
 TEST(watch_finds_that_a_process_is_silent) {
-  OtherProcess other([] { pause(); }, milliseconds(1000));
+  ForkedProcess other([] { pause(); }, milliseconds(1000));
   kill(other.pid, SIGSTOP);
   const auto finding = findingWithin(*other.watches[0], kPatience);
   CHECK_THAT(finding && finding->kind == Watch::Kind::kSilent);
@@ -175,7 +175,7 @@ TEST(watch_finds_that_a_process_is_silent) {
 }
 
 TEST(watch_finds_nothing_of_a_process_that_was_stopped_for_less) {
-  OtherProcess other([] { pause(); }, milliseconds(3000));
+  ForkedProcess other([] { pause(); }, milliseconds(3000));
   kill(other.pid, SIGSTOP);
   CHECK_THAT(!findingWithin(*other.watches[0], milliseconds(2000)));
   kill(other.pid, SIGCONT);
@@ -184,7 +184,7 @@ TEST(watch_finds_nothing_of_a_process_that_was_stopped_for_less) {
 
 TEST(watch_is_closed_in_forked_children) {
   // The child of the other process lives on when that one dies.
-  OtherProcess other(
+  ForkedProcess other(
       [] {
         if (fork() == 0) {
           sleep(20);
@@ -200,7 +200,7 @@ TEST(watch_is_closed_in_forked_children) {
 }
 
 TEST(watch_is_taken_over_from_one_that_is_lost) {
-  OtherProcess other([] { pause(); }, std::chrono::hours(1), {0, 1, 2}); // 0 watches 1, 1 watches 2
+  ForkedProcess other([] { pause(); }, std::chrono::hours(1), {0, 1, 2}); // 0 watches 1, 1 watches 2
   other.watches[1]->leave();
   other.watches[0]->forget(1);
   std::this_thread::sleep_for(milliseconds(300)); // till 0 is connected to 2
@@ -211,7 +211,7 @@ TEST(watch_is_taken_over_from_one_that_is_lost) {
 
 TEST(watch_that_is_cut_off_gives_up_also_those_that_it_takes_over) {
   // 2 loses 3, and so comes to watch 0, with which it has never had a connection.
-  OtherProcess other([] { pause(); }, milliseconds(1000), {0, 1, 2, 3}); // 0 watches 1, 1 watches 2, 2 watches 3
+  ForkedProcess other([] { pause(); }, milliseconds(1000), {0, 1, 2, 3}); // 0 watches 1, 1 watches 2, 2 watches 3
   kill(other.pid, SIGSTOP);
   const auto first = findingWithin(*other.watches[2], kPatience);
   CHECK_THAT(first && first->rank == 3 && first->kind == Watch::Kind::kSilent);
@@ -223,7 +223,7 @@ TEST(watch_that_is_cut_off_gives_up_also_those_that_it_takes_over) {
 
 TEST(watch_believes_those_beside_one_that_is_silent) {
   for (const bool ended : {false, true}) {
-    OtherProcess other([] { pause(); }, milliseconds(1000), {0, 1, 1});
+    ForkedProcess other([] { pause(); }, milliseconds(1000), {0, 1, 1});
     kill(other.pid, SIGSTOP);
     other.ended = ended ? 2 : -1;
     const auto finding = findingWithin(*other.watches[0], ended ? kPatience : std::chrono::seconds(3));
@@ -233,7 +233,7 @@ TEST(watch_believes_those_beside_one_that_is_silent) {
 }
 
 TEST(watch_takes_no_notice_of_strangers) {
-  OtherProcess other([] { pause(); }, milliseconds(1000));
+  ForkedProcess other([] { pause(); }, milliseconds(1000));
   const std::string address = other.watches[0]->address();
   const std::string first = address.substr(0, address.find(','));
   for (const char filling : {'\0', 's', 'x'}) {

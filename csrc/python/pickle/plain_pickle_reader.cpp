@@ -18,10 +18,10 @@ namespace {
 using torch::distributed::rpc::SerializedPyObj;
 
 // One message. Whatever its bytes are, nothing beyond them is read, and no code of a user runs.
-class Reader {
+class PickleReader {
  public:
   // callType: null where no call is expected.
-  Reader(const SerializedPyObj& pickled, PyObject* callType)
+  PickleReader(const SerializedPyObj& pickled, PyObject* callType)
       : left_(pickled.payload_),
         tensors_(pickled.tensors_),
         callType_(callType) {}
@@ -303,11 +303,11 @@ class Reader {
 } // namespace
 
 py::object PlainPickler::loadCall(const SerializedPyObj& pickled) const {
-  return Reader(pickled, callType_.ptr()).read();
+  return PickleReader(pickled, callType_.ptr()).read();
 }
 
 py::object loadPlainResult(const SerializedPyObj& pickled) {
-  return Reader(pickled, nullptr).read();
+  return PickleReader(pickled, nullptr).read();
 }
 
 std::optional<c10::IValue> plainResult(const SerializedPyObj& pickled) {

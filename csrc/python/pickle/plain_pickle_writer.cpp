@@ -24,9 +24,9 @@ constexpr size_t kWrittenAgain = 64;
 constexpr size_t kLongest = 1 << 16; // of a text, and about of the whole
 
 // One message.
-class Writer {
+class PickleWriter {
  public:
-  Writer(const std::vector<py::dict>& reducers, bool isCall) : reducers_(reducers), isCall_(isCall) {}
+  PickleWriter(const std::vector<py::dict>& reducers, bool isCall) : reducers_(reducers), isCall_(isCall) {}
 
   std::optional<PlainPickle> write(PyObject* value, PyObject* callType) {
     pickle_.data = kStart;
@@ -285,11 +285,11 @@ PlainPickler::PlainPickler(std::vector<py::dict> reducers)
       callType_(py::module_::import("torch.distributed.rpc.internal").attr("PythonUDF")) {}
 
 std::optional<PlainPickle> PlainPickler::dumpCall(py::handle call) const {
-  return Writer(reducers_, true).write(call.ptr(), callType_.ptr());
+  return PickleWriter(reducers_, true).write(call.ptr(), callType_.ptr());
 }
 
 std::optional<PlainPickle> PlainPickler::dumpResult(py::handle value) const {
-  return Writer(reducers_, false).write(value.ptr(), nullptr);
+  return PickleWriter(reducers_, false).write(value.ptr(), nullptr);
 }
 
 } // namespace torch_rpc_mpi
