@@ -68,7 +68,9 @@ class ForkServer:
         """Forks a process with these arguments, more variables, and its output appended to a file."""
         request = {"arguments": list(arguments), "env": dict(env), "output": str(output)}
         self._channel.send(json.dumps(request).encode())
-        return ForkedProcess(self, self._await("pid")["pid"])
+        pid = self._await("pid")["pid"]
+        self._statuses.pop(pid, None)  # of an earlier process of this number
+        return ForkedProcess(self, pid)
 
     def status(self, pid: int, timeout: float) -> int | None:
         """The status with which a process has ended; None if it runs on for so many seconds."""
