@@ -42,6 +42,7 @@ def train():
 
 def run(rank, size, port):
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", port
+    torch.manual_seed(rank)  # of the layers there: some do not get better in so few steps
     options = rpc.TensorPipeRpcBackendOptions(num_worker_threads=8)
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=size, rpc_backend_options=options)
     if rank == 0:
