@@ -33,7 +33,6 @@ class CMakeBuild(build_ext):
         # An earlier build's cache names the tools of its build environment, which pip has deleted. The objects stay.
         (build_directory / "CMakeCache.txt").unlink(missing_ok=True)
         settings = {
-            "CMAKE_UNITY_BUILD": "ON",  # several files at once: most of the time is that of torch's headers
             "Python_EXECUTABLE": sys.executable,
             "TORCH_RPC_MPI_OUTPUT_DIR": (Path(self.build_lib) / PACKAGE).resolve(),
             "TORCH_RPC_MPI_TORCH_DIR": torch.directory,

@@ -108,7 +108,7 @@ def test_length_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "compile_commands.json").write_text(json.dumps([{"file": f"{i}.cpp"} for i in range(60)]))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("CMAKE_BUILD_PARALLEL_LEVEL", raising=False)
-    assert announcement(tmp_path).startswith("torch_rpc_mpi: 60 files to compile, about 8 minutes on 2 cores;")
+    assert announcement(tmp_path).startswith("torch_rpc_mpi: 60 files to compile, about 5 minutes on 2 cores;")
     monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "10")
     assert "about 2 minutes on 8 cores" in announcement(tmp_path)
 
