@@ -7,7 +7,7 @@ make --no-print-directory env-mpich
 source .venv/bin/activate
 
 cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DTORCH_RPC_MPI_BUILD_TESTS=ON -DTORCH_RPC_MPI_SANITIZE=ON -DTORCH_RPC_MPI_WERROR=ON -DCMAKE_UNITY_BUILD=ON
+  -DTORCH_RPC_MPI_BUILD_TESTS=ON -DTORCH_RPC_MPI_SANITIZE=ON -DTORCH_RPC_MPI_WERROR=ON
 cmake --build build/sanitize --target torch_rpc_mpi_model torch_rpc_mpi_thread_tests \
   torch_rpc_mpi_simulation torch_rpc_mpi_unit_tests
 

@@ -13,8 +13,7 @@ make --no-print-directory env-mpich
 source .venv/bin/activate
 
 cmake -S . -B build/fuzz -G Ninja -DPython_EXECUTABLE="$VIRTUAL_ENV/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DTORCH_RPC_MPI_BUILD_FUZZERS=ON -DTORCH_RPC_MPI_SANITIZE=ON \
-  -DCMAKE_UNITY_BUILD=ON
+  -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DTORCH_RPC_MPI_BUILD_FUZZERS=ON -DTORCH_RPC_MPI_SANITIZE=ON
 cmake --build build/fuzz --target "${fuzzers[@]/#/torch_rpc_mpi_fuzz_}"
 
 # detect_container_overflow: see cpp_tests.sh. What a message announces and there is no memory for is an error, also of

@@ -7,13 +7,13 @@ cd "$(dirname "$0")/.."
 logs=build/test
 
 if [ $# -eq 1 ]; then # one stage
-  status=0
   {
+    status=0
     "ci/$1.sh" || status=$?
     echo "ended with status $status after $SECONDS s"
-    echo "$status" >"$logs/$1.status"
+    exit "$status" # and so does the pipe
   } 2>&1 | tee "$logs/$1.log" | sed -u "s/^/$1: /"
-  exit "$(cat "$logs/$1.status")"
+  exit
 fi
 
 # What stages share is made before the first of them.
@@ -28,9 +28,7 @@ for together in cpp_tests "python_tests lint conformance openmpi fuzz"; do
   tr ' ' '\n' <<<"$together" | xargs -P 2 -n 1 ci/test.sh || status=$?
 done
 for log in "$logs"/*.log; do
-  [ "$(cat "${log%.log}.status")" = 0 ] || tail -n 200 "$log"
+  tail -n 1 "$log" | grep -q "^ended with status 0 " || tail -n 200 "$log"
 done
-for log in "$logs"/*.log; do
-  echo "$(basename "$log" .log): $(tail -n 1 "$log")"
-done
+tail -n 1 "$logs"/*.log
 exit "$status"

@@ -43,11 +43,12 @@ LIMIT = 240 + CALLS / 200
 WARM_UP = 0.25  # of the calls, after which nothing may grow
 WINDOW = 8  # calls of one caller at once
 
-# Arguments: one in a hundred is large, and as often between 1 and 2 MiB as between 100 and 200 MiB. That is
-# 300 kB a call on average. In more than 200 000 calls, as many of them as in those.
+# Arguments: one in a hundred is large, and as often between 1 and 2 MiB as between 100 and 200 MiB, on average 300 kB a
+# call. More calls than 200 000 have no more large ones than those.
 SMALL, LARGE = 16 << 10, 256 << 20
-BYTES_IN_ALL = min(CALLS, 200_000) * 300_000
-LARGE_SHARE = 0.01 * min(1, 200_000 / CALLS)
+CALLS_WITH_LARGE = min(CALLS, 200_000)
+BYTES_IN_ALL = CALLS_WITH_LARGE * 300_000
+LARGE_SHARE = 0.01 * CALLS_WITH_LARGE / CALLS
 STARTS = 16 << 20  # of arguments, in what all of them are parts of
 IN_FLIGHT = (2 << 30) // RANKS  # of one rank's arguments
 
