@@ -74,17 +74,13 @@ def nothing_grows_in_pinned_memory(world: World) -> None:
 
 @device_case({}, session=False)
 def a_session_leaves_nothing(world: World) -> None:
-    def sessions() -> None:
-        for options in (IDENTITY, PINNED, IDENTITY):
-            world.init(**options)
-            exchange(world, 4)
-            rpc.shutdown()
-        world.init()  # torch keeps the last agent, and so its pool of events, until there is another one
-        rpc.shutdown()
-
-    sessions()  # some events are made at their first use and stay, which the cases before this one need not have done
     before = at_rest()
-    sessions()
+    for options in (IDENTITY, PINNED, IDENTITY):
+        world.init(**options)
+        exchange(world, 4)
+        rpc.shutdown()
+    world.init()  # torch keeps the last agent, and so its pool of events, until there is another one
+    rpc.shutdown()
     stay_below(before, "nothing is left of the sessions that are over")
 
 

@@ -71,8 +71,8 @@ def device_case(options: dict[str, Any], backward: bool = False, **more: Any) ->
 
 def held() -> dict[str, int]:
     """What this process has of its devices now, as far as the device tells."""
+    torch.empty(1, device=FIRST)  # only then does an allocator look which of its events are done
     if not IS_TEST_DEVICE:
-        torch.empty(1, device=FIRST)  # the allocator takes note of what streams have done when it is asked for memory
         return {"tensor_bytes": module().memory_allocated(FIRST)}
     counts = module().counts()._asdict()
     # How often it has waited is no such thing, and torch keeps streams for the life of the process.
