@@ -4,11 +4,18 @@
 as if it had been started with the arguments of the request: that is its `__main__`, and its end is an ordinary end of
 the interpreter. What processes that are started one by one do not have in common is the same in all of one server: the
 seed of hashes, and where libraries and functions lie in memory.
+
+For ranks that MPI's launcher starts, that is fork_client.py, which asks for one in its place.
+
+Each process has a connection to the server, of packets. A request is {"arguments", "env", "directory", "descriptors"},
+and with it come the descriptors that get those numbers; the answers are {"pid"} and, when the process has ended,
+{"status"}. A process whose connection is closed before that is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -21,8 +28,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-LARGEST = 1 << 17  # bytes of a message
+from fork_client import LARGEST, request
+
 START_LIMIT = 120.0  # importing torch on a busy machine
+WAITING = 64  # that ask at the same time
+MOST_DESCRIPTORS = 8
+LEAST_FREE = 64  # numbers of descriptors from here on are nobody's
 
 
 class ServerEnded(Exception):
@@ -30,131 +41,188 @@ class ServerEnded(Exception):
 
 
 class ForkServer:
-    """The side of who asks: starts the server, which ends when this side of the channel does.
+    """The side of who asks: starts the server, which ends when this is closed, or the process that has made it ends.
 
     Args:
         command: calls `serve` with the descriptor that is added to it.
-        env: the variables of the server.
-
-    A message is a packet. The server says {"ready"} first. A request is {"arguments", "env", "output"}, its answer
-    {"pid"}; and when a process has ended, the server says {"ended": pid, "status"}.
+        env: the variables of the server and of its processes.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self._env = dict(env)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
-        self._statuses: dict[int, int] = {}
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self._directory = tempfile.TemporaryDirectory(prefix="rpc-server-")
+        self.address = f"{self._directory.name}/server"
+        with _socket() as listener:
+            listener.bind(self.address)
+            listener.listen(WAITING)
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                env=env,
-                stdin=subprocess.DEVNULL,
+                [*command, str(listener.fileno())],
+                env=self._env,
+                stdin=subprocess.PIPE,  # whose end is the server's
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[listener.fileno()],
                 start_new_session=True,  # a Ctrl-C is the affair of who asks
             )
-        self._await("ready")
 
     def runs(self) -> bool:
         return self._process.poll() is None
 
     def close(self) -> None:
-        self._channel.close()
+        self._process.stdin.close()
         self._process.wait()
         self._log.close()
+        self._directory.cleanup()
 
-    def fork(self, arguments: Sequence[str], env: Mapping[str, str], output: Path) -> ForkedProcess:
-        """Forks a process with these arguments, more variables, and its output appended to a file."""
-        request = {"arguments": list(arguments), "env": dict(env), "output": str(output)}
-        self._channel.send(json.dumps(request).encode())
-        pid = self._await("pid")["pid"]
-        self._statuses.pop(pid, None)  # of an earlier process of this number
-        return ForkedProcess(self, pid)
-
-    def status(self, pid: int, timeout: float) -> int | None:
-        """The status with which a process has ended; None if it runs on for so many seconds."""
-        while pid not in self._statuses and select.select([self._channel], [], [], timeout)[0]:
-            self._receive()
-        return self._statuses.get(pid)
-
-    def _await(self, kind: str) -> dict:
-        while select.select([self._channel], [], [], START_LIMIT)[0]:
-            message = self._receive()
-            if kind in message:
-                return message
-        self._process.kill()
-        raise ServerEnded(f"the server said nothing for {START_LIMIT:g} s. {self._end()}")
-
-    def _receive(self) -> dict:
-        packet = self._channel.recv(LARGEST)
-        if not packet:
-            raise ServerEnded(self._end())
-        message = json.loads(packet)
-        if "ended" in message:
-            self._statuses[message["ended"]] = message["status"]
-        return message
-
-    def _end(self) -> str:
-        status = self._process.wait()
-        self._log.seek(0)
-        return f"The server ended with status {status}. Its output:\n{self._log.read().decode()}"
+    def fork(
+        self, arguments: Sequence[str], env: Mapping[str, str], output: Path, errors: Path | None = None
+    ) -> ForkedProcess:
+        """Forks a process with these arguments, more variables, and its output appended to a file, or to two."""
+        connection = _socket()
+        try:
+            connection.connect(self.address)
+            with open(os.devnull, "rb") as nothing, output.open("ab") as out, (errors or output).open("ab") as err:
+                descriptors = {0: nothing.fileno(), 1: out.fileno(), 2: err.fileno()}
+                request(connection, arguments, {**self._env, **env}, descriptors)
+            return ForkedProcess(connection)
+        except (ConnectionError, ServerEnded) as error:
+            connection.close()
+            self._process.kill()
+            status = self._process.wait()
+            self._log.seek(0)
+            raise ServerEnded(f"It ended with status {status}. Its output:\n{self._log.read().decode()}") from error
 
 
 class ForkedProcess:
     """A process of a server, with some of what subprocess.Popen has."""
 
-    def __init__(self, server: ForkServer, pid: int) -> None:
-        self._server, self.pid = server, pid
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         self.returncode: int | None = None
+        self.pid = self._answer("pid", START_LIMIT)
+        if self.pid is None:
+            raise ServerEnded(f"the server said nothing for {START_LIMIT:g} s")
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = self._server.status(self.pid, 0)
+            self.returncode = self._answer("status", 0)
         return self.returncode
 
     def wait(self, timeout: float) -> int:
         if self.returncode is None:
-            self.returncode = self._server.status(self.pid, timeout)
+            self.returncode = self._answer("status", timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("a forked process", timeout)
         return self.returncode
 
+    def _answer(self, kind: str, timeout: float) -> int | None:
+        """None if there is none within so many seconds. The status is the last."""
+        if not select.select([self._connection], [], [], timeout)[0]:
+            return None
+        packet = self._connection.recv(LARGEST)
+        if not packet or kind == "status":
+            self._connection.close()
+        if not packet:
+            raise ServerEnded("the server ended before its process")
+        return json.loads(packet)[kind]
+
 
 def serve(descriptor: str) -> list[str] | None:
     """The server's side. Returns the arguments in each process that it forks, and None in the server when it ends."""
-    channel = socket.socket(fileno=int(descriptor))
-    with channel, selectors.DefaultSelector() as selector, _children_that_end() as ended:
-        selector.register(channel, selectors.EVENT_READ)
-        selector.register(ended, selectors.EVENT_READ)
-        _send(channel, ready=True)
-        while True:
-            ready = [key.fileobj for key, _ in selector.select()]
-            if ended in ready:
-                ended.recv(4096)
-                for pid, status in _reap():
-                    _send(channel, ended=pid, status=status)
-            if channel in ready:
-                packet = channel.recv(LARGEST)
-                if not packet:
-                    return None
-                request = json.loads(packet)
-                pid = os.fork()
-                if pid == 0:
-                    break
-                _send(channel, pid=pid)
+    with _Server(socket.socket(fileno=int(descriptor))) as server:
+        asked = server.serve()
+    if asked is None:
+        return None
+    message, descriptors = asked
     os.setsid()  # as every process of a launch
-    os.environ.update(request["env"])
-    output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
-    sys.argv[1:] = request["arguments"]
-    return request["arguments"]
+    # Out of the way of the numbers that they get.
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, LEAST_FREE) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(moved, message["descriptors"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(message["env"])
+    os.chdir(message["directory"])
+    sys.argv[1:] = message["arguments"]
+    return message["arguments"]
 
 
-def _send(channel: socket.socket, **message: object) -> None:
-    channel.send(json.dumps(message).encode())
+class _Server:
+    """Owns what a child must not keep: leaving it closes that."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._owned = contextlib.ExitStack()
+        self._listener = self._owned.enter_context(listener)
+        self._ended = self._owned.enter_context(_children_that_end())
+        self._selector = self._owned.enter_context(selectors.DefaultSelector())
+        for source in (sys.stdin, self._ended, self._listener):
+            self._selector.register(source, selectors.EVENT_READ)
+        self._connections: dict[int, socket.socket] = {}  # by the pid of each process that runs
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for connection in self._connections.values():
+            connection.close()
+        self._owned.close()
+
+    def serve(self) -> tuple[dict, list[int]] | None:
+        """Returns in each child what is asked of it, and the descriptors that come with it; None when it is to end."""
+        while True:
+            ready = [key.fileobj for key, _ in self._selector.select()]
+            if self._ended in ready:
+                self._ended.recv(4096)
+                self._reap()
+            for pid, connection in self._connections.items():
+                if connection in ready:  # nobody waits for the process any more
+                    self._selector.unregister(connection)
+                    os.kill(pid, signal.SIGKILL)
+            if sys.stdin in ready:
+                for pid in self._connections:
+                    os.kill(pid, signal.SIGKILL)
+                return None
+            if self._listener in ready and (asked := self._fork()):
+                return asked
+
+    def _fork(self) -> tuple[dict, list[int]] | None:
+        connection, _ = self._listener.accept()
+        packet, descriptors, _, _ = socket.recv_fds(connection, LARGEST, MOST_DESCRIPTORS)
+        if not packet:  # who asks has ended already
+            connection.close()
+            return None
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            return json.loads(packet), descriptors
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._connections[pid] = connection
+        self._selector.register(connection, selectors.EVENT_READ)
+        _send(connection, pid=pid)
+        return None
+
+    def _reap(self) -> None:
+        while self._connections:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            with self._connections.pop(pid) as connection:
+                with contextlib.suppress(KeyError):  # it is so already
+                    self._selector.unregister(connection)
+                _send(connection, status=os.waitstatus_to_exitcode(status))
+
+
+def _send(connection: socket.socket, **message: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody is there any more
+        connection.send(json.dumps(message).encode())
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 @contextlib.contextmanager
@@ -170,13 +238,3 @@ def _children_that_end() -> Iterator[socket.socket]:
         finally:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, before)
-
-
-def _reap() -> Iterator[tuple[int, int]]:
-    """Pid and status, as of subprocess.Popen, of each child that has ended."""
-    with contextlib.suppress(ChildProcessError):  # there is none
-        while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            yield pid, os.waitstatus_to_exitcode(status)

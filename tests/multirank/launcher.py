@@ -25,6 +25,7 @@ from fork_server import ForkedProcess, ForkServer
 BACKENDS = ("mpi", "mpi-by-store", "tensorpipe")
 HERE = Path(__file__).resolve().parent
 RANKS = (sys.executable, str(HERE / "ranks.py"))
+FORK = (sys.executable, "-I", "-S", str(HERE / "fork_client.py"))
 START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
 # What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
 SAY_STATUS = ("sh", "-c", '"$@"; status=$?; echo "a rank ended with status $status"; exit $status', "rank")
@@ -71,14 +72,14 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 def commands_for(
     arguments: Sequence[str], size: int, backend: str, env: Mapping[str, str], within: Sequence[str] = ()
 ) -> list[Command]:
-    """What starts the ranks: one launcher, or the server for each.
+    """What starts the ranks, which the server forks: for one launcher, or each by itself.
 
     Args:
         arguments: to ranks.py.
-        within: a command that the launcher is to run ranks.py with.
+        within: a command that the launcher is to run each rank with.
     """
     if backend == "mpi":
-        return [Command([*mpirun(), "-n", str(size), *within, *RANKS, *arguments], env)]
+        return [Command([*mpirun(), "-n", str(size), *within, *FORK, rank_server().address, *arguments], env)]
     return [
         Command(arguments, {**env, "RPC_TEST_RANK": str(rank), "RPC_TEST_SIZE": str(size)}, forked=True)
         for rank in range(size)

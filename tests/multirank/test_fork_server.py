@@ -1,35 +1,150 @@
-"""The side of the fork server that asks for processes."""
+"""The fork server, with programs that need no torch."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fork_server import ForkServer
+import psutil
+import pytest
+from fork_server import ForkedProcess, ForkServer, ServerEnded
+from harness import eventually
+from launcher import FORK
+
+LIMIT = 60.0  # seconds
+SERVER = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import fork_server
+arguments = fork_server.serve(sys.argv[1])
+if arguments is not None:
+    exec(arguments[0])
+"""
+WAIT = "import sys, time; print('waits', flush=True); time.sleep(600)"
+
+Fork = Callable[..., ForkedProcess]
 
 
-class ServerOfThisTest(ForkServer):
-    """Without a process: what the server says is written to `server`."""
-
-    def __init__(self) -> None:
-        self._statuses = {}
-        self._channel, self.server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-    def says(self, **message: int) -> None:
-        self.server.send(json.dumps(message).encode())
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    with contextlib.closing(ForkServer([sys.executable, "-c", SERVER], {"OF_THE_SERVER": "1"})) as started:
+        yield started
 
 
-def test_a_process_does_not_end_with_the_status_of_an_earlier_one_of_its_number() -> None:
-    server = ServerOfThisTest()
-    with server._channel, server.server:
-        server.says(pid=7)
-        earlier = server.fork([], {}, Path("output"))
-        server.says(ended=7, status=0)
-        assert earlier.wait(60) == 0
-        server.says(pid=7)
-        later = server.fork([], {}, Path("output"))
-        assert later.poll() is None
-        server.says(ended=7, status=1)
-        assert later.wait(60) == 1
-        assert earlier.poll() == 0
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "output"
+
+
+def waits(output: Path) -> None:
+    eventually(lambda: output.exists() and "waits" in output.read_text(), "the program runs")
+
+
+def has_ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid)
+
+
+def test_processes_end_with_statuses_of_their_own(server: ForkServer, output: Path) -> None:
+    processes = [server.fork([f"sys.exit({status})"], {}, output) for status in (3, 0, 5)]
+    assert [process.wait(LIMIT) for process in processes] == [3, 0, 5]
+    killed = server.fork(["import os; os.kill(os.getpid(), 9)"], {}, output)
+    assert killed.wait(LIMIT) == -signal.SIGKILL
+    assert killed.poll() == -signal.SIGKILL
+
+
+def test_variables_and_output_are_those_of_the_request(server: ForkServer, output: Path) -> None:
+    output.write_text("before\n")
+    program = "import os; print(sorted(os.environ.items()), os.environ['OF_THE_REQUEST'], sys.stdin.read(), flush=True)"
+    assert server.fork([program], {"OF_THE_REQUEST": "2"}, output).wait(LIMIT) == 0
+    assert output.read_text() == "before\n[('OF_THE_REQUEST', '2'), ('OF_THE_SERVER', '1')] 2 \n"
+
+
+def test_a_process_that_runs_has_no_status(server: ForkServer, output: Path) -> None:
+    process = server.fork([WAIT], {}, output)
+    waits(output)
+    assert process.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(LIMIT) == -signal.SIGTERM
+
+
+def test_processes_do_not_outlive_the_server(output: Path) -> None:
+    server = ForkServer([sys.executable, "-c", SERVER], {})
+    process = server.fork([WAIT], {}, output)
+    waits(output)
+    server.close()
+    eventually(lambda: has_ended(process.pid), "the process is killed")
+    with pytest.raises(ServerEnded):
+        process.wait(LIMIT)
+
+
+def test_a_server_that_cannot_start_says_why(output: Path) -> None:
+    with contextlib.closing(ForkServer([sys.executable, "-c", "raise ValueError('on purpose')"], {})) as server:
+        with pytest.raises(ServerEnded, match=r"status 1. Its output(.|\n)*ValueError: on purpose"):
+            server.fork(["pass"], {}, output)
+        assert not server.runs()
+
+
+class TestClient:
+    """Of the launcher."""
+
+    @pytest.fixture
+    def start(self, server: ForkServer, output: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+        clients = []
+
+        def start_client(program: str, **more: object) -> subprocess.Popen:
+            with output.open("ab") as file:
+                command = [*FORK, server.address, program]
+                clients.append(
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=tmp_path, **more)
+                )
+            return clients[-1]
+
+        yield start_client
+        for client in clients:
+            client.kill()
+            client.wait()
+
+    def test_its_process_has_what_is_its_own(
+        self, start: Callable[..., subprocess.Popen], output: Path, tmp_path: Path
+    ) -> None:
+        """And the connection to the launcher, at its number."""
+        launcher, connection = socket.socketpair()
+        with launcher:
+            with connection:
+                number = connection.fileno()
+                program = "import os; print(os.getcwd(), os.environ['OF_THE_RANK'], flush=True)\n"
+                program += "os.write(int(os.environ['PMI_FD']), b'hello')"
+                env = {"OF_THE_RANK": "7", "PMI_FD": str(number)}
+                client = start(program, env=env, pass_fds=[number])
+            assert client.wait(LIMIT) == 0, output.read_text()
+            launcher.settimeout(LIMIT)
+            assert launcher.recv(100) == b"hello"
+            assert launcher.recv(100) == b""  # and nobody has it any more
+        assert output.read_text() == f"{tmp_path} 7\n"
+
+    @pytest.mark.parametrize("status", [0, 3, -signal.SIGKILL, -signal.SIGABRT])
+    def test_it_ends_as_its_process_does(self, start: Callable[..., subprocess.Popen], status: int) -> None:
+        end = f"sys.exit({status})" if status >= 0 else f"import os; os.kill(os.getpid(), {-status})"
+        assert start(end).wait(LIMIT) == status
+
+    def test_signals_are_passed_on(self, start: Callable[..., subprocess.Popen], output: Path) -> None:
+        handler = "import signal; signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(9))\n"
+        client = start(handler + WAIT)
+        waits(output)
+        client.send_signal(signal.SIGTERM)
+        assert client.wait(LIMIT) == 9
+
+    def test_its_process_is_killed_with_it(self, start: Callable[..., subprocess.Popen], output: Path) -> None:
+        client = start("import os; print(os.getpid())\n" + WAIT)
+        waits(output)
+        client.kill()
+        client.wait(LIMIT)
+        eventually(lambda: has_ended(int(output.read_text().split()[0])), "the process is killed")

@@ -97,15 +97,15 @@ def run_forked(torch_server: ForkServer, tmp_path: Path) -> RunPython:
     """As `run_python`, for many programs to which it does not matter how torch was imported."""
 
     def run(program: str, *, path: tuple[Path, ...] = (), **environment: str) -> str:
-        output = tmp_path / "output"
-        output.touch()
-        child = torch_server.fork([GUARD + program, str(tmp_path), *map(str, path)], environment, output)
+        output, errors = tmp_path / "output", tmp_path / "errors"
+        arguments = [GUARD + program, str(tmp_path), *map(str, path)]
+        child = torch_server.fork(arguments, environment, output, errors)
         try:
             status = child.wait(CHILD_TIMEOUT)
         except subprocess.TimeoutExpired:
             os.kill(child.pid, signal.SIGKILL)
             raise
-        assert status == 0, f"exit code {status}\n{output.read_text()}"
+        assert status == 0, f"exit code {status}\n{output.read_text()}\n{errors.read_text()}"
         return output.read_text()
 
     return run

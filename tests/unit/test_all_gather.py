@@ -97,9 +97,9 @@ def error_of(wait, *arguments, **options):
 
 
 @pytest.fixture
-def run_group(run_with_fakes: RunPython) -> RunPython:
+def run_group(run_forked_with_fakes: RunPython) -> RunPython:
     """Runs a program in a session that takes itself for one of three; the others never come."""
-    return functools.partial(run_with_fakes, PREAMBLE + GROUP)
+    return functools.partial(run_forked_with_fakes, PREAMBLE + GROUP)
 
 
 def test_the_error_names_the_lost_worker_that_takes_part(run_group: RunPython) -> None:

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(
 
 SESSION = """
 import tempfile
+import warnings
+warnings.simplefilter("ignore")
 import torch
 import torch.distributed.rpc as rpc
 from functions_table import CASES, Ours, Torchs, outcome, serialize
@@ -27,25 +29,23 @@ me = rpc.get_worker_info()
 """
 
 
-def run(run_python: RunPython, program: str) -> str:
-    return run_python(
+def run(run_forked: RunPython, program: str) -> str:
+    return run_forked(
         SESSION + program + "\nrpc.shutdown()\nprint('fine')",
         path=(HERE.parent / "multirank",),
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
-        PYTHONWARNINGS="ignore",
     )
 
 
-def test_every_case_ends_as_with_torchs_own(run_python: RunPython) -> None:
+def test_every_case_ends_as_with_torchs_own(run_forked: RunPython) -> None:
     program = """
 for name, case in CASES.items():
     expected, actual = outcome(case, Torchs, me), outcome(case, Ours, me)
     assert actual == expected, f"{name}: {actual} instead of {expected}"
 """
-    assert "fine" in run(run_python, program)
+    assert "fine" in run(run_forked, program)
 
 
-def test_calls_of_the_package_over_tensorpipe(run_python: RunPython) -> None:
+def test_calls_of_the_package_over_tensorpipe(run_forked: RunPython) -> None:
     program = """
 import torch_rpc_mpi
 from functions_table import scale, script_scale
@@ -70,10 +70,10 @@ else:
     raise AssertionError("no error")
 rpc.shutdown = lambda: None
 """
-    assert "fine" in run(run_python, program)
+    assert "fine" in run(run_forked, program)
 
 
-def test_halves_make_a_whole(run_python: RunPython) -> None:
+def test_halves_make_a_whole(run_forked: RunPython) -> None:
     program = """
 x = torch.ones(2)
 for future in (
@@ -91,10 +91,10 @@ except ValueError as error:
 else:
     raise AssertionError("no error")
 """
-    assert "fine" in run(run_python, program)
+    assert "fine" in run(run_forked, program)
 
 
-def test_a_future_completed_by_python_stays_as_it_is(run_python: RunPython) -> None:
+def test_a_future_completed_by_python_stays_as_it_is(run_forked: RunPython) -> None:
     program = """
 import time
 future = functions.py_rpc_python_udf(me, *serialize(time.sleep, 0.2))
@@ -103,10 +103,10 @@ assert future.wait() == "early"
 functions.py_rpc_python_udf(me, *serialize(time.sleep, 0.3)).wait()
 assert future.value() == "early"
 """
-    assert "fine" in run(run_python, program)
+    assert "fine" in run(run_forked, program)
 
 
-def test_asyncio(run_python: RunPython) -> None:
+def test_asyncio(run_forked: RunPython) -> None:
     program = """
 import asyncio
 
@@ -143,10 +143,10 @@ except RuntimeError as error:
 else:
     raise AssertionError("no error")
 """
-    assert "fine" in run(run_python, program)
+    assert "fine" in run(run_forked, program)
 
 
-def test_plain_results_are_known_by_heart(run_python: RunPython) -> None:
+def test_plain_results_are_known_by_heart(run_forked: RunPython) -> None:
     program = """
 from torch_rpc_mpi import _C, _pickler
 pickler = _pickler.RpcPickler()
@@ -161,12 +161,14 @@ pickled, _ = pickle(x)
 assert not _C.is_plain_result(pickled, [])
 assert not any(_C.is_plain_result(pickled[:length], [x]) for length in range(len(pickled)))
 """
-    assert "fine" in run(run_python, program)
+    assert "fine" in run(run_forked, program)
 
 
 # Every operator with these arguments: the overload must be the one found by trying all of them.
 OVERLOADS = """
 import itertools
+import warnings
+warnings.simplefilter("ignore")
 import torch
 from torch_rpc_mpi import _C
 
@@ -191,7 +193,7 @@ NAMES = sorted({schema.name for schema in torch._C._jit_get_all_schemas() if sch
 """
 
 
-def test_overloads_of_every_operator(run_python: RunPython) -> None:
+def test_overloads_of_every_operator(run_forked: RunPython) -> None:
     program = """
 different = []
 for name in NAMES[OFFSET::STEP]:
@@ -206,10 +208,10 @@ for name in NAMES[OFFSET::STEP]:
 print(len(NAMES), "operators", *different[:10], sep="\\n")
 assert not different, len(different)
 """
-    run_python(OVERLOADS + program.replace("OFFSET", "0").replace("STEP", "9"), PYTHONWARNINGS="ignore")
+    run_forked(OVERLOADS + program.replace("OFFSET", "0").replace("STEP", "9"))
 
 
-def test_overloads_of_common_operators(run_python: RunPython) -> None:
+def test_overloads_of_common_operators(run_forked: RunPython) -> None:
     program = """
 names = "add sub mul div pow sum max min clamp split cat stack where full zeros arange to index_select transpose size"
 for name in names.split():
@@ -218,10 +220,10 @@ for name in names.split():
             ours, torchs = (match("aten::" + name, args, {}, among_all) for among_all in (False, True))
             assert ours == torchs or torchs == ENDED, (name, args, ours, torchs)
 """
-    run_python(OVERLOADS + program, PYTHONWARNINGS="ignore")
+    run_forked(OVERLOADS + program)
 
 
-def test_overloads_registered_later_are_seen(run_python: RunPython) -> None:
+def test_overloads_registered_later_are_seen(run_forked: RunPython) -> None:
     program = """
 x = torch.ones(2)
 before = match("aten::add", (x, "text"), {}, False)
@@ -232,10 +234,10 @@ after = match("aten::add", (x, "text"), {}, False)
 assert "with_text" in after, after
 assert after == match("aten::add", (x, "text"), {}, True)
 """
-    run_python(OVERLOADS + program, PYTHONWARNINGS="ignore")
+    run_forked(OVERLOADS + program)
 
 
-def test_many_kinds_of_calls_stay_bounded(run_python: RunPython) -> None:
+def test_many_kinds_of_calls_stay_bounded(run_forked: RunPython) -> None:
     program = """
 import resource
 x = torch.ones(2)
@@ -246,4 +248,4 @@ for round in range(2):
     first = used if round == 0 else first
 assert used - first < 20_000, (first, used)
 """
-    run_python(OVERLOADS + program, PYTHONWARNINGS="ignore")
+    run_forked(OVERLOADS + program)

@@ -23,8 +23,8 @@ def fail(text):
 
 
 @pytest.fixture
-def run_session(run_with_fakes: RunPython) -> RunPython:
-    return functools.partial(run_with_fakes, PREAMBLE)
+def run_session(run_forked_with_fakes: RunPython) -> RunPython:
+    return functools.partial(run_forked_with_fakes, PREAMBLE)
 
 
 def test_the_literal_call_works(run_session: RunPython) -> None:

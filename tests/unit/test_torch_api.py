@@ -71,13 +71,13 @@ def results_in_session() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", names_of_module())
-def test_name(name: str, results_in_session: dict[str, str], run_python: RunPython) -> None:
+def test_name(name: str, results_in_session: dict[str, str], run_forked: RunPython) -> None:
     check = CHECKS[name]
     if not check.in_session:
         check.function(name)
         return
     if not results_in_session:
-        printed = run_python("import test_torch_api; test_torch_api.check_in_session()")
+        printed = run_forked("import test_torch_api; test_torch_api.check_in_session()")
         results_in_session.update(json.loads(printed.splitlines()[-1]))
     if error := results_in_session[name]:
         pytest.fail(error, pytrace=False)

@@ -228,7 +228,7 @@ def _ranks() -> list[Case]:
             message=(64 * KIB, 64 * KIB),
             everywhere=True,
         ),
-        Case("idle", "idle, share of a core", _idle, 1, "all", unit="core", most_rounds=5, quick=True),
+        Case("idle", "idle, share of a core", _idle, 1, "all", unit="core", most_rounds=5, quick=True, warm=False),
         Case(
             "session",
             "shutdown, init_rpc, call all",
