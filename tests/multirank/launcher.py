@@ -311,6 +311,11 @@ def run_script(command: Sequence[str], size: int, limit: float, launcher: bool =
     return run_commands([Command([*start, sys.executable, *command], {})], limit)
 
 
+def run_forked_script(command: Sequence[str], size: int, limit: float) -> tuple[int | None, str]:
+    """As run_script() under mpirun, in ranks that the server forks."""
+    return run_commands(commands_for(["script", *command], size, "mpi", {}), limit)
+
+
 def run_commands(commands: Sequence[Command], limit: float) -> tuple[int | None, str]:
     """Runs commands side by side; returns the first status that is not 0, else 0 (None if they hung), and output."""
     with tempfile.TemporaryDirectory() as scratch:

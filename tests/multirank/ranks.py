@@ -3,6 +3,7 @@
     python ranks.py cases MODULE:CASE...
     python ranks.py program MODULE PROGRAM
     python ranks.py main MODULE ARGUMENT...  a module with a main() of its own, as if it were the program
+    python ranks.py script PATH ARGUMENT...  what `python PATH ARGUMENT...` does
     python ranks.py serve DESCRIPTOR         a process that forks such ranks: see fork_server.py
 
 Cases write what happens to $RPC_TEST_SCRATCH/rankN.jsonl, one JSON object a line: {"pid"}, {"begin": case},
@@ -21,6 +22,7 @@ import os
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +144,15 @@ def run_program(world: harness.World, module: str, name: str) -> None:
     this.function(world)
 
 
+def run_script(path: str, *arguments: str) -> None:
+    sys.argv[:] = [path, *arguments]
+    sys.path[0] = os.path.dirname(path)
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    main.__file__ = path
+    with open(path) as file:
+        exec(compile(file.read(), path, "exec"), main.__dict__)
+
+
 def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
@@ -159,6 +170,9 @@ def main() -> None:
     if kind == "main":
         sys.argv[1:] = names[1:]
         importlib.import_module(names[0]).main()
+        return
+    if kind == "script":
+        run_script(*names)
         return
     sys.path.insert(0, os.environ["RPC_TEST_MODULES"])
     if kind == "program":
