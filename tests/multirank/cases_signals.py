@@ -146,16 +146,19 @@ def exceptions_of_handlers_at_any_moment(world: World) -> None:
     with handled(signal.SIGUSR1, stop):
         sender = threading.Thread(target=send)
         sender.start()
-        while interrupted < 50:
-            try:
-                wanted = True
-                equal(rpc.rpc_sync(world.next, identity, args=(interrupted,)), interrupted)
-                equal(rpc.remote(world.next, identity, args=(interrupted,)).to_here(), interrupted)
-                wanted = False
-            except Stop:
-                interrupted += 1
-        over.set()
-        sender.join()
+        try:
+            while interrupted < 50:
+                try:
+                    wanted = True
+                    equal(rpc.rpc_sync(world.next, identity, args=(interrupted,)), interrupted)
+                    equal(rpc.remote(world.next, identity, args=(interrupted,)).to_here(), interrupted)
+                    wanted = False
+                except Stop:
+                    interrupted += 1
+        finally:
+            wanted = False
+            over.set()
+            sender.join()
     # None of them has left the thread announced as one that drives progress: somebody looks for answers at once.
     futures = [rpc.rpc_async(world.next, identity, args=(number,)) for number in range(100)]
     equal(torch.futures.wait_all(futures), list(range(100)))

@@ -2,9 +2,9 @@
 
     python -I -S fork_client.py ADDRESS ARGUMENT...
 
-The process has the variables, working directory, output and PMI connection of this one, which ends as it does. It gets
-the signals that this one gets, and is killed if this one is. See fork_server.py; this side loads nothing that takes
-time.
+The process has the variables, working directory, input, output and PMI connection of this one, which ends as it does.
+It gets the signals that this one gets, and is killed if this one is. See fork_server.py; this side loads nothing that
+takes time.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ def request(
     socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors.values()))
 
 
+def receive(connection: socket.socket, kind: str) -> int:
+    packet = b""
+    with contextlib.suppress(ConnectionError):
+        packet = connection.recv(LARGEST)
+    if not packet:
+        sys.exit(f"fork_client.py: the fork server has ended before it has told the {kind} of a process")
+    return json.loads(packet)[kind]
+
+
 def main() -> None:
     address, *arguments = sys.argv[1:]
     passed = [0, 1, 2, *(int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ)]
@@ -45,14 +54,21 @@ def main() -> None:
         connection.connect(address)
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom
         request(connection, arguments, os.environ, {number: number for number in passed})
-        pid = json.loads(connection.recv(LARGEST))["pid"]
+        pid = receive(connection, "pid")
+
+        def pass_on(number: int, frame: object) -> None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
+
         for number in PASSED_ON:
-            signal.signal(number, lambda received, frame: os.kill(pid, received))
+            signal.signal(number, pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-        status = json.loads(connection.recv(LARGEST))["status"]
+        status = receive(connection, "status")
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # its number may be another's from now on
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no other
             signal.signal(-status, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])
         os.kill(os.getpid(), -status)
     sys.exit(status)
 

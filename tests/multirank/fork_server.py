@@ -15,6 +15,7 @@ and with it come the descriptors that get those numbers; the answers are {"pid"}
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -31,9 +32,10 @@ from pathlib import Path
 from fork_client import LARGEST, request
 
 START_LIMIT = 120.0  # importing torch on a busy machine
-WAITING = 64  # that ask at the same time
+LIMIT = 20.0  # for what takes no time
+WAITING = 64  # connections that are not yet accepted
 MOST_DESCRIPTORS = 8
-LEAST_FREE = 64  # numbers of descriptors from here on are nobody's
+_PR_SET_PDEATHSIG = 1
 
 
 class ServerEnded(Exception):
@@ -69,11 +71,32 @@ class ForkServer:
     def runs(self) -> bool:
         return self._process.poll() is None
 
+    def await_start(self) -> None:
+        """Returns when it serves: it has closed a connection that asks for nothing."""
+        with _socket() as connection, contextlib.suppress(ConnectionError):  # an end is for fork() to tell
+            connection.connect(self.address)
+            connection.shutdown(socket.SHUT_WR)
+            if not select.select([connection], [], [], START_LIMIT)[0]:
+                raise self.end()
+
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._log.close()
         self._directory.cleanup()
+
+    def end(self) -> ServerEnded:
+        """What there is to raise when it does not serve any more, or not in time."""
+        self._process.kill()
+        status = self._process.wait()
+        if self._log.closed:
+            return ServerEnded("it has been closed")
+        self._log.seek(0)
+        return ServerEnded(f"It ended with status {status}. Its output:\n{self._log.read().decode()}")
 
     def fork(
         self, arguments: Sequence[str], env: Mapping[str, str], output: Path, errors: Path | None = None
@@ -85,24 +108,23 @@ class ForkServer:
             with open(os.devnull, "rb") as nothing, output.open("ab") as out, (errors or output).open("ab") as err:
                 descriptors = {0: nothing.fileno(), 1: out.fileno(), 2: err.fileno()}
                 request(connection, arguments, {**self._env, **env}, descriptors)
-            return ForkedProcess(connection)
-        except (ConnectionError, ServerEnded) as error:
+            return ForkedProcess(self, connection)
+        except BaseException as error:
             connection.close()
-            self._process.kill()
-            status = self._process.wait()
-            self._log.seek(0)
-            raise ServerEnded(f"It ended with status {status}. Its output:\n{self._log.read().decode()}") from error
+            if isinstance(error, ConnectionError):
+                raise self.end() from error
+            raise
 
 
 class ForkedProcess:
     """A process of a server, with some of what subprocess.Popen has."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, server: ForkServer, connection: socket.socket) -> None:
+        self._server, self._connection = server, connection
         self.returncode: int | None = None
         self.pid = self._answer("pid", START_LIMIT)
         if self.pid is None:
-            raise ServerEnded(f"the server said nothing for {START_LIMIT:g} s")
+            raise server.end()
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -118,13 +140,17 @@ class ForkedProcess:
 
     def _answer(self, kind: str, timeout: float) -> int | None:
         """None if there is none within so many seconds. The status is the last."""
+        if self._connection.fileno() < 0:
+            raise self._server.end()
         if not select.select([self._connection], [], [], timeout)[0]:
             return None
-        packet = self._connection.recv(LARGEST)
+        packet = b""
+        with contextlib.suppress(ConnectionError):
+            packet = self._connection.recv(LARGEST)
         if not packet or kind == "status":
             self._connection.close()
         if not packet:
-            raise ServerEnded("the server ended before its process")
+            raise self._server.end()
         return json.loads(packet)[kind]
 
 
@@ -136,11 +162,12 @@ def serve(descriptor: str) -> list[str] | None:
         return None
     message, descriptors = asked
     os.setsid()  # as every process of a launch
-    # Out of the way of the numbers that they get.
-    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, LEAST_FREE) for descriptor in descriptors]
+    numbers = message["descriptors"]
+    beyond = max(numbers, default=0) + 1  # out of the way of the numbers that they get
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, beyond) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)
-    for descriptor, number in zip(moved, message["descriptors"], strict=True):
+    for descriptor, number in zip(moved, numbers, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.clear()
@@ -184,18 +211,27 @@ class _Server:
             if sys.stdin in ready:
                 for pid in self._connections:
                     os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
                 return None
             if self._listener in ready and (asked := self._fork()):
                 return asked
 
     def _fork(self) -> tuple[dict, list[int]] | None:
         connection, _ = self._listener.accept()
-        packet, descriptors, _, _ = socket.recv_fds(connection, LARGEST, MOST_DESCRIPTORS)
-        if not packet:  # who asks has ended already
+        connection.settimeout(LIMIT)
+        packet, descriptors = b"", []
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            packet, descriptors, _, _ = socket.recv_fds(connection, LARGEST, MOST_DESCRIPTORS)
+        connection.settimeout(None)
+        if not packet:  # it asks for nothing, or its process has ended
             connection.close()
             return None
+        server = os.getpid()
         pid = os.fork()
         if pid == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != server:
+                os._exit(1)
             connection.close()
             return json.loads(packet), descriptors
         for descriptor in descriptors:
@@ -217,7 +253,7 @@ class _Server:
 
 
 def _send(connection: socket.socket, **message: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody is there any more
+    with contextlib.suppress(ConnectionError):  # nobody is there any more
         connection.send(json.dumps(message).encode())
 
 

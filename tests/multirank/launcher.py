@@ -1,4 +1,4 @@
-"""Starts ranks, under mpirun or from a server that has torch loaded, watches over them, and reads what they report."""
+"""Starts ranks, under mpirun or by themselves, watches over them, and reads what they report."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ def rank_server() -> ForkServer:
         close_rank_server()
     if not _servers:
         _servers.append(ForkServer([*RANKS, "serve"], environment({})))
+        _servers[-1].await_start()  # which is no part of a launch
     return _servers[-1]
 
 

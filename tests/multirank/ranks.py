@@ -150,7 +150,7 @@ def run_script(path: str, *arguments: str) -> None:
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     main.__file__ = path
     with open(path) as file:
-        exec(compile(file.read(), path, "exec"), main.__dict__)
+        exec(compile(file.read(), path, "exec", dont_inherit=True), main.__dict__)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fork_client import PASSED_ON, request
 from fork_server import ForkedProcess, ForkServer, ServerEnded
 from harness import eventually
 from launcher import FORK
@@ -85,8 +87,28 @@ def test_processes_do_not_outlive_the_server(output: Path) -> None:
         process.wait(LIMIT)
 
 
+def test_processes_do_not_outlive_a_server_that_is_killed(server: ForkServer, output: Path) -> None:
+    process = server.fork([WAIT], {}, output)
+    waits(output)
+    server._process.kill()
+    with pytest.raises(ServerEnded, match="status -9"):
+        process.wait(LIMIT)
+    eventually(lambda: has_ended(process.pid), "the process is killed")
+
+
+@pytest.mark.parametrize("server_says", [False, True], ids=["before it has asked", "before it has read the answer"])
+def test_one_that_goes_away_harms_nobody(server: ForkServer, output: Path, server_says: bool) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(server.address)
+        if server_says:
+            request(connection, [WAIT], {}, {})
+            assert select.select([connection], [], [], LIMIT)[0]
+    assert server.fork(["sys.exit(3)"], {}, output).wait(LIMIT) == 3
+
+
 def test_a_server_that_cannot_start_says_why(output: Path) -> None:
     with contextlib.closing(ForkServer([sys.executable, "-c", "raise ValueError('on purpose')"], {})) as server:
+        server.await_start()
         with pytest.raises(ServerEnded, match=r"status 1. Its output(.|\n)*ValueError: on purpose"):
             server.fork(["pass"], {}, output)
         assert not server.runs()
@@ -135,12 +157,23 @@ class TestClient:
         end = f"sys.exit({status})" if status >= 0 else f"import os; os.kill(os.getpid(), {-status})"
         assert start(end).wait(LIMIT) == status
 
-    def test_signals_are_passed_on(self, start: Callable[..., subprocess.Popen], output: Path) -> None:
-        handler = "import signal; signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(9))\n"
-        client = start(handler + WAIT)
+    @pytest.mark.parametrize("number", PASSED_ON)
+    def test_signals_are_passed_on(
+        self, start: Callable[..., subprocess.Popen], output: Path, number: signal.Signals
+    ) -> None:
+        client = start(f"import signal; signal.signal({int(number)}, lambda number, frame: sys.exit(9))\n{WAIT}")
         waits(output)
-        client.send_signal(signal.SIGTERM)
+        client.send_signal(number)
         assert client.wait(LIMIT) == 9
+
+    def test_it_says_that_the_server_has_ended(
+        self, start: Callable[..., subprocess.Popen], server: ForkServer, output: Path
+    ) -> None:
+        client = start(WAIT)
+        waits(output)
+        server._process.kill()
+        assert client.wait(LIMIT) == 1
+        assert "the fork server has ended before it has told the status" in output.read_text()
 
     def test_its_process_is_killed_with_it(self, start: Callable[..., subprocess.Popen], output: Path) -> None:
         client = start("import os; print(os.getpid())\n" + WAIT)

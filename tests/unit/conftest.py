@@ -69,20 +69,6 @@ def run_python(tmp_path: Path) -> RunPython:
     return run
 
 
-@pytest.fixture
-def run_with_fakes(run_python: RunPython, tmp_path: Path) -> RunPython:
-    """Runs a preamble and a program (two arguments), as `run_python`, where mpi4py is a fake.
-
-    Torch's entry point is as installed; the preamble installs the fake extension (``unit_fakes.install_extension``).
-    """
-    unit_fakes.write_mpi4py(tmp_path / "fakes")
-
-    def run(preamble: str, program: str, **environment: str) -> str:
-        return run_python(preamble + program, installed=True, path=(tmp_path / "fakes",), **environment)
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Forks programs from a process that has imported torch where the package is installed."""
@@ -113,7 +99,10 @@ def run_forked(torch_server: ForkServer, tmp_path: Path) -> RunPython:
 
 @pytest.fixture
 def run_forked_with_fakes(run_forked: RunPython, tmp_path: Path) -> RunPython:
-    """As `run_with_fakes`, forked."""
+    """Runs a preamble and a program (two arguments), as `run_forked`, where mpi4py is a fake.
+
+    The preamble installs the fake extension (``unit_fakes.install_extension``).
+    """
     unit_fakes.write_mpi4py(tmp_path / "fakes")
 
     def run(preamble: str, program: str, **environment: str) -> str:
