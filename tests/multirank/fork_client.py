@@ -38,23 +38,31 @@ def request(
     socket.send_fds(connection, [json.dumps(message).encode()], list(descriptors.values()))
 
 
-def receive(connection: socket.socket, kind: str) -> int:
+def answer(connection: socket.socket, kind: str) -> int | None:
+    """The next one of the server, which is of this kind; None if the server has ended."""
     packet = b""
     with contextlib.suppress(ConnectionError):
         packet = connection.recv(LARGEST)
-    if not packet:
+    return json.loads(packet)[kind] if packet else None
+
+
+def await_answer(connection: socket.socket, kind: str) -> int:
+    value = answer(connection, kind)
+    if value is None:
         sys.exit(f"fork_client.py: the fork server has ended before it has told the {kind} of a process")
-    return json.loads(packet)[kind]
+    return value
 
 
 def main() -> None:
     address, *arguments = sys.argv[1:]
-    passed = [0, 1, 2, *(int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ)]
+    passed = [0, 1, 2]
+    if "PMI_FD" in os.environ:
+        passed.append(int(os.environ["PMI_FD"]))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(address)
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known to whom
         request(connection, arguments, os.environ, {number: number for number in passed})
-        pid = receive(connection, "pid")
+        pid = await_answer(connection, "pid")
 
         def pass_on(number: int, frame: object) -> None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -63,7 +71,7 @@ def main() -> None:
         for number in PASSED_ON:
             signal.signal(number, pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-        status = receive(connection, "status")
+        status = await_answer(connection, "status")
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # its number may be another's from now on
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no other

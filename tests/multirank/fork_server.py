@@ -26,10 +26,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fork_client import LARGEST, request
+from fork_client import LARGEST, answer, request
 
 START_LIMIT = 120.0  # importing torch on a busy machine
 LIMIT = 20.0  # for what takes no time
@@ -102,18 +103,18 @@ class ForkServer:
         self, arguments: Sequence[str], env: Mapping[str, str], output: Path, errors: Path | None = None
     ) -> ForkedProcess:
         """Forks a process with these arguments, more variables, and its output appended to a file, or to two."""
-        connection = _socket()
-        try:
-            connection.connect(self.address)
-            with open(os.devnull, "rb") as nothing, output.open("ab") as out, (errors or output).open("ab") as err:
-                descriptors = {0: nothing.fileno(), 1: out.fileno(), 2: err.fileno()}
-                request(connection, arguments, {**self._env, **env}, descriptors)
-            return ForkedProcess(self, connection)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, ConnectionError):
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(_socket())
+            try:
+                connection.connect(self.address)
+                with open(os.devnull, "rb") as nothing, output.open("ab") as out, (errors or output).open("ab") as err:
+                    descriptors = {0: nothing.fileno(), 1: out.fileno(), 2: err.fileno()}
+                    request(connection, arguments, {**self._env, **env}, descriptors)
+            except ConnectionError as error:
                 raise self.end() from error
-            raise
+            process = ForkedProcess(self, connection)
+            undo.pop_all()
+        return process
 
 
 class ForkedProcess:
@@ -144,14 +145,12 @@ class ForkedProcess:
             raise self._server.end()
         if not select.select([self._connection], [], [], timeout)[0]:
             return None
-        packet = b""
-        with contextlib.suppress(ConnectionError):
-            packet = self._connection.recv(LARGEST)
-        if not packet or kind == "status":
+        value = answer(self._connection, kind)
+        if value is None or kind == "status":
             self._connection.close()
-        if not packet:
+        if value is None:
             raise self._server.end()
-        return json.loads(packet)[kind]
+        return value
 
 
 def serve(descriptor: str) -> list[str] | None:
@@ -175,6 +174,16 @@ def serve(descriptor: str) -> list[str] | None:
     os.chdir(message["directory"])
     sys.argv[1:] = message["arguments"]
     return message["arguments"]
+
+
+def run_as_main(program: str, arguments: Sequence[str], path: str | None = None) -> None:
+    """Runs a program as its own `__main__`, as `python PATH` and `python -c` do. The first argument is its name."""
+    sys.argv[:] = arguments
+    this = sys.modules["__main__"]  # noqa: F841 (kept, as its names would go with it)
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    if path is not None:
+        main.__file__ = path
+    exec(compile(program, path or "<string>", "exec", dont_inherit=True), main.__dict__)
 
 
 class _Server:

@@ -26,7 +26,7 @@ BACKENDS = ("mpi", "mpi-by-store", "tensorpipe")
 HERE = Path(__file__).resolve().parent
 RANKS = (sys.executable, str(HERE / "ranks.py"))
 FORK = (sys.executable, "-I", "-S", str(HERE / "fork_client.py"))
-START_LIMIT = 120.0  # importing torch on a busy machine, several times at once
+START_LIMIT = 120.0  # until the first rank says something, on a busy machine
 # What a launcher tells of its ranks' statuses is no more than one status for all, and some mix them up.
 SAY_STATUS = ("sh", "-c", '"$@"; status=$?; echo "a rank ended with status $status"; exit $status', "rank")
 LAUNCHES = 4  # of the same cases at most, the first included

@@ -22,7 +22,6 @@ import os
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -145,12 +144,10 @@ def run_program(world: harness.World, module: str, name: str) -> None:
 
 
 def run_script(path: str, *arguments: str) -> None:
-    sys.argv[:] = [path, *arguments]
     sys.path[0] = os.path.dirname(path)
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    main.__file__ = path
     with open(path) as file:
-        exec(compile(file.read(), path, "exec", dont_inherit=True), main.__dict__)
+        program = file.read()
+    fork_server.run_as_main(program, [path, *arguments], path)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ See fork_server.py; the arguments of a request are the program, its working dire
 import gc
 import os
 import sys
-import types
 
 import fork_server
 import torch.distributed.rpc  # noqa: F401 (to be there)
@@ -20,7 +19,4 @@ if arguments is not None:
     program, directory, *path = arguments
     os.chdir(directory)
     sys.path[:0] = path
-    sys.argv[:] = ["-c"]
-    server = sys.modules["__main__"]  # kept, as its names would go with it
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    exec(program, main.__dict__)
+    fork_server.run_as_main(program, ["-c"])
