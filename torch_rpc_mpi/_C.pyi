@@ -261,6 +261,25 @@ class PlainPickler:
     @staticmethod
     def load_result(data: bytes, tensors: Sequence[Tensor]) -> tuple[Any, ...]: ...
 
+class DirectCalls:
+    """Calls as ``rpc_sync`` and ``rpc_async`` make them (csrc/python/direct_calls.h).
+
+    None is returned for those that are left to torch's function; ``answer`` is called with the value of the others.
+    """
+
+    def __init__(
+        self,
+        agent: MPIAgent,
+        pickler: Any,
+        api: dict[str, Any],
+        default_pickler: str,
+        builtins: dict[int, str],
+        async_execution: str,
+        script_function: type,
+    ) -> None: ...
+    def sync(self, answer: Callable[[Any], Any], to: Any, func: Any, args: Any, kwargs: Any, timeout: Any) -> Any: ...
+    def future(self, to: Any, func: Any, args: Any, kwargs: Any, timeout: Any) -> Future[Any] | None: ...
+
 # For the tests: whether a result as it was pickled is one that the caller needs no Python to read.
 def is_plain_result(pickled: bytes, tensors: Sequence[Tensor]) -> bool: ...
 

@@ -35,6 +35,7 @@ from torch.storage import TypedStorage, UntypedStorage
 from . import _C, _remote_errors, _torch_api, _unsendable
 
 Pickled = tuple[bytes, list[Tensor]]
+_Parts = tuple[bytes, list[Tensor], list[Any]]  # without its RRefs, which are forked when it is complete
 
 _MAIN = b"__main__"
 _MISSING = object()
@@ -258,7 +259,7 @@ class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
 
     def __init__(self, always_by_value: bool = False) -> None:
         super().__init__()
-        self._always_by_value = always_by_value
+        self.always_by_value = always_by_value
         # Other parts of torch register theirs (RemoteModule) with the one instance that they know.
         self._registered = (copyreg.dispatch_table, *map(_torch_api.reducers_of, (_torch_api.torchs_pickler, self)))
         self.plain = _C.PlainPickler(list(self._registered))
@@ -273,20 +274,27 @@ class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
                 names it and the path to it.
             RecursionError: it is nested too deeply.
         """
-        if self._always_by_value:
+        if self.always_by_value:
             return self._by_value(obj)
-        is_call = isinstance(obj, internal.PythonUDF)
-        try:
-            # Plain results do not come here: see csrc/python/function_runner.cpp.
-            plain = self.plain.dump_call(obj) if is_call else None
-            data, tensors, rrefs = plain or self._by_reference(obj)
+        if isinstance(obj, internal.PythonUDF):
+            return self.serialize_call(obj, self.plain.dump_call(obj))
+        try:  # plain results do not come here: see csrc/python/function_runner.cpp
+            data, tensors, rrefs = self._by_reference(obj)
         except RecursionError:
             raise  # by value it would go no deeper
         except Exception:
-            if not is_call:
-                return self._by_value(obj)
-            data, tensors, rrefs = self._dump_by_value(obj, main_by_name=True)
-        if _MAIN not in data or not is_call:  # only a call can be sent again
+            return self._by_value(obj)
+        return _complete(data, rrefs, False), tensors
+
+    def serialize_call(self, call: Any, plain: _Parts | None) -> Pickled:
+        """The same of a call, given what :attr:`plain` has made of it: its pickle, or None if that cannot."""
+        try:
+            data, tensors, rrefs = plain or self._by_reference(call)
+        except RecursionError:
+            raise
+        except Exception:
+            data, tensors, rrefs = self._dump_by_value(call, main_by_name=True)
+        if _MAIN not in data:
             return _complete(data, rrefs, False), tensors
         message = Resendable(_complete(data, rrefs, True))
         if rrefs or len(data) > _KEPT_IN_COPY:
@@ -303,7 +311,7 @@ class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
             return {**self._table, type(obj): _reduce_script_module}
         return self._table
 
-    def _by_reference(self, obj: Any) -> tuple[bytes, list[Tensor], list[Any]]:
+    def _by_reference(self, obj: Any) -> _Parts:
         tensors: list[Tensor] = []
         rrefs: list[Any] = []
         buffer = io.BytesIO()
@@ -317,7 +325,7 @@ class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
         data, tensors, rrefs = self._dump_by_value(obj, main_by_name=False)
         return _complete(data, rrefs, False), tensors
 
-    def _dump_by_value(self, obj: Any, main_by_name: bool) -> tuple[bytes, list[Tensor], list[Any]]:
+    def _dump_by_value(self, obj: Any, main_by_name: bool) -> _Parts:
         is_call = isinstance(obj, internal.PythonUDF)
         try:
             return self._dump(obj, main_by_name, is_call)
@@ -326,7 +334,7 @@ class RpcPickler(_torch_api.InternalRPCPickler):  # type: ignore[misc]
         except Exception as error:
             raise _unsendable.explain(obj, error, lambda part: self._dump(part, main_by_name, is_call)) from error
 
-    def _dump(self, obj: Any, main_by_name: bool, is_call: bool) -> tuple[bytes, list[Tensor], list[Any]]:
+    def _dump(self, obj: Any, main_by_name: bool, is_call: bool) -> _Parts:
         tensors: list[Tensor] = []
         rrefs: list[Any] = []
         buffer = io.BytesIO()

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.distributed.rpc import internal
 
 from . import _C, _all_gather, _exit, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
 from ._tensorpipe import TranslatedOptions
 from ._torch_api import Place, Replacements, RpcBackendOptions, Store, TensorPipeAgent
+from .functions import UNSET_RPC_TIMEOUT
 from .options import MPIRpcBackendOptions
 
 _WAKING_LIMIT = 0.5  # seconds
@@ -142,7 +144,7 @@ def _hooks_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[P
     they are, as TorchScript knows them.
     """
     hooks: dict[Place, Any] = {
-        _torch_api.INVOKE_RPC: _make_invoke_rpc(agent, _torch_api.INVOKE_RPC.current),
+        _torch_api.INVOKE_RPC: _make_invoke_rpc(agent, pickler, _torch_api.INVOKE_RPC.current),
         _torch_api.INVOKE_RPC_BUILTIN: _invoke_rpc_builtin,
         _torch_api.INVOKE_REMOTE_BUILTIN: _invoke_remote_builtin,
         _torch_api.INVOKE_REMOTE_PYTHON_UDF: entry_points.py_remote_python_udf,
@@ -176,23 +178,46 @@ def _hooks_into_futures() -> dict[Place, Any]:
 class _Answer:
     """What ``rpc_sync`` calls ``wait()`` of, at once."""
 
-    __slots__ = ("_agent", "_future")
+    __slots__ = ("_value",)
 
-    def __init__(self, agent: Agent, future: Any) -> None:
-        self._agent, self._future = agent, future
+    def __init__(self, value: Any) -> None:
+        self._value = value
 
     def wait(self) -> Any:
-        return self._agent.wait(self._future)
+        return self._value
 
 
-def _make_invoke_rpc(agent: Agent, torchs: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's ``_invoke_rpc``, after which ``rpc_sync`` drives progress itself until its answer has come."""
+def _make_invoke_rpc(
+    agent: Agent, pickler: _pickler.RpcPickler | None, torchs: Callable[..., Any]
+) -> Callable[..., Any]:
+    """torch's ``_invoke_rpc``, but the calls of ``rpc_sync`` are awaited in here, while this thread drives progress.
+
+    Most are made without torch's function: see Note [Direct calls] in csrc/python/direct_calls.h.
+    """
+    sync = internal.RPCExecMode.SYNC
+    direct = _C.DirectCalls(
+        agent,
+        None if pickler is None or pickler.always_by_value else pickler,
+        _torch_api.DEFAULT_PICKLER.names,
+        _torch_api.DEFAULT_PICKLER.name,
+        _torch_api.builtin_names(),
+        _torch_api.ASYNC_EXECUTION,
+        torch.jit.ScriptFunction,
+    )
+    answer_of, future_of = direct.sync, direct.future
 
     @functools.wraps(torchs)
-    def _invoke_rpc(to: Any, func: Any, rpc_type: Any, *args: Any, **kwargs: Any) -> Any:
-        if rpc_type is not internal.RPCExecMode.SYNC:
-            return torchs(to, func, rpc_type, *args, **kwargs)
-        return _Answer(agent, calls.announced(agent, lambda: torchs(to, func, rpc_type, *args, **kwargs)))
+    def _invoke_rpc(
+        to: Any, func: Any, rpc_type: Any, args: Any = None, kwargs: Any = None, rpc_timeout: Any = UNSET_RPC_TIMEOUT
+    ) -> Any:
+        if rpc_type is not sync:
+            future = future_of(to, func, args, kwargs, rpc_timeout)
+            return torchs(to, func, rpc_type, args, kwargs, rpc_timeout) if future is None else future
+        answer = answer_of(_Answer, to, func, args, kwargs, rpc_timeout)
+        if answer is None:
+            call = functools.partial(torchs, to, func, rpc_type, args, kwargs, rpc_timeout)
+            answer = _Answer(agent.wait(calls.announced(agent, call)))
+        return answer
 
     return _invoke_rpc
 

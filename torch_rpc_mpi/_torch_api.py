@@ -35,8 +35,13 @@ class Place(NamedTuple):
     name: str
 
     @property
+    def names(self) -> Any:
+        """Where torch looks for it: a dict by name."""
+        return vars(self.owner)
+
+    @property
     def current(self) -> Any:
-        return vars(self.owner)[self.name]
+        return self.names[self.name]
 
     def set(self, value: Any) -> None:
         setattr(self.owner, self.name, value)
@@ -95,12 +100,14 @@ WAIT_ALL_WORKERS = Place(api, "_wait_all_workers")
 RENDEZVOUS_TCP_STORE = Place(sys.modules["torch.distributed.rendezvous"], "TCPStore")
 
 # The rest is used as it is.
+ASYNC_EXECUTION = "_wrapped_async_rpc_function"
 DEFAULT_INIT_METHOD = _distributed_rpc._DEFAULT_INIT_METHOD
 DEFAULT_NUM_WORKER_THREADS = _distributed_rpc._DEFAULT_NUM_WORKER_THREADS
 DEFAULT_RPC_TIMEOUT = _distributed_rpc._DEFAULT_RPC_TIMEOUT_SEC
 AllGatherStates: Any = api.AllGatherStates
 InternalRPCPickler: Any = internal._InternalRPCPickler
 enable_rpc_profiler: Callable[..., Any] = api._enable_rpc_profiler
+builtin_names: Callable[[], dict[int, str]] = torch.jit._builtins._get_builtin_table
 find_builtin: Callable[[Any], str | None] = torch.jit._builtins._find_builtin
 get_current_rpc_agent = _distributed_rpc._get_current_rpc_agent
 handle_exception: Callable[[Any], None] = internal._handle_exception
@@ -131,7 +138,7 @@ def end_of_record(record: Any) -> Callable[[Future[Any]], Future[Any]]:
 
 def async_execution(function: Any) -> Any:
     """The function that ``rpc.functions.async_execution`` wraps in this one; None for any other."""
-    return getattr(function, "_wrapped_async_rpc_function", None)
+    return getattr(function, ASYNC_EXECUTION, None)
 
 
 def reducers_of(pickler: Any) -> dict[type, Callable[[Any], Any]]:

@@ -24,6 +24,9 @@ ByValue::ByValue(const py::object& how, const std::string& pickled, const std::v
   function_ = shared(how);
 }
 
+ByValue::ByValue(const std::string& pickled, const std::vector<at::Tensor>& tensors)
+    : first_(std::make_shared<const First>(First{pickled, tensors})) {}
+
 torch::distributed::rpc::SerializedPyObj ByValue::pickle() const {
   const Gil gil;
   const UserCode code;

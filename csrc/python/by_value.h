@@ -18,6 +18,8 @@ class ByValue {
   // how: None; True to let torch_rpc_mpi._pickler.again() do it, given the first attempt's pickle and tensors, of which
   // this keeps copies; or a function without arguments that does it. Called without the GIL.
   ByValue(const pybind11::object& how, const std::string& pickled, const std::vector<at::Tensor>& tensors);
+  // As with True.
+  ByValue(const std::string& pickled, const std::vector<at::Tensor>& tensors);
 
   bool possible() const {
     return function_ != nullptr || first_ != nullptr;

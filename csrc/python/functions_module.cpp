@@ -7,6 +7,7 @@
 
 #include "codec/sendable.h"
 #include "python/builtin_operator.h"
+#include "python/direct_calls.h"
 #include "python/interpreter.h"
 #include "python/pickle/plain_pickle.h"
 #include "python/pickle/plain_pickle_format.h"
@@ -44,14 +45,6 @@ std::string overloadOf(const BuiltinCall& call) {
   std::ostringstream schema;
   schema << call.op->schema();
   return schema.str();
-}
-
-// For Python: its bytes, tensors and RRefs; None for nothing.
-py::object partsOf(std::optional<PlainPickle> pickle) {
-  if (!pickle) {
-    return py::none();
-  }
-  return py::make_tuple(py::bytes(pickle->data), std::move(pickle->tensors), std::move(pickle->rrefs));
 }
 
 // For Python: a tuple of what was read, an empty one if it was not plain.
@@ -113,6 +106,36 @@ void bindPythonUdf(py::module_& module) {
       py::arg("is_async_execution"), py::arg("by_value"), WithoutGil());
 }
 
+void bindDirectCalls(py::module_& module) {
+  // Arguments of any type: what is not usual is left to torch's function.
+  using Any = const py::object&;
+  py::class_<DirectCalls>(module, "DirectCalls")
+      .def(
+          py::init([](std::shared_ptr<MpiAgent> agent, py::object pickler, py::dict api, py::str defaultPickler,
+                      py::dict builtins, py::str asyncExecution, py::object scriptFunction) {
+            return DirectCalls(
+                std::move(agent), std::move(pickler),
+                {std::move(api), std::move(defaultPickler), std::move(builtins), std::move(asyncExecution),
+                 std::move(scriptFunction)});
+          }),
+          py::arg("agent"), py::arg("pickler"), py::arg("api"), py::arg("default_pickler"), py::arg("builtins"),
+          py::arg("async_execution"), py::arg("script_function"))
+      .def(
+          "sync",
+          [](const DirectCalls& self, Any answer, Any to, Any function, Any args, Any kwargs, Any timeout) {
+            auto future = self.make({to, function, args, kwargs, timeout}, /*awaited=*/true);
+            return future == nullptr ? py::none() : answer(torch::jit::PythonFutureWrapper(std::move(future)).wait());
+          },
+          py::arg("answer"), py::arg("to"), py::arg("func"), py::arg("args"), py::arg("kwargs"), py::arg("timeout"))
+      .def(
+          "future",
+          [](const DirectCalls& self, Any to, Any function, Any args, Any kwargs, Any timeout) {
+            auto future = self.make({to, function, args, kwargs, timeout}, /*awaited=*/false);
+            return future == nullptr ? nullptr : wrap(std::move(future));
+          },
+          py::arg("to"), py::arg("func"), py::arg("args"), py::arg("kwargs"), py::arg("timeout"));
+}
+
 void bindTorchscript(py::module_& module) {
   module.def(
       "py_rpc_torchscript",
@@ -147,6 +170,7 @@ void bindFunctions(py::module_& module) {
   bindBuiltin(module);
   bindPythonUdf(module);
   bindTorchscript(module);
+  bindDirectCalls(module);
   module.def(
       "to_py_jit_future",
       [](const torch::jit::PythonFutureWrapper& messageFuture, bool hasValue) {

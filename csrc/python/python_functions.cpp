@@ -218,6 +218,10 @@ JitFuturePtr pyRpcBuiltin(
     float rpcTimeoutSeconds) {
   auto call = matchBuiltin(opName, args, kwargs);
   const NoGil noGil;
+  return pyRpcBuiltin(dst, std::move(call), rpcTimeoutSeconds);
+}
+
+JitFuturePtr pyRpcBuiltin(const WorkerInfo& dst, BuiltinCall call, float rpcTimeoutSeconds) {
   return toPyJitFuture(sendBuiltin(dst, std::move(call), rpcTimeoutSeconds));
 }
 

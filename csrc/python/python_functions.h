@@ -11,6 +11,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "agent/call_table.h"
+#include "python/builtin_operator.h"
 #include "python/by_value.h"
 
 namespace torch_rpc_mpi {
@@ -32,6 +33,9 @@ JitFuturePtr pyRpcBuiltin(
     const pybind11::args& args,
     const pybind11::kwargs& kwargs,
     float rpcTimeoutSeconds);
+
+// The same with the operator found, without the GIL.
+JitFuturePtr pyRpcBuiltin(const WorkerInfo& dst, BuiltinCall call, float rpcTimeoutSeconds);
 
 // Takes pickledPythonUDF and the contents of tensors. byValue is for a call that names something of __main__: when the
 // callee says that its __main__ lacks a name, before anything has run, the call is pickled by value and sent again,

@@ -428,13 +428,29 @@ def find_builtin(name: str) -> None:
     assert _torch_api.find_builtin(double) is None
 
 
+@relied_on("builtin_names")
+def builtin_names(name: str) -> None:
+    """The table that torch looks into, by identity; operators that come later are put into it."""
+    table = _torch_api.builtin_names()
+    assert table[id(torch.add)] == "aten::add"
+    assert id(double) not in table
+    torch.jit._builtins._register_builtin(double, "aten::neg")
+    try:
+        assert table[id(double)] == _torch_api.find_builtin(double) == "aten::neg"
+    finally:
+        del table[id(double)]
+
+
 @relied_on("qualified_name", in_session=True)
 def qualified_name(name: str) -> None:
-    assert _torch_api.qualified_name(scripted()) == f"__torch__.{__name__}.triple"
+    function = scripted()
+    assert _torch_api.qualified_name(function) == f"__torch__.{__name__}.triple"
+    assert function.qualified_name == _torch_api.qualified_name(function)  # which direct calls ask for
 
 
-@relied_on("async_execution")
+@relied_on("async_execution", "ASYNC_EXECUTION")
 def async_execution(name: str) -> None:
+    assert _torch_api.ASYNC_EXECUTION in names_used_by(api._invoke_rpc) | set(api._invoke_rpc.__code__.co_consts)
     assert _torch_api.async_execution(rpc.functions.async_execution(double)) is double
     assert _torch_api.async_execution(double) is None
 

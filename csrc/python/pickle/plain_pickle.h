@@ -28,6 +28,9 @@ struct PlainPickle {
   std::vector<pybind11::object> rrefs; // likewise
 };
 
+// For Python: its bytes, tensors and RRefs; None for nothing.
+pybind11::object partsOf(std::optional<PlainPickle> pickle);
+
 // Immutable, but for what Python puts into the dicts that it knows. Made, used and destroyed with the GIL. Python's
 // garbage collector does not see through it: a reducer that refers to the object that has this one is kept for ever.
 class PlainPickler {
@@ -37,6 +40,12 @@ class PlainPickler {
 
   // Nothing if something in `value` is not plain. A call is a torch.distributed.rpc.internal.PythonUDF.
   std::optional<PlainPickle> dumpCall(pybind11::handle call) const;
+  // The call that has these members.
+  std::optional<PlainPickle> dumpCall(pybind11::handle function, pybind11::handle args, pybind11::handle kwargs) const;
+  // For Python, which makes one of them.
+  const pybind11::object& callType() const {
+    return callType_;
+  }
   // The same without functions, classes and RRefs.
   std::optional<PlainPickle> dumpResult(pybind11::handle value) const;
 

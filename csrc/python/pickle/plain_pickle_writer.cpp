@@ -28,29 +28,29 @@ class PickleWriter {
  public:
   PickleWriter(const std::vector<py::dict>& reducers, bool isCall) : reducers_(reducers), isCall_(isCall) {}
 
-  std::optional<PlainPickle> write(PyObject* value, PyObject* callType) {
+  std::optional<PlainPickle> writeResult(PyObject* value) {
     pickle_.data = kStart;
-    if (isCall_) {
-      // A named tuple: the function, its arguments and its keyword arguments.
-      if (Py_TYPE(value) != reinterpret_cast<PyTypeObject*>(callType) || PyTuple_GET_SIZE(value) != 3) {
-        return std::nullopt;
-      }
-      append(kCallType);
-      for (Py_ssize_t i = 0; i < 3; ++i) {
-        if (!any(PyTuple_GET_ITEM(value, i), 0)) {
-          return std::nullopt;
-        }
-      }
-      append(kTuples[2]);
-      append(kNewObject);
-    } else if (!any(value, 0)) {
+    return any(value, 0) ? finished() : std::nullopt;
+  }
+
+  // A named tuple.
+  std::optional<PlainPickle> writeCall(PyObject* function, PyObject* args, PyObject* kwargs) {
+    pickle_.data = kStart;
+    append(kCallType);
+    if (!any(function, 0) || !any(args, 0) || !any(kwargs, 0)) {
       return std::nullopt;
     }
+    append(kTuples[2]);
+    append(kNewObject);
+    return finished();
+  }
+
+ private:
+  std::optional<PlainPickle> finished() {
     append(kStop);
     return std::move(pickle_);
   }
 
- private:
   // All return whether it is plain; no Python exception is left then or otherwise.
 
   bool any(PyObject* value, int depth) {
@@ -280,16 +280,32 @@ class PickleWriter {
 
 } // namespace
 
+// For Python: its bytes, tensors and RRefs; None for nothing.
+py::object partsOf(std::optional<PlainPickle> pickle) {
+  if (!pickle) {
+    return py::none();
+  }
+  return py::make_tuple(py::bytes(pickle->data), std::move(pickle->tensors), std::move(pickle->rrefs));
+}
+
 PlainPickler::PlainPickler(std::vector<py::dict> reducers)
     : reducers_(std::move(reducers)),
       callType_(py::module_::import("torch.distributed.rpc.internal").attr("PythonUDF")) {}
 
 std::optional<PlainPickle> PlainPickler::dumpCall(py::handle call) const {
-  return PickleWriter(reducers_, true).write(call.ptr(), callType_.ptr());
+  PyObject* const udf = call.ptr();
+  if (Py_TYPE(udf) != reinterpret_cast<PyTypeObject*>(callType_.ptr()) || PyTuple_GET_SIZE(udf) != 3) {
+    return std::nullopt;
+  }
+  return dumpCall(PyTuple_GET_ITEM(udf, 0), PyTuple_GET_ITEM(udf, 1), PyTuple_GET_ITEM(udf, 2));
+}
+
+std::optional<PlainPickle> PlainPickler::dumpCall(py::handle function, py::handle args, py::handle kwargs) const {
+  return PickleWriter(reducers_, true).writeCall(function.ptr(), args.ptr(), kwargs.ptr());
 }
 
 std::optional<PlainPickle> PlainPickler::dumpResult(py::handle value) const {
-  return PickleWriter(reducers_, false).write(value.ptr(), nullptr);
+  return PickleWriter(reducers_, false).writeResult(value.ptr());
 }
 
 } // namespace torch_rpc_mpi
