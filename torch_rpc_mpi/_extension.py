@@ -13,7 +13,6 @@ import torch
 
 def load() -> ModuleType:
     """The extension module ``torch_rpc_mpi._C``. Raises ImportError with the remedy when it does not load."""
-    package = Path(__file__).resolve().parent
     reinstall = (
         "Reinstall it in this environment: `pip install --force-reinstall --no-deps torch_rpc_mpi` (or `pip install .` "
         "in its source tree)."
@@ -21,6 +20,7 @@ def load() -> ModuleType:
     try:
         extension = importlib.import_module("torch_rpc_mpi._C")
     except ImportError as error:
+        package = Path(__file__).resolve().parent
         if error.name == "torch_rpc_mpi._C" and (package.parent / "pyproject.toml").exists():
             raise ImportError(
                 f"Python has imported the sources of torch_rpc_mpi in {package}, which have no compiled extension. Run "

@@ -64,8 +64,10 @@ def _or(given: int, told: int | None) -> int:
 
 def refuse() -> None:
     """Raises RuntimeError, with the remedy, where MPI would not learn of the world that the launcher started."""
+    if _mpi.is_initialized() or _is_about_a_parent():
+        return
     launcher = _launchers.find_launcher()
-    if launcher is not None and not _mpi.is_initialized() and not _is_about_a_parent():
+    if launcher is not None:
         _pmi.refuse(launcher)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.rpc import internal
 from . import _C, _all_gather, _exit, _mpi, _pickler, _remote_errors, _torch_api, calls, faults
 from . import functions as entry_points
 from ._tensorpipe import TranslatedOptions
-from ._torch_api import Place, Replacements, RpcBackendOptions, Store, TensorPipeAgent
+from ._torch_api import Place, Replacements, RpcBackendOptions, Store, TensorPipeAgent, WorkerInfo
 from .functions import UNSET_RPC_TIMEOUT
 from .options import MPIRpcBackendOptions
 
@@ -144,6 +144,7 @@ def _hooks_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[P
     they are, as TorchScript knows them.
     """
     hooks: dict[Place, Any] = {
+        _torch_api.TO_WORKER_INFO: _make_to_worker_info(agent, _torch_api.TO_WORKER_INFO.current),
         _torch_api.INVOKE_RPC: _make_invoke_rpc(agent, pickler, _torch_api.INVOKE_RPC.current),
         _torch_api.INVOKE_RPC_BUILTIN: _invoke_rpc_builtin,
         _torch_api.INVOKE_REMOTE_BUILTIN: _invoke_remote_builtin,
@@ -173,6 +174,18 @@ def _hooks_into_futures() -> dict[Place, Any]:
         _torch_api.RREF_LOCAL_VALUE: _C.rref_local_value,
         _torch_api.RREF_TO_HERE: _C.rref_to_here,
     }
+
+
+def _make_to_worker_info(agent: Agent, torchs: Callable[[Any], WorkerInfo]) -> Callable[[Any], WorkerInfo]:
+    """torch's ``_to_worker_info``, which asks the agent each time, with the names known."""
+    workers = {worker.name: worker for worker in agent.get_worker_infos()}
+
+    @functools.wraps(torchs)
+    def _to_worker_info(to: Any) -> WorkerInfo:
+        worker = workers.get(to) if type(to) is str else None
+        return torchs(to) if worker is None else worker
+
+    return _to_worker_info
 
 
 class _Answer:
@@ -227,7 +240,7 @@ def _invoke_rpc_builtin(dst: Any, name: str, timeout: float, *args: Any, **kwarg
 
 
 def _invoke_remote_builtin(dst: Any, name: str, timeout: float, *args: Any, **kwargs: Any) -> Any:
-    return entry_points.py_remote_builtin(dst, name, timeout, args, kwargs)
+    return _C.py_remote_builtin(dst, name, timeout, args, kwargs)
 
 
 def _invoke_remote_torchscript(dst: str, name: str, timeout: float, is_async: bool, *args: Any, **kwargs: Any) -> Any:

@@ -79,6 +79,7 @@ INVOKE_RPC_TORCHSCRIPT = Place(api, "_invoke_rpc_torchscript")
 INVOKE_REMOTE_BUILTIN = Place(api, "_invoke_remote_builtin")
 INVOKE_REMOTE_PYTHON_UDF = Place(api, "_invoke_remote_python_udf")
 INVOKE_REMOTE_TORCHSCRIPT = Place(api, "_invoke_remote_torchscript")
+TO_WORKER_INFO = Place(api, "_to_worker_info")
 DEFAULT_PICKLER = Place(api, "_default_pickler")
 INTERNAL_RPC_PICKLER = Place(api, "_internal_rpc_pickler")
 
@@ -117,7 +118,6 @@ require_initialized = api._require_initialized
 reset_current_rpc_agent: Callable[[], None] = _distributed_rpc._reset_current_rpc_agent
 should_profile: Callable[[], bool] = api._get_should_profile
 tensor_tables = internal._thread_local_tensor_tables
-to_worker_info: Callable[[Any], WorkerInfo] = api._to_worker_info
 torchs_pickler: Any = internal._internal_rpc_pickler
 waiting_for_all = api._thread_local_var
 

@@ -111,7 +111,7 @@ def _prepare(mode: Any, to: Any, func: Any, args: Any, kwargs: Any, timeout: flo
     if not callable(func):
         raise TypeError("function should be callable.")
     operator = _torch_api.find_builtin(func)
-    dst = _torch_api.to_worker_info(to)
+    dst = _torch_api.TO_WORKER_INFO.current(to)
     profiled = _torch_api.should_profile()
     with _torch_api.enable_rpc_profiler(profiled, operator, func, mode, dst) as record:
         made = _invoke(mode is internal.RPCExecMode.REMOTE, dst, operator, func, args or (), kwargs or {}, timeout)

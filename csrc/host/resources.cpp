@@ -1,6 +1,7 @@
 #include "host/resources.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <fstream>
 #include <limits>
@@ -23,12 +24,9 @@ std::string firstWord(std::istream& file) {
 
 // "max", -1 and what version 1 says for "none" (nearly 2^63) limit nothing.
 std::optional<double> limitIn(const std::string& word) {
-  try {
-    const double value = std::stod(word);
-    return value >= 0 && value < 9e18 ? std::optional(value) : std::nullopt;
-  } catch (const std::exception&) {
-    return std::nullopt;
-  }
+  double value = 0;
+  const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+  return error == std::errc() && value >= 0 && value < 9e18 ? std::optional(value) : std::nullopt;
 }
 
 template <typename T>
@@ -43,39 +41,64 @@ std::optional<double> read(const std::string& path) {
   return limitIn(firstWord(file));
 }
 
-// Version 2: "quota period" in one file; version 1: two files.
-std::optional<double> cores(const std::string& directory) {
-  std::ifstream both(directory + "/cpu.max");
-  auto quota = limitIn(firstWord(both));
-  auto period = limitIn(firstWord(both));
-  if (!both.is_open()) {
-    quota = read(directory + "/cpu.cfs_quota_us");
-    period = read(directory + "/cpu.cfs_period_us");
-  }
+std::optional<double> quotient(std::optional<double> quota, std::optional<double> period) {
   return quota && period && *period > 0 ? std::optional(*quota / *period) : std::nullopt;
 }
 
-// Files that a directory lacks, because it has not that controller, limit nothing.
-void addLimits(CgroupLimits& limits, const std::string& directory) {
-  tighten(limits.memoryBytes, read(directory + "/memory.max"));
-  tighten(limits.memoryBytes, read(directory + "/memory.limit_in_bytes"));
-  tighten(limits.tasks, read(directory + "/pids.max"));
-  tighten(limits.cores, cores(directory));
+std::optional<double> readQuotient(const std::string& path) {
+  std::ifstream file(path);
+  const auto quota = limitIn(firstWord(file));
+  return quotient(quota, limitIn(firstWord(file)));
 }
 
-// Where the hierarchy may be mounted of which a line of /proc/self/cgroup tells: version 2 alone, version 2 beside
-// version 1, or version 1, by its controllers or by one of them.
-std::vector<std::string> mounts(const std::string& controllers) {
-  const std::string all = "/sys/fs/cgroup";
-  if (controllers.empty()) {
-    return {all, all + "/unified"};
+// Files that a directory lacks limit nothing.
+
+void addLimitsOfVersion2(CgroupLimits& limits, const std::string& directory) {
+  tighten(limits.memoryBytes, read(directory + "/memory.max"));
+  tighten(limits.tasks, read(directory + "/pids.max"));
+  tighten(limits.cores, readQuotient(directory + "/cpu.max"));
+}
+
+void addLimitsOfVersion1(CgroupLimits& limits, const std::string& directory, const std::string& controller) {
+  if (controller == "memory") {
+    tighten(limits.memoryBytes, read(directory + "/memory.limit_in_bytes"));
+  } else if (controller == "pids") {
+    tighten(limits.tasks, read(directory + "/pids.max"));
+  } else if (controller == "cpu") {
+    tighten(limits.cores, quotient(read(directory + "/cpu.cfs_quota_us"), read(directory + "/cpu.cfs_period_us")));
   }
-  std::vector<std::string> result = {all + "/" + controllers};
+}
+
+// Calls visit(directory) for each cgroup of this path in the hierarchy that is mounted there, the innermost first.
+template <typename Visit>
+void forEachCgroup(const std::string& mount, std::string path, const Visit& visit) {
+  for (;; path.erase(path.rfind('/'))) {
+    visit(mount + path);
+    if (path.empty()) {
+      return;
+    }
+  }
+}
+
+// What a line of /proc/self/cgroup tells of. Its hierarchy may be version 2 alone, version 2 beside version 1, or
+// version 1, mounted by the name of all its controllers or of one of them.
+void addLimits(CgroupLimits& limits, const std::string& all, const std::string& controllers, const std::string& path) {
+  if (controllers.empty()) {
+    for (const std::string& mount : {all, all + "/unified"}) {
+      forEachCgroup(mount, path, [&](const std::string& directory) { addLimitsOfVersion2(limits, directory); });
+    }
+    return;
+  }
   std::istringstream each(controllers);
   for (std::string one; std::getline(each, one, ',');) {
-    result.push_back(all + "/" + one);
+    std::vector<std::string> mounts = {all + "/" + controllers};
+    if (one != controllers) {
+      mounts.push_back(all + "/" + one);
+    }
+    for (const std::string& mount : mounts) {
+      forEachCgroup(mount, path, [&](const std::string& directory) { addLimitsOfVersion1(limits, directory, one); });
+    }
   }
-  return result;
 }
 
 size_t hostMemory() {
@@ -122,14 +145,7 @@ CgroupLimits cgroupLimits(const std::string& root) {
     if (path == "/" || path.find("/..") != std::string::npos) {
       path.clear();
     }
-    for (const std::string& mount : mounts(line.substr(first + 1, second - first - 1))) {
-      for (std::string at = path;; at.erase(at.rfind('/'))) {
-        addLimits(limits, root + mount + at);
-        if (at.empty()) {
-          break;
-        }
-      }
-    }
+    addLimits(limits, root + "/sys/fs/cgroup", line.substr(first + 1, second - first - 1), path);
   }
   return limits;
 }

@@ -190,3 +190,18 @@ def other_picklers_get_the_calls_of_functions(world: World, pickler: str) -> Non
         assert uses_torchs(lambda ours=ours: ours(world.next, scale, (_X,)))
         assert not uses_torchs(lambda ours=ours: ours(world.next, torch.add, (_X, 1)))
     rpc.shutdown()
+
+
+@case(sizes=(2,), tensorpipe="about this backend")
+def workers_are_found_by_name_without_asking_the_agent(world: World) -> None:
+    """Also by ``remote``, which makes its calls by torch's function."""
+    for to in (world.next, world.name(0)):
+        equal(rpc.remote(to, torch.add, args=(_X, 1)).to_here(), _X + 1)
+        assert api._to_worker_info(to) is api._to_worker_info(to)
+    info = rpc.get_worker_info(world.next)
+    for to in (Text(world.next), info, info.id):
+        equal(api._to_worker_info(to), info)
+    for to in (world.next + "'s brother", 99, None, []):
+        equal(
+            attempt(lambda to=to: api._to_worker_info(to)), attempt(lambda to=to: api._to_worker_info.__wrapped__(to))
+        )

@@ -484,13 +484,18 @@ def init_rpc_states(name: str) -> None:
     assert {"_is_current_rpc_agent_set", "_set_and_start_rpc_agent"} <= names_used_by(api._init_rpc_states)
 
 
-@relied_on("to_worker_info", in_session=True)
+@relied_on("TO_WORKER_INFO", in_session=True)
 def to_worker_info(name: str) -> None:
-    info = _torch_api.to_worker_info("alone")
+    """All calls look the callee up by it."""
+    info = _torch_api.TO_WORKER_INFO.current("alone")
     assert (info.name, info.id) == ("alone", 0)
-    assert _torch_api.to_worker_info(0) == _torch_api.to_worker_info(info) == info
+    assert _torch_api.TO_WORKER_INFO.current(0) == _torch_api.TO_WORKER_INFO.current(info) == info
     with pytest.raises(RuntimeError):
-        _torch_api.to_worker_info("nobody")
+        _torch_api.TO_WORKER_INFO.current("nobody")
+    with recorded(name) as calls:
+        rpc.rpc_sync("alone", double, args=(4,))
+        rpc.remote("alone", double, args=(4,)).to_here()
+    assert calls == [("alone",), ("alone",)]
 
 
 @relied_on("should_profile", "enable_rpc_profiler", "end_of_record", in_session=True)
