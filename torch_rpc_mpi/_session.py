@@ -82,6 +82,8 @@ class _Session:
     termination: _C.TerminationNotice
     all_gathers: _all_gather.Watch
     forget_finalize: Callable[[], None]
+    direct_calls: _C.DirectCalls
+    workers: dict[str, WorkerInfo]
 
 
 _current: _Session | None = None
@@ -104,9 +106,17 @@ def begin(agent: Agent, pickler: _pickler.RpcPickler | None, whereabouts: str, m
     termination = _C.TerminationNotice(_exit.termination_line(), _exit.speaks_when_parent_ends())
     forget_finalize = _exit.before_finalize(mpi.MPI, functools.partial(_leave_before_finalize, agent, whereabouts))
     _current = _Session(
-        agent, os.getpid(), Replacements(), second_interrupt, termination, _all_gather.Watch(agent), forget_finalize
+        agent,
+        os.getpid(),
+        Replacements(),
+        second_interrupt,
+        termination,
+        _all_gather.Watch(agent),
+        forget_finalize,
+        _make_direct_calls(agent, pickler),
+        {worker.name: worker for worker in agent.get_worker_infos()},
     )
-    _current.replaced.make(_hooks_into_api(agent, pickler))
+    _current.replaced.make(_hooks_into_api(_current, pickler))
     _current.replaced.make(_hooks_into_futures())
     _current.replaced.make(_current.all_gathers.replacements())
 
@@ -134,18 +144,22 @@ def end(agent: Agent) -> None:
     session.termination.cancel()
     session.all_gathers.end()
     session.replaced.undo()
+    # What has stood in torch's places may be called still: by threads that have looked it up, or because somebody has
+    # put it back. It makes the calls of a later session as torch's own does.
+    session.direct_calls.end()
+    session.workers.clear()
     session.forget_finalize()
 
 
-def _hooks_into_api(agent: Agent, pickler: _pickler.RpcPickler | None) -> dict[Place, Any]:
+def _hooks_into_api(session: _Session, pickler: _pickler.RpcPickler | None) -> dict[Place, Any]:
     """What makes ``rpc_sync``, ``rpc_async``, ``remote`` and the RRefs' proxies use our entry points and our pickler.
 
     All of them pickle and send through these names of ``torch.distributed.rpc.api``; the functions themselves stay as
     they are, as TorchScript knows them.
     """
     hooks: dict[Place, Any] = {
-        _torch_api.TO_WORKER_INFO: _make_to_worker_info(agent, _torch_api.TO_WORKER_INFO.current),
-        _torch_api.INVOKE_RPC: _make_invoke_rpc(agent, pickler, _torch_api.INVOKE_RPC.current),
+        _torch_api.TO_WORKER_INFO: _make_to_worker_info(session.workers, _torch_api.TO_WORKER_INFO.current),
+        _torch_api.INVOKE_RPC: _make_invoke_rpc(session.direct_calls, _torch_api.INVOKE_RPC.current),
         _torch_api.INVOKE_RPC_BUILTIN: _invoke_rpc_builtin,
         _torch_api.INVOKE_REMOTE_BUILTIN: _invoke_remote_builtin,
         _torch_api.INVOKE_REMOTE_PYTHON_UDF: entry_points.py_remote_python_udf,
@@ -176,9 +190,10 @@ def _hooks_into_futures() -> dict[Place, Any]:
     }
 
 
-def _make_to_worker_info(agent: Agent, torchs: Callable[[Any], WorkerInfo]) -> Callable[[Any], WorkerInfo]:
-    """torch's ``_to_worker_info``, which asks the agent each time, with the names known."""
-    workers = {worker.name: worker for worker in agent.get_worker_infos()}
+def _make_to_worker_info(
+    workers: dict[str, WorkerInfo], torchs: Callable[[Any], WorkerInfo]
+) -> Callable[[Any], WorkerInfo]:
+    """torch's ``_to_worker_info``, which asks the agent each time, with the workers known by their names."""
 
     @functools.wraps(torchs)
     def _to_worker_info(to: Any) -> WorkerInfo:
@@ -186,6 +201,19 @@ def _make_to_worker_info(agent: Agent, torchs: Callable[[Any], WorkerInfo]) -> C
         return torchs(to) if worker is None else worker
 
     return _to_worker_info
+
+
+def _make_direct_calls(agent: Agent, pickler: _pickler.RpcPickler | None) -> _C.DirectCalls:
+    """What makes most calls: see Note [Direct calls] in csrc/python/direct_calls.h."""
+    return _C.DirectCalls(
+        agent,
+        None if pickler is None or pickler.always_by_value else pickler,
+        _torch_api.DEFAULT_PICKLER.namespace,
+        _torch_api.DEFAULT_PICKLER.name,
+        _torch_api.builtin_names(),
+        _torch_api.ASYNC_EXECUTION,
+        torch.jit.ScriptFunction,
+    )
 
 
 class _Answer:
@@ -200,24 +228,12 @@ class _Answer:
         return self._value
 
 
-def _make_invoke_rpc(
-    agent: Agent, pickler: _pickler.RpcPickler | None, torchs: Callable[..., Any]
-) -> Callable[..., Any]:
-    """torch's ``_invoke_rpc``, but the calls of ``rpc_sync`` are awaited in here, while this thread drives progress.
+def _make_invoke_rpc(direct: _C.DirectCalls, torchs: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's ``_invoke_rpc``, but most calls are made without it, and those of ``rpc_sync`` are awaited in here.
 
-    Most are made without torch's function: see Note [Direct calls] in csrc/python/direct_calls.h.
+    This thread drives progress itself meanwhile.
     """
-    sync = internal.RPCExecMode.SYNC
-    direct = _C.DirectCalls(
-        agent,
-        None if pickler is None or pickler.always_by_value else pickler,
-        _torch_api.DEFAULT_PICKLER.names,
-        _torch_api.DEFAULT_PICKLER.name,
-        _torch_api.builtin_names(),
-        _torch_api.ASYNC_EXECUTION,
-        torch.jit.ScriptFunction,
-    )
-    answer_of, future_of = direct.sync, direct.future
+    sync, answer_of, future_of = internal.RPCExecMode.SYNC, direct.sync, direct.future
 
     @functools.wraps(torchs)
     def _invoke_rpc(
@@ -229,7 +245,7 @@ def _make_invoke_rpc(
         answer = answer_of(_Answer, to, func, args, kwargs, rpc_timeout)
         if answer is None:
             call = functools.partial(torchs, to, func, rpc_type, args, kwargs, rpc_timeout)
-            answer = _Answer(agent.wait(calls.announced(agent, call)))
+            answer = _Answer(calls.answer_to(call))
         return answer
 
     return _invoke_rpc

@@ -35,13 +35,13 @@ class Place(NamedTuple):
     name: str
 
     @property
-    def names(self) -> Any:
+    def namespace(self) -> Any:
         """Where torch looks for it: a dict by name."""
         return vars(self.owner)
 
     @property
     def current(self) -> Any:
-        return self.names[self.name]
+        return self.namespace[self.name]
 
     def set(self, value: Any) -> None:
         setattr(self.owner, self.name, value)

@@ -43,21 +43,21 @@ def rpc_sync(
         TypeError: ``func`` is not callable, or something in the arguments cannot be sent.
         Exception: what ``func`` raised; see docs/entry_points.md.
     """
-    call = functools.partial(_call, internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout)
+    return answer_to(functools.partial(_call, internal.RPCExecMode.SYNC, to, func, args, kwargs, timeout))
+
+
+def answer_to(call: Callable[[], Future[Any]]) -> Any:
+    """Makes a call and waits for its answer; where backend "MPI" runs, this thread drives progress meanwhile."""
     agent = _torch_api.get_current_rpc_agent() if _torch_api.is_current_rpc_agent_set() else None
     if not isinstance(agent, _C.MPIAgent):
         return call().wait()
-    return agent.wait(announced(agent, call))
-
-
-def announced(agent: _C.MPIAgent, call: Callable[[], Future[Any]]) -> Future[Any]:
-    """Makes a call whose future goes to ``agent.wait()`` next, which drives progress until the answer has come."""
     try:
         agent.expect_answer(True)  # in here, for a signal's handler may raise after it
-        return call()
+        future = call()
     except BaseException:
         agent.expect_answer(False)
         raise
+    return agent.wait(future)
 
 
 def rpc_async(

@@ -51,8 +51,7 @@ std::optional<double> readQuotient(const std::string& path) {
   return quotient(quota, limitIn(firstWord(file)));
 }
 
-// Files that a directory lacks limit nothing.
-
+// Files that a directory lacks limit nothing, here and below.
 void addLimitsOfVersion2(CgroupLimits& limits, const std::string& directory) {
   tighten(limits.memoryBytes, read(directory + "/memory.max"));
   tighten(limits.tasks, read(directory + "/pids.max"));

@@ -16,7 +16,7 @@ class ByValue {
   // The call is not sent again.
   ByValue() = default;
   // how: None; True to let torch_rpc_mpi._pickler.again() do it, given the first attempt's pickle and tensors, of which
-  // this keeps copies; or a function without arguments that does it. Called without the GIL.
+  // this keeps copies; or a function without arguments that does it. With the GIL or without.
   ByValue(const pybind11::object& how, const std::string& pickled, const std::vector<at::Tensor>& tensors);
   // As with True.
   ByValue(const std::string& pickled, const std::vector<at::Tensor>& tensors);

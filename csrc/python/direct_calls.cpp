@@ -5,7 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/csrc/profiler/orchestration/observer.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/profiler/api.h>
 #include <torch/csrc/utils/pythoncapi_compat.h>
 
 #include "python/by_value.h"
@@ -59,7 +60,8 @@ bool isPlainKeywords(py::handle kwargs) {
 DirectCalls::DirectCalls(std::shared_ptr<MpiAgent> agent, py::object pickler, TorchNames torchs)
     : agent_(std::move(agent)),
       pickler_(std::move(pickler)),
-      plain_(pickler_.is_none() ? nullptr : &pickler_.attr("plain").cast<const PlainPickler&>()),
+      plainObject_(pickler_.is_none() ? pickler_ : py::object(pickler_.attr("plain"))),
+      plain_(plainObject_.is_none() ? nullptr : &plainObject_.cast<const PlainPickler&>()),
       torchs_(std::move(torchs)) {}
 
 JitFuturePtr DirectCalls::make(const Call& call, bool awaited) const {
@@ -68,7 +70,7 @@ JitFuturePtr DirectCalls::make(const Call& call, bool awaited) const {
   const bool hasKwargs = !call.kwargs.is_none();
   const bool usual = timeout && PyCallable_Check(call.function.ptr()) != 0 &&
       (!hasArgs || PyTuple_CheckExact(call.args.ptr())) && (!hasKwargs || isPlainKeywords(call.kwargs));
-  if (!usual || torch::profiler::impl::profilerEnabled()) {
+  if (ended_ || !usual || torch::autograd::profiler::profilerEnabled() || torch::jit::tracer::isTracing()) {
     return nullptr;
   }
   const WorkerInfo* const dst = worker(call.to);
@@ -125,40 +127,42 @@ const rpc::WorkerInfo* DirectCalls::worker(py::handle to) const {
 std::optional<std::string> DirectCalls::operatorOf(py::handle function) const {
   const auto identity = py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(function.ptr()));
   PyObject* const name = PyDict_GetItem(torchs_.builtins.ptr(), identity.ptr());
-  return name == nullptr ? std::nullopt : std::optional(py::handle(name).cast<std::string>());
+  return name != nullptr && PyUnicode_Check(name) ? std::optional(py::handle(name).cast<std::string>()) : std::nullopt;
 }
 
-// Sends, without the GIL. What has to be pickled or converted is so by then: a thread is announced as one that will
-// drive for a single call, and Python code may make others.
+// Without the GIL. What runs Python code is done by then, but for arguments of scripts: a thread is announced as one
+// that will drive for a single call, and that code may make others.
 template <typename Send>
-JitFuturePtr DirectCalls::send(const Checked& call, const Send& send) const {
+JitFuturePtr DirectCalls::make(const Checked& call, const Send& sendIt) const {
   const NoGil noGil;
   if (!call.awaited) {
-    return send();
+    return sendIt();
   }
   Caller& caller = agent_->caller();
   caller.expectAnswer(true);
   JitFuturePtr future;
   try {
-    future = send();
+    future = sendIt();
   } catch (...) {
     caller.expectAnswer(false);
     throw;
   }
   caller.driveUntil(*future);
   waitServingSignals(*future);
+  future->wait(); // which is over, but orders what follows in the current streams
   return future;
 }
 
 JitFuturePtr DirectCalls::callOperator(const Checked& call, const std::string& name) const {
   BuiltinCall match = matchBuiltin(name, call.args, call.kwargs);
-  return send(call, [&] { return pyRpcBuiltin(call.dst, std::move(match), call.timeout); });
+  return make(call, [&] { return pyRpcBuiltin(call.dst, std::move(match), call.timeout); });
 }
 
 JitFuturePtr DirectCalls::callScript(const Checked& call, py::handle script, bool isAsync) const {
   const auto name = script.attr("qualified_name").cast<std::string>();
-  return send(
-      call, [&] { return pyRpcTorchscript(call.dst.name_, name, call.args, call.kwargs, call.timeout, isAsync); });
+  // The caller's own may be changed meanwhile: it is read without the GIL, and with it again.
+  const auto kwargs = py::reinterpret_steal<py::dict>(PyDict_Copy(call.kwargs.ptr()));
+  return make(call, [&] { return pyRpcTorchscript(call.dst.name_, name, call.args, kwargs, call.timeout, isAsync); });
 }
 
 JitFuturePtr DirectCalls::callFunction(const Checked& call, bool isAsync) const {
@@ -166,12 +170,12 @@ JitFuturePtr DirectCalls::callFunction(const Checked& call, bool isAsync) const 
     return nullptr;
   }
   Pickled pickled = pickle(call);
-  return send(call, [&] {
+  return make(call, [&] {
     return pyRpcPythonUdf(call.dst, pickled.data, pickled.tensors, call.timeout, isAsync, std::move(pickled.byValue));
   });
 }
 
-// As RpcPickler.serialize().
+// As RpcPickler.serialize_call(), which does the rest.
 DirectCalls::Pickled DirectCalls::pickle(const Checked& call) const {
   auto plain = plain_->dumpCall(call.function, call.args, call.kwargs);
   if (!plain || !plain->rrefs.empty()) {

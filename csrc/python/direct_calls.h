@@ -20,10 +20,11 @@ namespace torch_rpc_mpi {
 // torch's rpc_sync and rpc_async make their calls by a Python function, _invoke_rpc, which looks the worker and the
 // builtin operator up, asks for the profiler, makes a PythonUDF and pickles it: a quarter of a small call's time. Most
 // calls do the same in here. To torch's function are left those under a profiler, those with another pickler
-// (_use_rpc_pickler), and all in which something is not of the type that it usually has, with the errors that may come
-// of it.
+// (_use_rpc_pickler), those that are traced, and all in which something is not of the type that it usually has, with
+// the errors that may come of it. So whoever changes which calls end how changes it in three places: here, in
+// torch_rpc_mpi/calls.py, and for the pickle in RpcPickler.serialize_call().
 
-// Immutable. Made, used and destroyed with the GIL.
+// Made, used and destroyed with the GIL, which guards ended_; the rest is immutable.
 class DirectCalls {
  public:
   // What Python knows of torch (torch_rpc_mpi/_torch_api.py).
@@ -38,6 +39,11 @@ class DirectCalls {
   // pickler: an RpcPickler of torch_rpc_mpi._pickler that does not send everything by value; or None, if what pickles
   // the calls of Python functions is another one.
   DirectCalls(std::shared_ptr<MpiAgent> agent, pybind11::object pickler, TorchNames torchs);
+
+  // The session is over: whoever still has torch's name for this makes no calls by it.
+  void end() {
+    ended_ = true;
+  }
 
   // The arguments of rpc_sync and rpc_async.
   struct Call {
@@ -76,12 +82,14 @@ class DirectCalls {
   JitFuturePtr callFunction(const Checked& call, bool isAsync) const;
   Pickled pickle(const Checked& call) const;
   template <typename Send>
-  JitFuturePtr send(const Checked& call, const Send& send) const;
+  JitFuturePtr make(const Checked& call, const Send& sendIt) const;
 
   const std::shared_ptr<MpiAgent> agent_;
   const pybind11::object pickler_;
-  const PlainPickler* const plain_; // of pickler_
+  const pybind11::object plainObject_; // pickler_'s
+  const PlainPickler* const plain_;    // in there
   const TorchNames torchs_;
+  bool ended_ = false;
 };
 
 } // namespace torch_rpc_mpi

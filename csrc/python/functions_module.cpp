@@ -124,7 +124,7 @@ void bindDirectCalls(py::module_& module) {
           "sync",
           [](const DirectCalls& self, Any answer, Any to, Any function, Any args, Any kwargs, Any timeout) {
             auto future = self.make({to, function, args, kwargs, timeout}, /*awaited=*/true);
-            return future == nullptr ? py::none() : answer(torch::jit::PythonFutureWrapper(std::move(future)).wait());
+            return future == nullptr ? py::none() : answer(torch::jit::toPyObject(future->value()));
           },
           py::arg("answer"), py::arg("to"), py::arg("func"), py::arg("args"), py::arg("kwargs"), py::arg("timeout"))
       .def(
@@ -133,7 +133,8 @@ void bindDirectCalls(py::module_& module) {
             auto future = self.make({to, function, args, kwargs, timeout}, /*awaited=*/false);
             return future == nullptr ? nullptr : wrap(std::move(future));
           },
-          py::arg("to"), py::arg("func"), py::arg("args"), py::arg("kwargs"), py::arg("timeout"));
+          py::arg("to"), py::arg("func"), py::arg("args"), py::arg("kwargs"), py::arg("timeout"))
+      .def("end", &DirectCalls::end);
 }
 
 void bindTorchscript(py::module_& module) {

@@ -106,11 +106,13 @@ TEST(resources_of_a_container_that_sees_the_paths_of_its_host) {
       {"/sys/fs/cgroup/memory/memory.limit_in_bytes", "1073741824\n"},
       {"/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000\n"},
       {"/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"},
-      {"/sys/fs/cgroup/unified/pids.max", "max\n"},
+      {"/sys/fs/cgroup/unified/pids.max", "500\n"},
+      {"/sys/fs/cgroup/unified/memory.max", "max\n"},
+      {"/sys/fs/cgroup/memory/pids.max", "3\n"}, // of no controller that is there
   });
   CHECK_EQUAL(cgroupLimits(root).memoryBytes.value(), kGiB);
   CHECK_EQUAL(cgroupLimits(root).cores.value(), 1.0);
-  CHECK_THAT(!cgroupLimits(root).tasks.has_value());
+  CHECK_EQUAL(cgroupLimits(root).tasks.value(), 500U);
 }
 
 TEST(resources_without_cgroups_are_those_of_the_host_and_the_affinity) {

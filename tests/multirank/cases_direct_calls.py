@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.rpc as rpc
-from cases_calls import Counter, identity, script_scale_and_add
+from cases_calls import Counter, identity, my_id, script_scale_and_add
 from functions_table import attempt, later, raises, scale
 from harness import World, case, equal
 from torch.autograd.profiler_legacy import profile
@@ -164,10 +164,10 @@ def fetch_and(rref: Any, function: Callable[[Any], Any]) -> Any:
     return function(rref.to_here())
 
 
-@case(sizes=(2,), tensorpipe="about this backend")
-def profilers_go_through_torchs_function(world: World) -> None:
+@case(each={"legacy": profile, "kineto": torch.profiler.profile}, sizes=(2,), tensorpipe="about this backend")
+def profilers_go_through_torchs_function(world: World, profiler: Any) -> None:
     for ours in APIS.values():
-        with profile():
+        with profiler():
             assert uses_torchs(lambda ours=ours: ours(world.next, scale, (_X,)))
         assert not uses_torchs(lambda ours=ours: ours(world.next, scale, (_X,)))
 
@@ -175,12 +175,13 @@ def profilers_go_through_torchs_function(world: World) -> None:
 @case(sizes=(2,), tensorpipe="about this backend")
 def what_is_callable_later_is_found(world: World) -> None:
     """torch's table of builtin operators is looked at when a call is made, not when the session begins."""
-    torch.jit._builtins._register_builtin(scale, "aten::neg")
-    try:
-        equal(rpc.rpc_sync(world.next, scale, (_X,)), -_X)
-    finally:
-        del torch.jit._builtins._get_builtin_table()[id(scale)]
-    equal(rpc.rpc_sync(world.next, scale, (_X,)), 2 * _X)
+    for ours in APIS.values():
+        torch.jit._builtins._register_builtin(scale, "aten::neg")
+        try:
+            equal(ours(world.next, scale, (_X,)), -_X)
+        finally:
+            del torch.jit._builtins._get_builtin_table()[id(scale)]
+        equal(ours(world.next, scale, (_X,)), 2 * _X)
 
 
 @case(each=("pickle", "cloudpickle"), session=False, sizes=(2,), tensorpipe="about this backend")
@@ -205,3 +206,20 @@ def workers_are_found_by_name_without_asking_the_agent(world: World) -> None:
         equal(
             attempt(lambda to=to: api._to_worker_info(to)), attempt(lambda to=to: api._to_worker_info.__wrapped__(to))
         )
+
+
+@case(session=False, sizes=(2,), tensorpipe="about this backend")
+def what_has_stood_in_torchs_place_makes_the_calls_of_a_later_session_as_well(world: World) -> None:
+    """As where a patch of it begins in one session and ends in the next. Names may be other workers' by then."""
+    world.init()
+    earlier, next_name = (api._invoke_rpc, api._to_worker_info), world.next
+    rpc.shutdown()
+    world.init(world.name(1 - world.rank))  # so that the name of the other one is now this one's
+    current = api._invoke_rpc, api._to_worker_info
+    api._invoke_rpc, api._to_worker_info = earlier
+    for mode in APIS:
+        equal(api._invoke_rpc(next_name, my_id, mode).wait(), world.rank)
+    equal(api._to_worker_info(next_name).id, world.rank)
+    equal(rpc.remote(next_name, my_id).to_here(), world.rank)
+    api._invoke_rpc, api._to_worker_info = current
+    rpc.shutdown()

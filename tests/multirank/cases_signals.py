@@ -28,6 +28,8 @@ from harness import WAIT_LIMIT, World, case, equal, eventually, program, signal_
 from torch._C._distributed_rpc import PyRRef
 from torch.futures import Future
 
+import torch_rpc_mpi
+
 LIMIT = 0.5  # seconds; 0.1 is promised, on a machine that has nothing else to do
 NO_SIGNALS = "its waits let no signal through"
 
@@ -52,6 +54,8 @@ class Caller:
 # How the main thread waits for what a function returns.
 WAITS: dict[str, Callable[[str, Any, Any], Any]] = {
     "rpc_sync": lambda to, function, args: rpc.rpc_sync(to, function, args=args),
+    "rpc_sync, not direct": lambda to, function, args: rpc.rpc_sync(to, function, args=list(args)),
+    "our rpc_sync": lambda to, function, args: torch_rpc_mpi.rpc_sync(to, function, args=args),
     "wait": lambda to, function, args: rpc.rpc_async(to, function, args=args).wait(),
     "wait_all": wait_for_both,
     "then": lambda to, function, args: rpc.rpc_async(to, function, args=args).then(lambda done: done.value()).wait(),

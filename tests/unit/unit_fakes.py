@@ -203,6 +203,9 @@ class DirectCalls:
     def future(self, *call: Any) -> None:
         return None
 
+    def end(self) -> None:
+        pass
+
 
 def send_without_second_attempt(invoke: Callable[..., Any]) -> Callable[..., Any]:
     """torch's entry point behind the signature of ours."""

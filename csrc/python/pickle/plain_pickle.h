@@ -42,16 +42,17 @@ class PlainPickler {
   std::optional<PlainPickle> dumpCall(pybind11::handle call) const;
   // The call that has these members.
   std::optional<PlainPickle> dumpCall(pybind11::handle function, pybind11::handle args, pybind11::handle kwargs) const;
-  // For Python, which makes one of them.
-  const pybind11::object& callType() const {
-    return callType_;
-  }
   // The same without functions, classes and RRefs.
   std::optional<PlainPickle> dumpResult(pybind11::handle value) const;
 
   // What dumpCall() pickled, without RRefs, read in another process; or null: Python's unpickler must see, which also
   // knows what to do where names are missing.
   pybind11::object loadCall(const torch::distributed::rpc::SerializedPyObj& pickled) const;
+
+  // PythonUDF.
+  const pybind11::object& callType() const {
+    return callType_;
+  }
 
  private:
   std::vector<pybind11::dict> reducers_;

@@ -280,7 +280,6 @@ class PickleWriter {
 
 } // namespace
 
-// For Python: its bytes, tensors and RRefs; None for nothing.
 py::object partsOf(std::optional<PlainPickle> pickle) {
   if (!pickle) {
     return py::none();
