@@ -1,7 +1,7 @@
 """``rpc_sync``, ``rpc_async`` and ``remote`` of ``torch.distributed.rpc``, on this package's entry points.
 
 They take torch's arguments, and do for any RPC backend what torch's do. Where backend ``"MPI"`` runs, torch's own use
-the same entry points beneath (see ``_session``), and there is no need to prefer these.
+the same entry points beneath (see ``_hooks``), and there is no need to prefer these.
 """
 
 from __future__ import annotations
