@@ -56,6 +56,9 @@ bool DeviceLending::send(ProgressToken& token) {
   const auto now = Clock::now();
   returnsSince_ = std::min(returnsSince_, now);
   const bool all = now - returnsSince_ >= kReturnsWait;
+  for (const auto& [lender, verdict] : devices_->borrower()->takeRefusals()) {
+    post(lender, FrameKind::kVerdict, bytesOf(verdict));
+  }
   for (const auto& [lender, returns] : devices_->borrower()->takeReturns(all)) {
     post(
         lender, FrameKind::kReturn,

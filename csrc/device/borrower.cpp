@@ -17,6 +17,12 @@ constexpr unsigned kPeerAccess = 1; // IpcMemLazyEnablePeerAccess
 constexpr size_t kReturnsTogether = 16;
 constexpr size_t kReturnAtOnce = size_t{1} << 20; // bytes
 
+LendingVerdict refusal(int32_t here, int32_t there, const std::string& why) {
+  LendingVerdict verdict{here, there, 0, {}};
+  std::copy_n(why.begin(), std::min(why.size(), verdict.why.size() - 1), verdict.why.begin());
+  return verdict;
+}
+
 } // namespace
 
 Borrower::~Borrower() {
@@ -55,7 +61,6 @@ std::string Borrower::whyNot(const LendingOffer& offer) const {
 }
 
 LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
-  LendingVerdict verdict{offer.here, offer.there, 0, {}};
   std::string why;
   try {
     const c10::DeviceIndex reader = indexOf(offer.there);
@@ -73,7 +78,7 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
       runtime_->check(runtime_->table().IpcOpenMemHandle(&memory, offer.memory, kPeerAccess), "IpcOpenMemHandle");
       const std::lock_guard<std::mutex> lock(mutex_);
       regions_[{lender, offer.here, 0, reader}] = static_cast<char*>(memory);
-      verdict.accepted = 1;
+      return {offer.here, offer.there, 1, {}};
     }
   } catch (const DeviceError& error) {
     why = c10::str(
@@ -83,8 +88,7 @@ LendingVerdict Borrower::onOffer(int lender, const LendingOffer& offer) {
   } catch (const c10::Error& error) { // of torch's guard
     why = error.what_without_backtrace();
   }
-  std::copy_n(why.begin(), std::min(why.size(), verdict.why.size() - 1), verdict.why.begin());
-  return verdict;
+  return refusal(offer.here, offer.there, why);
 }
 
 void Borrower::received(int lender, const Ticket& ticket) {
@@ -137,14 +141,29 @@ const char* Borrower::open(const Loan& loan, c10::DeviceIndex device) {
   if (!regions_.contains({loan.lender(), ticket.device, 0, device})) {
     throw std::out_of_range("it lends what it has not offered");
   }
-  char*& region = regions_[{loan.lender(), ticket.device, ticket.region, device}];
-  if (region == nullptr) {
-    const RelaxedCapture relaxed(*runtime_);
-    void* memory = nullptr;
-    runtime_->check(runtime_->table().IpcOpenMemHandle(&memory, ticket.memory, kPeerAccess), "IpcOpenMemHandle");
-    region = static_cast<char*>(memory);
+  const std::tuple key{loan.lender(), ticket.device, ticket.region, device};
+  const auto known = regions_.find(key);
+  if (known != regions_.end()) {
+    return known->second + ticket.offset;
   }
-  return region + ticket.offset;
+  const RelaxedCapture relaxed(*runtime_);
+  void* memory = nullptr;
+  try {
+    runtime_->check(runtime_->table().IpcOpenMemHandle(&memory, ticket.memory, kPeerAccess), "IpcOpenMemHandle");
+  } catch (const DeviceError& error) {
+    refusals_.emplace_back(
+        loan.lender(),
+        refusal(
+            ticket.device, device,
+            c10::str("one more region of ", ticket.regionUnits, " MiB could not be opened: ", error.what())));
+    throw;
+  }
+  return (regions_[key] = static_cast<char*>(memory)) + ticket.offset;
+}
+
+std::vector<std::pair<int, LendingVerdict>> Borrower::takeRefusals() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(refusals_, {});
 }
 
 void Borrower::giveBack(int lender, const Ticket& ticket) noexcept {
@@ -156,7 +175,7 @@ void Borrower::giveBack(int lender, const Ticket& ticket) noexcept {
       use.last = Clock::now();
     }
     returns_[lender].push_back({ticket.device, ticket.number, ticket.region, 0});
-    urgent_ = urgent_ || ticket.bytes >= kReturnAtOnce || ++waiting_ >= kReturnsTogether;
+    urgent_ = urgent_ || !refusals_.empty() || ticket.bytes >= kReturnAtOnce || ++waiting_ >= kReturnsTogether;
     hasReturns_ = true;
   } catch (const std::bad_alloc&) { // then it is lost
   }

@@ -55,8 +55,8 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
     const int lender_;
     const Ticket ticket_;
   };
-  // Returns where the piece is, for a device of this process, which is the current one. Throws DeviceError;
-  // std::out_of_range for a ticket that makes no sense.
+  // Returns where the piece is, for a device of this process, which is the current one. Throws std::out_of_range for a
+  // ticket that makes no sense; DeviceError if its region cannot be opened, of which the lender has to be told then.
   const char* open(const Loan& loan, c10::DeviceIndex device);
 
   // Closes the regions that nothing was read from since. It may wait for the devices.
@@ -69,6 +69,8 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
   }
   // By lender; those that may still wait, for others to go with them, only if it is time.
   std::map<int, std::vector<LendingReturn>> takeReturns(bool all);
+  // By lender, on regions that could not be opened. With the returns of their pieces, which do not wait.
+  std::vector<std::pair<int, LendingVerdict>> takeRefusals();
 
  private:
   struct Use {
@@ -89,6 +91,7 @@ class Borrower : public std::enable_shared_from_this<Borrower> {
   std::map<std::tuple<int, int32_t, uint32_t, c10::DeviceIndex>, char*> regions_;
   std::map<std::tuple<int, int32_t, uint32_t>, Use> uses_; // by lender, its device and region, but for the first
   std::map<int, std::vector<LendingReturn>> returns_;
+  std::vector<std::pair<int, LendingVerdict>> refusals_;
   bool urgent_ = false;
   size_t waiting_ = 0; // returns
   std::atomic<bool> hasReturns_{false};

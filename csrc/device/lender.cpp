@@ -285,7 +285,8 @@ std::string Lender::onVerdict(int peer, const LendingVerdict& verdict) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Pair pair{peer, indexOf(verdict.here), indexOf(verdict.there)};
   const auto found = ways_.find(pair);
-  if (found == ways_.end() || found->second.state != Way::kOffered) {
+  const auto answered = verdict.accepted != 0 ? Way::kOffered : Way::kOpen; // the last state in which it may come
+  if (found == ways_.end() || found->second.state > answered) {
     return {};
   }
   std::string why(verdict.why.data(), strnlen(verdict.why.data(), verdict.why.size()));

@@ -64,7 +64,8 @@ class Lender {
     return hasOffers_.load(std::memory_order_relaxed);
   }
   std::vector<std::pair<int, LendingOffer>> takeOffers(); // by peer
-  // Returns what to tell the user, the first time that the way is closed to a peer, or nothing.
+  // Returns what to tell the user, the first time that the way is closed to a peer, or nothing. It may be closed after
+  // it was open, when the peer could not open one more region.
   std::string onVerdict(int peer, const LendingVerdict& verdict);
   // For people: by peers' ranks, which way is taken, and why it is not the short one but `otherwise`.
   std::map<int, std::string> ways(const std::string& otherwise) const;

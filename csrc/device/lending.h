@@ -11,9 +11,9 @@
 // whatever is in it, so that large tensors go in few large pieces.) The borrower gives the ticket back when its own
 // copy is done, which it learns in the same way; a ticket that nobody has read is given back as well. What a peer had
 // that has failed is not lent again. A pair of devices begins with an offer, which the peer tries to open. Until it
-// has, and if it cannot, tensors go through pinned memory.
-// A region that nothing was read from for some seconds is closed by those that have opened it, and freed by its lender
-// when all have; but not the first.
+// has, and if it cannot, tensors go through pinned memory. So they do once it could not open a further region: the
+// calls fail that had pieces of that, and the way is closed. A region that nothing was read from for some seconds is
+// closed by those that have opened it, and freed by its lender when all have; but not the first.
 #pragma once
 
 #include <array>

@@ -149,6 +149,37 @@ TEST(what_is_lent_is_read_and_comes_back) {
   }
 }
 
+TEST(a_further_region_that_cannot_be_opened_closes_the_way) {
+  Two two;
+  two.meet();
+  constexpr size_t kBytes = size_t{20} << 20;
+  CHECK_EQUAL(two.lender.pieceFor(0, kBytes), kBytes);
+  const auto lease = two.lender.lend(1, 0, kBytes);
+  const auto other = two.lender.lend(1, 0, kBytes);
+  opens = false;
+  for (const auto& each : {lease, other}) {
+    const Borrower::Loan loan(two.borrower, 0, each->ticket);
+    CHECK_THROWS(two.borrower->open(loan, 0), "IpcOpenMemHandle: invalid device context (201)");
+  }
+  CHECK_THAT(two.borrower->hasReturns());
+  const auto refusals = two.borrower->takeRefusals();
+  CHECK_EQUAL(refusals.size(), 2U);
+  CHECK_EQUAL(refusals[0].first, 0);
+  CHECK_THAT(two.lender.lendsTo(1, 0, 0)); // it does not know yet
+  const std::string warning = two.lender.onVerdict(1, refusals[0].second);
+  CHECK_THAT(warning.find("one more region of 128 MiB could not be opened: IpcOpenMemHandle") == 0);
+  CHECK_EQUAL(two.lender.onVerdict(1, refusals[1].second), ""); // once
+  CHECK_THAT(!two.lender.lendsTo(1, 0, 0));
+  CHECK_THAT(!two.lender.hasOffers());
+  CHECK_THAT(two.borrower->takeRefusals().empty());
+  const auto returns = two.borrower->takeReturns(/*all=*/false); // which do not wait
+  CHECK_EQUAL(returns.at(0).size(), 2U);
+  for (const LendingReturn& back : returns.at(0)) {
+    two.lender.takeBack(1, back);
+  }
+  two.borrower->close(); // nothing that was not opened is closed: the fake would free it
+}
+
 TEST(pieces_are_as_large_as_what_is_sent_while_there_is_memory) {
   Two two;
   two.meet();

@@ -148,13 +148,19 @@ def standard_error() -> Iterator[Callable[[], str]]:
             sys.stderr.write(written().decode())
 
 
-@program(any_world=True, size=3)
-def rref_whose_owner_has_left(world: World) -> None:
-    """Rank 1 tells it in vain, six times in 13 s, that it has one; then torch throws in a callback of a future."""
-    world.init()
+@program(any_world=True, size=4)
+def rrefs_whose_owners_do_not_answer(world: World) -> None:
+    """Rank 1 tells two owners in vain that it has RRefs of theirs: rank 2 has left, and all threads of rank 3 are busy.
+
+    After six times, in 13 s, torch throws in a callback of a future.
+    """
+    world.init(**{1: {"rpc_timeout": 0.2}, 3: {"num_worker_threads": 1}}.get(world.rank, {}))
     if world.rank == 0:
-        rref = rpc.remote(world.name(2), identity, args=(1,))
-        equal(rref.to_here(), 1)
+        rrefs = [rpc.remote(world.name(owner), identity, args=(1,)) for owner in (2, 3)]
+        equal([rref.to_here() for rref in rrefs], [1, 1])
+        arrived, go = world.event("arrived"), world.event("go")
+        busy = rpc.rpc_async(world.name(3), signal_and_wait, args=(arrived, go))
+        arrived.wait()
     world.barrier()
     if world.rank == 2:
         rpc.shutdown(graceful=False)
@@ -163,16 +169,23 @@ def rref_whose_owner_has_left(world: World) -> None:
         return
     if world.rank == 0:
         world.barrier()
-        with pytest.raises(RuntimeError, match=ran_out(500)):
-            rpc.rpc_sync(world.name(1), identity, args=(rref,), timeout=0.5)
+        for rref in rrefs:
+            with pytest.raises(RuntimeError, match=ran_out(500)):
+                rpc.rpc_sync(world.name(1), identity, args=(rref,), timeout=0.5)
         world.wait("over")
         equal(rpc.rpc_sync(world.name(1), identity, args=(1,)), 1)  # it lives
+        go.signal("done")
+        equal(busy.wait(), "done")
         world.signal("seen")
-    else:
+    elif world.rank == 1:
+        gives_up = "after the specified number of max retries"
         with standard_error() as written:
             world.barrier()
-            eventually(lambda: "after the specified number of max retries" in written(), "torch gives up", timeout=40)
+            eventually(lambda: written().count(gives_up) == 2, "torch gives up twice", timeout=40)
         world.signal("over")
+        world.wait("seen")
+    else:
+        world.barrier()
         world.wait("seen")
     rpc.shutdown(graceful=False)
 

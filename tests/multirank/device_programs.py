@@ -95,6 +95,37 @@ def an_mpi_that_says_that_it_takes_device_memory_is_given_it(world: World) -> No
     rpc.shutdown()
 
 
+def last_of(x: torch.Tensor) -> float:
+    return float(x.cpu()[-1])
+
+
+@program(
+    size=2,
+    launcherless=True,
+    skip=None if IS_TEST_DEVICE else "real devices share all of their memory or none",
+    tensorpipe="TensorPipe knows no test device",
+)
+def one_more_region_cannot_be_opened(world: World) -> None:
+    """The calls with pieces of it fail, and later ones take the next path."""
+    import rpctest_device
+
+    world.init(**maps((FIRST, FIRST)))
+    equal(rpc.rpc_sync(world.next, identity, args=(late(100_000),)).cpu(), numbers(100_000, "cpu"))
+    eventually(lambda: path_to(world.next) == "0->0 ipc", "memory is shared")
+    world.barrier()
+    rpctest_device.allow_ipc(world.rank == 0)
+    world.barrier()
+    if world.rank == 0:
+        large = late(2_000_000)  # the region that was offered is for pieces of 4 MiB
+        with pytest.raises(RuntimeError, match="IpcOpenMemHandle"):
+            rpc.rpc_sync("worker1", last_of, args=(large,))
+        eventually(lambda: path_to("worker1").startswith("0->0 pinned (one more region of 64 MiB"), "it is told")
+        equal(rpc.rpc_sync("worker1", last_of, args=(large,)), float(large.cpu()[-1]))
+        equal(rpc.rpc_sync("worker1", last_of, args=(late(100_000),)), float(numbers(100_000, "cpu")[-1]))
+    world.barrier()
+    rpc.shutdown()
+
+
 def doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
