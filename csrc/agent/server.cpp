@@ -47,7 +47,7 @@ class Server::RequestTask final : public Task {
   RequestTask(Server& server, int source, uint64_t id, ArrivedRequest&& request)
       : server_(server),
         served_(server),
-        kind_(request.inbound.header.secondAttempt != 0 ? Kind::kSecondAttempt : Kind::kRequest),
+        kind_(request.kind()),
         entry_(server.unbegun_, *this, source, id, std::move(request)) {}
   Kind kind() const override {
     return kind_;

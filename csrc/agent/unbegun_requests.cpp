@@ -2,6 +2,22 @@
 
 namespace torch_rpc_mpi {
 
+Task::Kind ArrivedRequest::kind() const {
+  using torch::distributed::rpc::MessageType;
+  if (inbound.header.secondAttempt != 0) {
+    return Task::Kind::kSecondAttempt;
+  }
+  switch (own != nullptr ? own->type() : static_cast<MessageType>(inbound.header.messageType)) {
+    case MessageType::SCRIPT_REMOTE_CALL:
+    case MessageType::PYTHON_REMOTE_CALL:
+    case MessageType::FORWARD_AUTOGRAD_REQ: // these two may hold one of those
+    case MessageType::RUN_WITH_PROFILING_REQ:
+      return Task::Kind::kCreation;
+    default:
+      return Task::Kind::kRequest;
+  }
+}
+
 UnbegunRequests::Entry* UnbegunRequests::find(int source, uint64_t id) const {
   Entry* entry = lists_[source].first;
   while (entry != nullptr && entry->id_ != id) {

@@ -20,6 +20,8 @@ struct ArrivedRequest {
   RpcMessage own;                                        // instead, where this worker calls itself …
   Clock::time_point deadline = Clock::time_point::max(); // … until when that call waits …
   Streams streams = {};                                  // … and in which its tensors arrive
+
+  Task::Kind kind() const; // of the task that runs it
 };
 
 // Thread-safe: mutex_ guards the lists; forgotten_ is the token's.

@@ -46,13 +46,11 @@ void ThreadedEngine::driveFor(const void* awaited, const std::function<bool()>& 
         break;
       }
     }
-    const bool neededOn = (mine == nullptr && !over()) || driver_.awaitsAnswers();
+    const bool neededOn = (mine == nullptr && !over()) || driver_.awaitsAnswers() || driver_.hasQueued();
     guestUntil_ = neededOn ? 0 : (Clock::now() + Times::kTick).time_since_epoch().count();
     guest_ = false;
     if (neededOn || asleep_) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      wakeIdleThread();
-      doorbell_.ring();
+      wakeLeader();
     }
   } else {
     doorbell_.ring();
@@ -63,18 +61,16 @@ void ThreadedEngine::driveFor(const void* awaited, const std::function<bool()>& 
 }
 
 bool ThreadedEngine::turnAsGuest(const void* awaited, TaskPtr& mine) {
-  std::vector<TaskPtr> tasks;
-  bool active = false;
   try {
-    active = turnOnce(tasks) == Turn::kActive;
-    while (!tasks.empty() && driver_.hasQueued() && turnOnce(tasks) == Turn::kActive) {
+    const Turn turn = turnOnce(awaited, &mine);
+    if (mine != nullptr) {
+      (void)turnForSenders();
     }
+    return turn.active;
   } catch (const std::exception& error) {
     breakDown(errorText(error));
+    return false;
   }
-  mine = takeCompletionOf(awaited, tasks);
-  post(tasks);
-  return active;
 }
 
 } // namespace torch_rpc_mpi

@@ -1,10 +1,8 @@
 // The part of ThreadedEngine that the leader runs, see Note [Leader and followers].
 #include <algorithm>
 #include <exception>
-#include <iterator>
 #include <new>
 #include <thread>
-#include <utility>
 
 #include <sched.h>
 
@@ -13,29 +11,31 @@
 
 namespace torch_rpc_mpi {
 
+namespace {
+
+// Turns that a thread makes for others before it does what it came for.
+constexpr int kMostForSenders = 64;
+
+} // namespace
+
 void ThreadedEngine::lead() {
-  std::vector<TaskPtr> tasks;
   Idling::Step step;
   idling_.begin(Clock::now());
   while (!stopping_) {
-    bool active = false;
+    Turn turn;
     try {
-      active = step.sleep.count() == 0 ? turnOnce(tasks) == Turn::kActive : sleep(step.sleep, tasks);
-      // A sender that found the token taken relies on its holder; this one is about to leave.
-      while (!tasks.empty() && driver_.hasQueued()) {
-        turnOnce(tasks);
+      turn = step.sleep.count() == 0 ? turnOnce() : sleep(step.sleep);
+      if (turn.queued) {
+        turnForSenders(); // if it does not come to an end, the standby goes on
+        return;
       }
     } catch (const std::exception& error) {
       breakDown(errorText(error));
     }
-    if (!tasks.empty()) {
-      handOver(tasks);
-      return;
-    }
     if (lanes_.runnable() || broken_ || guestLeads()) {
       return;
     }
-    step = idling_.next(active, driver_.rests(), Clock::now());
+    step = idling_.next(turn.active, driver_.rests(), Clock::now());
     if (driver_.awaitsDevice()) {
       step.sleep = std::min<std::chrono::nanoseconds>(step.sleep, IdlingTimes::kFirstSleep);
     }
@@ -49,48 +49,51 @@ void ThreadedEngine::lead() {
   }
 }
 
-void ThreadedEngine::handOver(std::vector<TaskPtr>& tasks) {
+ThreadedEngine::Turn ThreadedEngine::turnOnce(const void* awaited, TaskPtr* mine) {
+  std::vector<TaskPtr> tasks; // those that are dropped are destroyed without the token
+  TokenHold hold(tokens_);
+  Turn turn;
+  turn.hadToken = static_cast<bool>(hold);
+  if (!turn.hadToken) {
+    return turn;
+  }
+  std::exception_ptr error;
   try {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!stopping_) { // else nobody would run them, or drop them; they are destroyed by the caller, outside the lock
-      enqueue(tasks);
-    }
-  } catch (const std::exception& error) { // no memory; those that are left are dropped likewise
-    breakDown(errorText(error));
+    turn.active = driver_.turn(*hold, tasks);
+  } catch (...) { // what has arrived before is queued even so
+    error = std::current_exception();
   }
-}
-
-ThreadedEngine::Turn ThreadedEngine::turnOnce(std::vector<TaskPtr>& tasks) {
-  if (tasks.empty()) {
-    TokenHold hold(tokens_);
-    if (!hold) {
-      return Turn::kNoToken;
-    }
-    return driver_.turn(*hold, tasks) ? Turn::kActive : Turn::kIdle;
+  if (mine != nullptr) {
+    *mine = takeCompletionOf(awaited, tasks);
   }
-  // What is appended to an empty vector needs no memory, and so is not lost with a turn that throws for want of it.
-  std::vector<TaskPtr> more;
-  const auto append = [&] { std::move(more.begin(), more.end(), std::back_inserter(tasks)); };
-  Turn turn = Turn::kIdle;
-  try {
-    turn = turnOnce(more);
-  } catch (...) {
-    append();
-    throw;
+  turn.queued = queue(tasks); // with the token: Note [The order of arrival]
+  hold.release();
+  if (error) {
+    std::rethrow_exception(error);
   }
-  append();
   return turn;
 }
 
-bool ThreadedEngine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks) {
+bool ThreadedEngine::turnForSenders() {
+  for (int turns = 0; driver_.hasQueued(); ++turns) {
+    if (turns == kMostForSenders) {
+      return false;
+    }
+    if (!turnOnce().hadToken) { // then another is the one that they rely on
+      break;
+    }
+  }
+  return true;
+}
+
+ThreadedEngine::Turn ThreadedEngine::sleep(std::chrono::nanoseconds limit) {
   const uint32_t ticket = doorbell_.prepare();
   asleep_ = true;
-  bool active = true;
+  Turn turn;
   try {
     // What was sent before the sender could know that this one sleeps. If another thread has the token, it may have
     // looked too early.
-    TokenHold hold(tokens_);
-    active = !hold || driver_.turn(*hold, tasks) || !tasks.empty();
+    turn = turnOnce();
   } catch (...) {
     doorbell_.cancel();
     asleep_ = false;
@@ -100,15 +103,16 @@ bool ThreadedEngine::sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>&
   if (deadline != Clock::time_point::max()) {
     limit = std::min<std::chrono::nanoseconds>(limit, deadline - Clock::now());
   }
-  if (active || driver_.hasQueued() || lanes_.runnable() || stopping_ || guest_ || limit.count() <= 0) {
+  if (!turn.hadToken || turn.active || turn.queued || driver_.hasQueued() || lanes_.runnable() || stopping_ || guest_ ||
+      limit.count() <= 0) {
     doorbell_.cancel();
-    active = true;
+    turn.active = true;
   } else {
     ThreadAttributes::waits();
-    active = doorbell_.wait(ticket, limit);
+    turn.active = doorbell_.wait(ticket, limit);
   }
   asleep_ = false;
-  return active;
+  return turn;
 }
 
 void ThreadedEngine::breakDown(const std::string& reason) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -16,10 +17,12 @@ class Task {
   enum class Kind : size_t {
     kCompletion,   // completes a future, releases memory: short, must not wait behind requests
     kRequest,      // runs what a peer asked for: as long as the user's function takes
+    kCreation,     // a request that may make a value for which others wait: see Note [Creations]
     kSecondAttempt // a request that has been here before: see Note [Second attempts]
   };
   virtual ~Task() = default;
   virtual Kind kind() const = 0;
+  uint64_t place = 0; // of a request in its queue, by TaskLanes
   virtual void run() noexcept = 0;
   // Whether this is the completion that `awaited` (a future's address) waits for.
   virtual bool completes(const void* /*awaited*/) const {

@@ -26,17 +26,20 @@ TaskLanes::TaskLanes(int numWorkerThreads, int coresToSpare)
 void TaskLanes::add(std::vector<TaskPtr>& tasks) {
   for (TaskPtr& task : tasks) {
     Lane& to = lane(task->kind());
-    (task->kind() == Task::Kind::kSecondAttempt ? to.secondAttempts : to.queue).push_back(std::move(task));
+    task->place = ++to.places;
+    to.queueOf(task->kind()).push_back(std::move(task));
   }
   tasks.clear();
   update();
 }
 
 TaskPtr TaskLanes::take() {
-  Lane& from = lane(mayRun(Task::Kind::kCompletion) ? Task::Kind::kCompletion : Task::Kind::kRequest);
-  // Completions have no second attempts.
-  std::deque<TaskPtr>& queue =
-      &from == &lane(Task::Kind::kRequest) && mayTakeSecondAttempt() ? from.secondAttempts : from.queue;
+  const bool completion = mayRun(Task::Kind::kCompletion);
+  Lane& from = lane(completion ? Task::Kind::kCompletion : Task::Kind::kRequest);
+  std::deque<TaskPtr>& queue = completion ? from.queue
+      : mayTakeSecondAttempt()            ? from.secondAttempts
+      : from.running < numWorkerThreads_  ? from.first()
+                                          : from.creations;
   TaskPtr task = std::move(queue.front());
   queue.pop_front();
   ++from.running;
@@ -49,13 +52,15 @@ void TaskLanes::mayWait(Task::Kind kind) {
   update();
 }
 
-void TaskLanes::blocks() {
+void TaskLanes::blocks(bool forValue) {
   ++lane(Task::Kind::kRequest).blocked;
+  lane(Task::Kind::kRequest).forValue += forValue ? 1 : 0;
   update();
 }
 
-void TaskLanes::comesBack() {
+void TaskLanes::comesBack(bool forValue) {
   ++lane(Task::Kind::kRequest).back;
+  lane(Task::Kind::kRequest).forValue -= forValue ? 1 : 0;
   update();
 }
 
@@ -81,7 +86,7 @@ void TaskLanes::look() {
   const auto now = Clock::now();
   for (const Task::Kind kind : {Task::Kind::kCompletion, Task::Kind::kRequest}) {
     Lane& each = lane(kind);
-    if (each.empty() || each.ended != each.endedAtLook) {
+    if (each.queued() == 0 || each.ended != each.endedAtLook) {
       each.endedAtLook = each.ended;
       each.stuckSince = now;
     } else if (now - each.stuckSince >= (kind == Task::Kind::kRequest ? kStuckRequests : kStuckCompletions)) {
@@ -95,7 +100,7 @@ void TaskLanes::look() {
 std::deque<TaskPtr> TaskLanes::takeAll() {
   std::deque<TaskPtr> all;
   for (Lane& each : lanes_) {
-    for (std::deque<TaskPtr>* queue : {&each.secondAttempts, &each.queue}) {
+    for (std::deque<TaskPtr>* queue : {&each.secondAttempts, &each.creations, &each.queue}) {
       std::move(queue->begin(), queue->end(), std::back_inserter(all));
       queue->clear();
     }
@@ -106,16 +111,20 @@ std::deque<TaskPtr> TaskLanes::takeAll() {
 
 std::optional<size_t> TaskLanes::requestsBefore(const std::function<bool(const Task&)>& isIt) const {
   const Lane& of = lane(Task::Kind::kRequest);
-  size_t before = 0;
-  for (const std::deque<TaskPtr>* queue : {&of.secondAttempts, &of.queue}) {
-    for (const TaskPtr& task : *queue) {
-      if (isIt(*task)) {
-        return before;
-      }
-      ++before;
-    }
+  const Task* found = nullptr;
+  for (const std::deque<TaskPtr>* queue : {&of.secondAttempts, &of.creations, &of.queue}) {
+    const auto task = std::ranges::find_if(*queue, [&](const TaskPtr& each) { return isIt(*each); });
+    found = task != queue->end() ? task->get() : found;
   }
-  return std::nullopt;
+  if (found == nullptr) {
+    return std::nullopt;
+  }
+  const auto before = [&](const std::deque<TaskPtr>& queue) {
+    return std::ranges::count_if(queue, [&](const TaskPtr& task) { return task->place < found->place; });
+  };
+  const bool isSecond = found->kind() == Task::Kind::kSecondAttempt;
+  const size_t second = isSecond ? before(of.secondAttempts) : of.secondAttempts.size();
+  return second + (isSecond ? 0 : before(of.creations) + before(of.queue));
 }
 
 bool TaskLanes::backlog() const {
@@ -139,7 +148,8 @@ bool TaskLanes::mayRun(Task::Kind kind) const {
 bool TaskLanes::mayTakeAnother(Task::Kind kind) const {
   const Lane& of = lane(kind);
   if (kind == Task::Kind::kRequest) {
-    return (!of.queue.empty() && of.running < numWorkerThreads_) || mayTakeSecondAttempt();
+    const bool any = !of.queue.empty() || !of.creations.empty();
+    return (any && of.running < numWorkerThreads_) || mayTakeSecondAttempt() || mayTakeCreation();
   }
   return !of.queue.empty() && of.running - of.waiting < kCompletionThreads && of.running < kAllThreads;
 }
@@ -150,13 +160,18 @@ bool TaskLanes::mayTakeSecondAttempt() const {
       of.running < kAllThreads;
 }
 
+bool TaskLanes::mayTakeCreation() const {
+  const Lane& of = lane(Task::Kind::kRequest);
+  return !of.creations.empty() && of.running - of.forValue < numWorkerThreads_ && of.running < kAllThreads;
+}
+
 int TaskLanes::limitOf(Task::Kind kind) const {
   return kind == Task::Kind::kRequest ? numWorkerThreads_ : kCompletionThreads;
 }
 
 void TaskLanes::update() {
   for (Lane& each : lanes_) {
-    if (each.empty()) {
+    if (each.queued() == 0) {
       each.atOnce = coresToSpare_;
     }
   }

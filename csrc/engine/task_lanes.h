@@ -17,6 +17,14 @@
 // that are blocked in a wait of ours leave their places to it. When what they wait for is there, they wait for a place,
 // before further second attempts: no more than num_worker_threads functions run that are not blocked; with 1, one at a
 // time.
+//
+// Note [Creations]
+// ~~~~~~~~~~~~~~~~
+// A request with large tensors is passed by later ones, on its way or where it waits for credit or a device, and so
+// what waits for a value can be ahead of what makes it, as it cannot in TensorPipe: 16 times local_value() would hold
+// all threads until their time is over. So requests that are blocked until such a value is there leave their places to
+// those that may make one, rpc.remote's, and to no others: a request of another kind could block likewise, and as many
+// threads would be needed as there are requests.
 #pragma once
 
 #include <array>
@@ -39,9 +47,10 @@ class TaskLanes {
   void add(std::vector<TaskPtr>& tasks);
   TaskPtr take();                // if runnable(); it runs from then on
   void mayWait(Task::Kind kind); // a running task has made a call
-  // A running request is blocked in a wait; it comes back, and from then on wants a place; there is one; it has it.
-  void blocks();
-  void comesBack();
+  // A running request is blocked in a wait, until there is a value of this process, or not; it comes back, and from
+  // then on wants a place; there is one; it has it.
+  void blocks(bool forValue);
+  void comesBack(bool forValue);
   bool hasPlace() const;
   void goesOn();
   void ended(Task::Kind kind, bool didWait);
@@ -65,24 +74,34 @@ class TaskLanes {
   // The queued requests before the one that `isIt` finds; nothing if none is.
   std::optional<size_t> requestsBefore(const std::function<bool(const Task&)>& isIt) const;
   size_t queued(Task::Kind kind) const {
-    return lane(kind).queue.size() + lane(kind).secondAttempts.size();
+    return lane(kind).queued();
   }
 
  private:
   struct Lane {
     std::deque<TaskPtr> queue;
+    std::deque<TaskPtr> creations; // whose places are among those of the queue
     std::deque<TaskPtr> secondAttempts;
+    uint64_t places = 0; // given
     int running = 0;
-    int waiting = 0; // of those, for a call, probably
-    int blocked = 0; // of those, in a wait, or back from it without a place
-    int back = 0;    // of those
+    int waiting = 0;  // of those, for a call, probably
+    int blocked = 0;  // of those, in a wait, or back from it without a place
+    int back = 0;     // of those
+    int forValue = 0; // of the blocked ones that are not back, until there is a value
     int atOnce = 1;
     uint64_t ended = 0;
     uint64_t endedAtLook = 0;
     Clock::time_point stuckSince;
 
-    bool empty() const {
-      return queue.empty() && secondAttempts.empty();
+    size_t queued() const {
+      return queue.size() + creations.size() + secondAttempts.size();
+    }
+    std::deque<TaskPtr>& queueOf(Task::Kind kind) {
+      return kind == Task::Kind::kCreation ? creations : kind == Task::Kind::kSecondAttempt ? secondAttempts : queue;
+    }
+    std::deque<TaskPtr>& first() { // of the queue and the creations, the one whose front is before the other's
+      return queue.empty() || (!creations.empty() && creations.front()->place < queue.front()->place) ? creations
+                                                                                                      : queue;
     }
   };
   Lane& lane(Task::Kind kind) {
@@ -93,6 +112,7 @@ class TaskLanes {
   }
   bool mayRun(Task::Kind kind) const;
   bool mayTakeSecondAttempt() const;
+  bool mayTakeCreation() const; // although there is no place for a request
   bool mayTakeAnother(Task::Kind kind) const;
   int limitOf(Task::Kind kind) const;
   void update();

@@ -86,13 +86,6 @@ void ThreadedEngine::threadMain() {
   }
 }
 
-void ThreadedEngine::enqueue(std::vector<TaskPtr>& tasks) {
-  lanes_.add(tasks);
-  if (!ticking_ && lanes_.backlog()) {
-    parkedCv_.notify_one();
-  }
-}
-
 TaskPtr ThreadedEngine::nextTask(std::unique_lock<std::mutex>& lock) {
   bool mayLead = true;
   while (!stopping_) {
@@ -163,11 +156,12 @@ void ThreadedEngine::taskMayWait() {
   }
 }
 
-ThreadedEngine::Blocked::Blocked()
-    : engine_(currentTask.running && currentTask.kind != Task::Kind::kCompletion ? currentEngine : nullptr) {
+ThreadedEngine::Blocked::Blocked(For what)
+    : engine_(currentTask.running && currentTask.kind != Task::Kind::kCompletion ? currentEngine : nullptr),
+      forValue_(what == For::kValueOfThisProcess) {
   if (engine_ != nullptr) {
     const std::lock_guard<std::mutex> lock(engine_->mutex_);
-    engine_->lanes_.blocks();
+    engine_->lanes_.blocks(forValue_);
     engine_->taskMayWait();
     engine_->places_.notify_all();
   }
@@ -176,27 +170,38 @@ ThreadedEngine::Blocked::Blocked()
 ThreadedEngine::Blocked::~Blocked() {
   if (engine_ != nullptr) {
     std::unique_lock<std::mutex> lock(engine_->mutex_);
-    engine_->lanes_.comesBack();
+    engine_->lanes_.comesBack(forValue_);
     engine_->places_.wait(lock, [this] { return engine_->lanes_.hasPlace() || engine_->stopping_; });
     engine_->lanes_.goesOn();
   }
 }
 
 void ThreadedEngine::post(std::vector<TaskPtr>& tasks) {
+  (void)queue(tasks);
+}
+
+bool ThreadedEngine::queue(std::vector<TaskPtr>& tasks) {
   if (tasks.empty()) {
-    return;
+    return false;
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (stopping_) {
-      return; // the caller's vector destroys them, outside the lock
+      return false; // the caller's vector destroys them, outside the lock
     }
-    enqueue(tasks);
+    lanes_.add(tasks);
+    if (!ticking_ && lanes_.backlog()) {
+      parkedCv_.notify_one();
+    }
     if (!leading_) {
       wakeIdleThread();
     }
   }
-  doorbell_.ring();
+  // A leader that says later that it sleeps looks for tasks after that.
+  if (asleep_) {
+    doorbell_.ring();
+  }
+  return true;
 }
 
 void ThreadedEngine::wakeIdleThread() {
@@ -208,18 +213,25 @@ void ThreadedEngine::wakeIdleThread() {
   }
 }
 
-void ThreadedEngine::submitted(bool expectsReply) {
-  std::vector<TaskPtr> tasks;
-  // If the token is taken, its holder looks at the queue again after releasing it.
-  for (Turn turn = Turn::kIdle; turn != Turn::kNoToken && driver_.hasQueued();) {
-    try {
-      turn = turnOnce(tasks);
-    } catch (const std::exception& error) {
-      breakDown(errorText(error));
-      break;
+void ThreadedEngine::wakeLeader() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!leading_) {
+      wakeIdleThread();
     }
   }
-  post(tasks);
+  doorbell_.ring();
+}
+
+void ThreadedEngine::submitted(bool expectsReply) {
+  // If the token is taken, its holder looks at the queue again after releasing it.
+  try {
+    if (!turnForSenders()) {
+      wakeLeader();
+    }
+  } catch (const std::exception& error) {
+    breakDown(errorText(error));
+  }
   ++workDone_;
   if ((expectsReply || driver_.awaitsDevice()) && !guestAnnounced()) {
     if (guestUntil_.exchange(0) != 0) { // nobody waits for this answer as the last guest did

@@ -22,6 +22,13 @@
 // engine's threads. There is one guest at a time. While there is one, and for a tick after it has left if nobody else
 // waits for an answer, since it will probably call again, the engine's threads do not lead but stand by.
 //
+// Note [The order of arrival]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// Requests are queued in the order in which they have arrived: what makes a value is then ahead of what waits for it,
+// see Note [Second attempts] in task_lanes.h. Two threads may make turns one after the other, a leader and a guest,
+// say; so each queues what its turn has yielded before it lets the token go. That is why mutex_ may be taken with the
+// token, and the token, for which nobody waits, is never asked for with mutex_.
+//
 // Note [Sharing cores]
 // ~~~~~~~~~~~~~~~~~~~~
 // More ranks than cores must work, and so must more busy threads than cores. sched_yield() does not see to that: the
@@ -84,16 +91,18 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   bool onEngineThread() const override;
 
   // While one lives, the request that this thread runs, if it runs one, waits for something, and then for its place:
-  // Note [Second attempts].
+  // Note [Second attempts], Note [Creations].
   class Blocked {
    public:
-    Blocked();
+    enum class For : bool { kAnything, kValueOfThisProcess };
+    explicit Blocked(For what = For::kAnything);
     ~Blocked();
     Blocked(const Blocked&) = delete;
     Blocked& operator=(const Blocked&) = delete;
 
    private:
     ThreadedEngine* const engine_;
+    const bool forValue_;
   };
 
  private:
@@ -102,17 +111,26 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   TaskPtr nextTask(std::unique_lock<std::mutex>& lock);
   TaskPtr take();                                   // with mutex_ held
   bool standBy(std::unique_lock<std::mutex>& lock); // whether to lead if nobody does
+  bool queue(std::vector<TaskPtr>& tasks);          // whether it did
+  void wakeIdleThread();                            // with mutex_ held
+  void wakeLeader();                                // whoever is to be it
+  void taskMayWait();                               // with mutex_ held
   // engine/leader.cpp
+  struct Turn {
+    bool hadToken = false; // else another thread has it
+    bool active = false;   // something happened
+    bool queued = false;   // there are tasks for the engine's threads
+  };
   void lead();
-  void handOver(std::vector<TaskPtr>& tasks);
-  void wakeIdleThread();                        // with mutex_ held
-  void enqueue(std::vector<TaskPtr>& tasks);    // with mutex_ held
-  enum class Turn { kNoToken, kIdle, kActive }; // another thread has the token; nothing happened, or something
-  Turn turnOnce(std::vector<TaskPtr>& tasks);
+  // The completion that `awaited` waits for is not queued, but given to `mine`.
+  Turn turnOnce(const void* awaited = nullptr, TaskPtr* mine = nullptr);
+  // More turns while there are senders that found the token taken, and so rely on its holder, which is about to do
+  // something else. Whether this came to an end; else somebody else must look.
+  bool turnForSenders();
+  Turn sleep(std::chrono::nanoseconds limit); // active: there is something to do
+  // engine/guests.cpp
   bool turnAsGuest(const void* awaited, TaskPtr& mine); // whether anything happened
   bool guestLeads() const;
-  bool sleep(std::chrono::nanoseconds limit, std::vector<TaskPtr>& tasks); // whether there is something to do
-  void taskMayWait();                                                      // with mutex_ held
   void breakDown(const std::string& reason);
 
   const EngineOptions options_;

@@ -9,7 +9,6 @@
 
 #include "agent/future_wait.h"
 #include "agent/mpi_agent.h"
-#include "engine/threaded_engine.h"
 #include "python/interpreter.h"
 #include "python/signals.h"
 
@@ -37,11 +36,12 @@ c10::intrusive_ptr<rpc::RRef> inside(const rpc::PyRRef& rref) {
 void waitForOwnValue(const c10::intrusive_ptr<rpc::OwnerRRef>& rref) {
   const auto value = rref->getFuture();
   const auto creation = rref->getOwnerCreationFuture();
+  const auto what = ThreadedEngine::Blocked::For::kValueOfThisProcess;
   if (rref->getTimedOut()) {
     return;
   }
   if (creation == nullptr || creation->completed() || value->completed()) {
-    waitServingSignals(*value);
+    waitServingSignals(*value, what);
     return;
   }
   const auto either = c10::make_intrusive<c10::ivalue::Future>(c10::NoneType::get());
@@ -56,7 +56,7 @@ void waitForOwnValue(const c10::intrusive_ptr<rpc::OwnerRRef>& rref) {
       over(made);
     }
   });
-  waitServingSignals(*either);
+  waitServingSignals(*either, what);
 }
 
 c10::intrusive_ptr<rpc::OwnerRRef> insideOwner(const rpc::PyRRef& rref) {
@@ -104,9 +104,9 @@ py::object methodOf(const py::handle& type, const char* name, Function function,
 
 } // namespace
 
-void waitServingSignals(c10::ivalue::Future& future) {
+void waitServingSignals(c10::ivalue::Future& future, ThreadedEngine::Blocked::For what) {
   if (!future.completed()) {
-    const ThreadedEngine::Blocked blocked;
+    const ThreadedEngine::Blocked blocked(what);
     serveUntilCompleted(kPythonSignals, future);
     future.wait();
   }

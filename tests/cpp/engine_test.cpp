@@ -1,5 +1,6 @@
 #include "engine/threaded_engine.h"
 
+#include <algorithm>
 #include <future>
 #include <latch>
 #include <semaphore>
@@ -16,19 +17,22 @@ using namespace torch_rpc_mpi;
 namespace {
 
 struct FunctionTask final : Task {
-  FunctionTask(Kind which, std::function<void()> what) : kind_(which), body(std::move(what)) {}
+  FunctionTask(Kind which, std::function<void()> what)
+      : FunctionTask(which, [what = std::move(what)](const FunctionTask&) { what(); }) {}
+  FunctionTask(Kind which, std::function<void(const FunctionTask&)> what) : kind_(which), body(std::move(what)) {}
   Kind kind() const override {
     return kind_;
   }
   void run() noexcept override {
-    body();
+    body(*this);
   }
   bool completes(const void* what) const override {
     return awaited == what;
   }
   const void* awaited = this;
+  int arrival = -1; // in which order a turn has yielded it
   const Kind kind_;
-  std::function<void()> body;
+  std::function<void(const FunctionTask&)> body;
 };
 
 // A driver that hands out what was queued, and counts its turns.
@@ -40,7 +44,10 @@ struct Driver : EngineDriver {
     {
       const std::lock_guard<std::mutex> lock(mutex);
       moved = !queue.empty();
-      std::move(queue.begin(), queue.end(), std::back_inserter(tasks));
+      for (std::unique_ptr<FunctionTask>& task : queue) {
+        task->arrival = arrivals++;
+        tasks.push_back(std::move(task));
+      }
       queue.clear();
     }
     const bool fail = broken;
@@ -68,11 +75,15 @@ struct Driver : EngineDriver {
     brokenSignal.release();
   }
   void put(Task::Kind kind, std::function<void()> body) {
+    put(std::make_unique<FunctionTask>(kind, std::move(body)));
+  }
+  void put(std::unique_ptr<FunctionTask> task) {
     const std::lock_guard<std::mutex> lock(mutex);
-    queue.push_back(std::make_unique<FunctionTask>(kind, std::move(body)));
+    queue.push_back(std::move(task));
   }
   mutable std::mutex mutex;
-  std::vector<TaskPtr> queue;
+  std::vector<std::unique_ptr<FunctionTask>> queue;
+  int arrivals = 0; // of the token's holder
   std::atomic<bool> inside{false};
   std::atomic<int> turns{0};
   std::atomic<bool> broken{false};
@@ -114,6 +125,32 @@ TEST(engine_runs_what_arrives) {
   }
   done.wait();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_takes_requests_in_the_order_in_which_they_have_arrived) {
+  constexpr int kThreads = 3;
+  constexpr int kRequests = 5000; // of each
+  Running running(1);
+  std::vector<int> taken;
+  std::latch done(kThreads * kRequests);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kThreads; ++i) { // each makes turns, and so does the leader
+    threads.emplace_back([&] {
+      for (int request = 0; request < kRequests; ++request) {
+        running.driver.put(std::make_unique<FunctionTask>(Task::Kind::kRequest, [&](const FunctionTask& task) {
+          taken.push_back(task.arrival);
+          done.count_down();
+        }));
+        running.engine->submitted(false);
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  done.wait();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+  CHECK_THAT(std::is_sorted(taken.begin(), taken.end()));
 }
 
 TEST(engine_that_gets_no_thread_says_why) {
@@ -254,6 +291,69 @@ TEST(engine_a_request_that_is_blocked_leaves_its_place_to_second_attempts_only) 
   running.engine->submitted(false);
   ended.acquire();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+}
+
+TEST(engine_a_request_that_is_blocked_for_a_value_leaves_its_place_to_creations_only) {
+  Running running(1);
+  std::binary_semaphore value{0}, ended{0};
+  std::atomic<bool> wentOn{false};
+  std::vector<int> order;
+  running.request([&] {
+    {
+      const ThreadedEngine::Blocked wait(ThreadedEngine::Blocked::For::kValueOfThisProcess);
+      value.acquire();
+    }
+    wentOn = true;
+  });
+  running.request([&] { order.push_back(2); });
+  running.driver.put(Task::Kind::kCreation, [&] {
+    order.push_back(1);
+    value.release();
+    for (int look = 0; look < 20; ++look) { // as above
+      CHECK_THAT(!wentOn);
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  });
+  running.engine->submitted(false);
+  running.request([&] {
+    order.push_back(3);
+    ended.release();
+  });
+  ended.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+  CHECK_THAT(order == (std::vector<int>{1, 2, 3}));
+}
+
+TEST(engine_creations_and_other_requests_have_their_turn_and_no_place_of_what_waits_for_an_answer) {
+  Running running(1);
+  std::binary_semaphore begun{0}, go{0}, ended{0};
+  std::vector<int> order;
+  running.request([&] {
+    {
+      const ThreadedEngine::Blocked wait;
+      begun.release();
+      go.acquire();
+    }
+    order.push_back(0);
+  });
+  begun.acquire();
+  for (int i = 1; i <= 6; ++i) {
+    running.driver.put(i % 2 != 0 ? Task::Kind::kCreation : Task::Kind::kRequest, [&, i] {
+      order.push_back(i);
+      if (i == 6) {
+        ended.release();
+      }
+    });
+    running.engine->submitted(false);
+  }
+  while (running.engine->counts().queuedRequests < 6) {
+    std::this_thread::yield();
+  }
+  CHECK_THAT(running.engine->queuedBefore([&](const Task& task) { return task.place == 6; }) == size_t{4});
+  go.release();
+  ended.acquire();
+  running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
+  CHECK_THAT(order == (std::vector<int>{0, 1, 2, 3, 4, 5, 6}));
 }
 
 TEST(engine_a_second_attempt_runs_before_other_requests_and_none_beside_it) {

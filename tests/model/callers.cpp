@@ -5,10 +5,11 @@
 
 namespace model {
 
-// ---- Dispatcher::turn ----
+// ---- ThreadedEngine::turnOnce, turnForSenders; Dispatcher::turn ----
 
 void EngineModel::turnOnce(State& s, Thread& t, At after) {
   t.active = 0;
+  t.queued = 0;
   if (s.token) {
     t.at = after;
   } else {
@@ -16,6 +17,15 @@ void EngineModel::turnOnce(State& s, Thread& t, At after) {
     t.at = At::kTurnPost;
     t.afterTurn = after;
   }
+}
+
+bool EngineModel::turnForSenders(State& s, Thread& t, At after) {
+  if (s.outbox == 0 || s.token || pick(2) == 1) { // it has made kMostForSenders of them
+    return false;
+  }
+  step_ = "turnForSenders: a turn";
+  turnOnce(s, t, after);
+  return true;
 }
 
 bool EngineModel::stepOfTurn(State& s, Thread& t) {
@@ -58,16 +68,31 @@ bool EngineModel::stepOfTurn(State& s, Thread& t) {
       t.at = At::kTurnEnd;
       return true;
     case At::kTurnEnd:
-      s.token = 0;
-      if (setup_.breaks && !s.broken && pick(2) == 1) {
-        step_ = "turn: throws, and the token is released";
-        threw(s, t);
-        return true;
+      t.threw = setup_.breaks && !s.broken && pick(2) == 1;
+      step_ = t.threw ? "turn: throws" : "turn: ends";
+      if (!t.threw || !is(Mutation::kBrokenArrivalsLost)) {
+        t.tasks = std::exchange(s.arrivals, 0);
       }
-      step_ = "turn: ends, and the token is released";
-      t.tasks |= s.arrivals;
-      s.arrivals = 0;
-      go(t, t.afterTurn);
+      if (t.afterTurn == At::kDriveTurned && (t.tasks & t.task)) {
+        t.mine = 1;
+        t.tasks &= ~t.task;
+      }
+      if (is(Mutation::kQueuesLate)) {
+        s.token = 0;
+      }
+      t.queued = t.tasks != 0 && !s.stopping;
+      t.afterPost = t.queued ? At::kTurnRelease : At::kNowhere;
+      t.at = t.queued ? At::kPost : At::kTurnRelease;
+      return t.queued || stepOfTurn(s, t);
+    case At::kTurnRelease:
+      step_ = "turnOnce: the token is released";
+      s.token = s.token && is(Mutation::kQueuesLate); // another's then
+      drop(s, t.tasks);
+      if (t.threw) {
+        threw(s, t);
+      } else {
+        go(t, t.afterTurn);
+      }
       return true;
     case At::kBreakDown:
       step_ = "breakDown: broken_";
@@ -89,14 +114,9 @@ bool EngineModel::stepOfTurn(State& s, Thread& t) {
         return true;
       }
       s.made |= s.calls;
-      t.kept = std::exchange(t.tasks, std::exchange(s.calls, 0));
+      t.tasks = std::exchange(s.calls, 0);
       t.at = At::kPost;
-      t.afterPost = At::kOnBrokenPosted;
-      return true;
-    case At::kOnBrokenPosted:
-      step_ = "onBroken: has posted their failures";
-      t.tasks = std::exchange(t.kept, 0);
-      go(t, t.afterTurn);
+      t.afterPost = std::exchange(t.afterTurn, At::kNowhere);
       return true;
     default:
       return false;
@@ -145,19 +165,18 @@ bool EngineModel::onPeerEnded(State& s, Gone why) {
 
 // What each caller of turn() does when it throws, up to breakDown().
 void EngineModel::threw(State& s, Thread& t) {
-  if (!is(Mutation::kBrokenArrivalsLost)) {
-    t.tasks |= s.arrivals;
-    s.arrivals = 0;
-  }
   t.at = At::kBreakDown;
+  t.threw = t.queued = t.active = 0;
   if (t.afterTurn == At::kSleepLooked) {
     --s.sleepers;
     s.asleep = 0;
     t.afterTurn = At::kLeadTurned;
+  } else if (t.afterTurn == At::kLeadSenders) {
+    t.afterTurn = At::kLeadTurned;
   } else if (t.afterTurn == At::kSubmitted) {
-    t.afterTurn = At::kSubmittedPost;
-  } else if (t.afterTurn == At::kDriveTurned || t.afterTurn == At::kDriveTurnedAgain) {
-    t.afterTurn = At::kDriveFind;
+    t.afterTurn = At::kSubmittedReply;
+  } else if (t.afterTurn == At::kDriveTurned) {
+    t.afterTurn = At::kDriveIdle;
   }
 }
 
@@ -178,7 +197,12 @@ void EngineModel::drop(State& s, Set& tasks) {
   tasks = 0;
 }
 
-// ---- ThreadedEngine::post, Doorbell::ring ----
+// ---- ThreadedEngine::queue, wakeLeader, Doorbell::ring ----
+
+void EngineModel::wakeLeader(Thread& t, At after) {
+  t.at = At::kWakeLeader;
+  t.afterRing = after;
+}
 
 void EngineModel::ring(Thread& t, At after) {
   t.at = At::kRingLook;
@@ -188,12 +212,15 @@ void EngineModel::ring(Thread& t, At after) {
 bool EngineModel::stepOfPost(State& s, Thread& t) {
   switch (t.at) {
     case At::kPost:
-      step_ = "post";
+      step_ = "queue";
       if (s.mutex) {
         return false;
       }
       if (s.stopping && !is(Mutation::kPostAfterStop)) {
-        drop(s, t.tasks);
+        t.queued = 0;
+        if (t.afterPost != At::kTurnRelease) {
+          drop(s, t.tasks);
+        }
         go(t, t.afterPost);
         return true;
       }
@@ -201,12 +228,26 @@ bool EngineModel::stepOfPost(State& s, Thread& t) {
       if (!s.leading) {
         wakeIdleThread(s);
       }
-      if (is(Mutation::kPostSilent)) {
-        go(t, t.afterPost);
-      } else {
+      t.at = At::kPostLook;
+      return true;
+    case At::kPostLook:
+      step_ = "queue: looks whether the leader is asleep";
+      if (s.asleep && !is(Mutation::kPostSilent)) {
         ring(t, t.afterPost);
         t.afterPost = At::kNowhere;
+      } else {
+        go(t, t.afterPost);
       }
+      return true;
+    case At::kWakeLeader:
+      step_ = "wakeLeader";
+      if (s.mutex) {
+        return false;
+      }
+      if (!s.leading) {
+        wakeIdleThread(s);
+      }
+      ring(t, t.afterRing);
       return true;
     case At::kRingLook:
       step_ = "Doorbell::ring: looks for sleepers";
@@ -275,26 +316,20 @@ bool EngineModel::stepOfSubmit(State& s, Thread& t) {
       t.at = At::kSubmitted;
       return true;
     case At::kSubmitted:
-      t.at = At::kSubmittedPost;
-      if (s.outbox == 0) {
-        step_ = "submitted: nothing is queued";
-      } else if (s.token) {
-        step_ = "submitted: another has the token";
+      if (turnForSenders(s, t, is(Mutation::kSubmitDropsToken) ? At::kSubmittedReply : At::kSubmitted)) {
+        return true;
+      }
+      t.active = t.queued = 0;
+      if (s.outbox != 0 && !s.token) {
+        step_ = "submitted: leaves what is queued to others";
+        wakeLeader(t, At::kSubmittedReply);
       } else {
-        step_ = "submitted: has the token";
-        turnOnce(s, t, is(Mutation::kSubmitDropsToken) ? At::kSubmittedPost : At::kSubmitted);
+        step_ = "submitted: nothing is queued, or another has the token";
+        t.at = At::kSubmittedReply;
       }
       return true;
-    case At::kSubmittedPost:
-      t.active = 0;
-      if (t.tasks == 0) {
-        t.at = At::kSubmittedReply;
-        return stepOfSubmit(s, t);
-      }
-      t.afterPost = At::kSubmittedReply;
-      t.at = At::kPost;
-      return stepOfPost(s, t);
     case At::kSubmittedReply:
+      t.active = t.queued = 0;
       step_ = "submitted: expects a reply, or not";
       if (!t.expectsReply || t.announced) {
         replyOver();

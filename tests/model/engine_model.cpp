@@ -84,9 +84,7 @@ int EngineModel::unnoticed(const State& s) const {
       case At::kTaskMayWait:
         quiet = i >= kEngineThreads;
         break;
-      case At::kDriveFind:
       case At::kDriveIdle:
-      case At::kDriveUnlock:
       case At::kStopUnlock:
         quiet = true;
         break;

@@ -44,8 +44,8 @@ enum class At : uint8_t {
   // ThreadedEngine::lead
   kLead,
   kLeadTurned,
+  kLeadSenders,
   kLeadLook,
-  kLeadEnqueue,
   kLeadEnd,
   // ThreadedEngine::sleep, Doorbell
   kTicket,
@@ -57,18 +57,20 @@ enum class At : uint8_t {
   kTurnPost,
   kTurnPoll,
   kTurnGone,
+  // ThreadedEngine::turnOnce
   kTurnEnd,
+  kTurnRelease,
   kBreakDown,
   kOnBroken,
-  kOnBrokenPosted,
-  // ThreadedEngine::post, Doorbell::ring
+  // ThreadedEngine::queue, wakeLeader, Doorbell::ring
   kPost,
+  kPostLook,
+  kWakeLeader,
   kRingLook,
   kRingWake,
   // Outbox::submit, ThreadedEngine::submitted
   kSubmit,
   kSubmitted,
-  kSubmittedPost,
   kSubmittedReply,
   kSubmittedWake,
   kTaskMayWait,
@@ -80,14 +82,10 @@ enum class At : uint8_t {
   kDrive,
   kDriveLoop,
   kDriveTurned,
-  kDriveTurnedAgain,
-  kDriveFind,
   kDriveIdle,
   kDriveNeeded,
   kDriveLeave,
   kDriveAsleep,
-  kDriveWake,
-  kDriveUnlock,
   kDriveMine,
   // Leaving::leave, ThreadedEngine::stop
   kStop,
@@ -103,12 +101,12 @@ struct Thread {
   At at = At::kNowhere;
   At afterTurn = At::kNowhere, afterPost = At::kNowhere, afterRing = At::kNowhere, afterSubmit = At::kNowhere;
   Set tasks = 0; // that its turn yielded, or that it posts
-  Set kept = 0;  // that its turn yielded, while it posts others
   Set task = 0;  // an engine thread's: what it runs; a caller's: its call
   Set out = 0;   // the message that it submits
   uint8_t mayLead : 1 = 0, spinning : 1 = 0, active : 1 = 0, notified : 1 = 0;
   uint8_t expectsReply : 1 = 0, announced : 1 = 0, waiting : 1 = 0, neededOn : 1 = 0;
-  uint8_t mine : 1 = 0, padding : 7 = 0; // mine: it has the completion that it waits for
+  uint8_t mine : 1 = 0;                                   // it has the completion that it waits for
+  uint8_t queued : 1 = 0, threw : 1 = 0, padding : 5 = 0; // of its turn
 };
 
 constexpr int kEngineThreads = 4; // at most
@@ -191,6 +189,7 @@ enum class Mutation : uint8_t {
   kGoneStillSent,
   kGoneTwice,
   kBrokenArrivalsLost,
+  kQueuesLate,
 };
 
 class EngineModel {
@@ -247,7 +246,7 @@ class EngineModel {
   bool mayRun(const State& s, Set kind) const;
   bool runnable(const State& s) const;
   bool backlog(const State& s) const;
-  void enqueue(State& s, Set& tasks) const;
+  void enqueue(State& s, Set& tasks);
   static void update(State& s);
   void look(State& s);
 
@@ -257,7 +256,9 @@ class EngineModel {
   bool stepOfSubmit(State& s, Thread& t);
   bool stepOfCaller(State& s, Thread& t);
   void turnOnce(State& s, Thread& t, At after);
+  bool turnForSenders(State& s, Thread& t, At after); // whether there is one more
   static void ring(Thread& t, At after);
+  static void wakeLeader(Thread& t, At after);
   static void submit(Thread& t, Set message, At after);
   static void call(State& s, Thread& t, Set id, At after);
   void complete(State& s, Set calls);

@@ -224,17 +224,13 @@ bool EngineModel::stepOfLeader(State& s, Thread& t) {
       }
       return true;
     case At::kLeadTurned:
-      if (t.tasks == 0) {
-        t.at = At::kLeadLook;
-        return stepOfLeader(s, t);
+      t.at = t.queued ? At::kLeadSenders : At::kLeadLook;
+      return stepOfLeader(s, t);
+    case At::kLeadSenders:
+      if (!turnForSenders(s, t, At::kLeadSenders)) {
+        step_ = "lead: there are tasks, and no sender relies on it";
+        t.at = At::kLeadEnd;
       }
-      if (s.outbox != 0) {
-        step_ = "lead: turnOnce() again, because it leaves and something is queued";
-        turnOnce(s, t, At::kLeadTurned);
-        return true;
-      }
-      step_ = "lead: has tasks, and nothing is queued";
-      t.at = At::kLeadEnqueue;
       return true;
     case At::kLeadLook:
       step_ = "lead: looks whether to go on";
@@ -249,18 +245,6 @@ bool EngineModel::stepOfLeader(State& s, Thread& t) {
       }
       t.active = 0;
       return true;
-    case At::kLeadEnqueue:
-      step_ = "lead: enqueue()";
-      if (s.mutex) {
-        return false;
-      }
-      if (s.stopping) {
-        drop(s, t.tasks);
-      } else {
-        enqueue(s, t.tasks);
-      }
-      t.at = At::kLeadEnd;
-      return true;
     case At::kLeadEnd:
       if (s.mutex) {
         return false;
@@ -268,6 +252,7 @@ bool EngineModel::stepOfLeader(State& s, Thread& t) {
       s.leading = 0;
       t.spinning = 0;
       t.active = 0;
+      t.queued = 0;
       return nextTask(s, t);
     default:
       return false;
@@ -304,7 +289,7 @@ bool EngineModel::stepOfSleeper(State& s, Thread& t) {
       return true;
     case At::kSleepLooked: {
       const bool queued = s.outbox != 0 && !is(Mutation::kSleepDropsToken);
-      if (t.active || t.tasks != 0 || queued || runnable(s) || s.stopping || s.guest) {
+      if (t.active || t.queued || queued || runnable(s) || s.stopping || s.guest) {
         step_ = "sleep: there is something to do, Doorbell::cancel()";
         cancel();
         t.active = 1;

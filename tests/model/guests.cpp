@@ -29,31 +29,22 @@ bool EngineModel::stepOfGuest(State& s, Thread& t) {
       }
       return true;
     case At::kDriveTurned:
-    case At::kDriveTurnedAgain:
-      if (t.tasks != 0 && s.outbox != 0 && !s.token && (t.at == At::kDriveTurned || t.active)) {
-        step_ = "turnAsGuest: turnOnce() again, because something is queued";
-        turnOnce(s, t, At::kDriveTurnedAgain);
+      if (t.mine && turnForSenders(s, t, At::kDriveTurned)) {
         return true;
       }
-      t.at = At::kDriveFind;
+      t.at = At::kDriveIdle;
       return stepOfGuest(s, t);
-    case At::kDriveFind:
-      step_ = "turnAsGuest: looks whether it has its answer";
-      t.mine = (t.tasks & t.task) != 0;
-      t.tasks &= ~t.task;
-      t.active = 0;
-      t.at = t.tasks != 0 ? At::kPost : At::kDriveIdle;
-      t.afterPost = t.tasks != 0 ? At::kDriveIdle : At::kNowhere;
-      return true;
     case At::kDriveIdle: {
+      t.active = 0;
+      t.queued = 0;
       const bool stays = t.mine || pick(2) == 0;
       step_ = stays ? "driveFor: goes on" : "driveFor: its time is over";
       t.at = stays ? At::kDriveLoop : At::kDriveNeeded;
       return true;
     }
     case At::kDriveNeeded:
-      step_ = "driveFor: looks whether somebody waits for an answer";
-      t.neededOn = (!t.mine && !(s.completed & t.task)) || s.calls != 0;
+      step_ = "driveFor: looks whether somebody waits for an answer, or has queued something";
+      t.neededOn = (!t.mine && !(s.completed & t.task)) || s.calls != 0 || s.outbox != 0;
       t.at = At::kDriveLeave;
       return true;
     case At::kDriveLeave:
@@ -64,22 +55,12 @@ bool EngineModel::stepOfGuest(State& s, Thread& t) {
       return true;
     case At::kDriveAsleep:
       step_ = "driveFor: looks whether the leader is asleep";
-      t.at = t.neededOn || s.asleep ? At::kDriveWake : At::kDriveMine;
-      t.neededOn = 0;
-      return true;
-    case At::kDriveWake:
-      step_ = "driveFor: calls an idle thread";
-      if (s.mutex) {
-        return false;
+      if (t.neededOn || s.asleep) {
+        wakeLeader(t, At::kDriveMine);
+      } else {
+        t.at = At::kDriveMine;
       }
-      wakeIdleThread(s);
-      s.mutex = 1;
-      ring(t, At::kDriveUnlock);
-      return true;
-    case At::kDriveUnlock:
-      step_ = "driveFor: gives up the mutex";
-      s.mutex = 0;
-      t.at = At::kDriveMine;
+      t.neededOn = 0;
       return true;
     case At::kDriveMine:
       step_ = "driveFor: completes its call, if it has the answer";

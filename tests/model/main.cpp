@@ -40,6 +40,7 @@ std::vector<Setup> setups() {
        .waits = model::kFirstRequest},
       {.name = "a request that calls, two threads", .requests = 1, .innerCall = true},
       {.name = "a call and a request", .callers = {Caller::kWaits}, .requests = 1},
+      {.name = "a call and two requests", .callers = {Caller::kWaits}, .requests = 2},
       {.name = "a request that calls", .engineThreads = 4, .requests = 1, .innerCall = true},
       {.name = "a guest", .callers = {Caller::kDrives}},
       {.name = "a guest and a request", .callers = {Caller::kDrives}, .requests = 1},
@@ -118,6 +119,9 @@ constexpr std::array kDefects{
     Defect{Mutation::kGoneCallsForgotten, "the calls of a peer that is gone stay in the table", "peer leaves"},
     Defect{Mutation::kGoneStillSent, "the exchange sends to a peer that is gone", "peer leaves"},
     Defect{Mutation::kGoneTwice, "a peer's end counts again after its goodbye", "peer leaves"},
+    Defect{
+        Mutation::kQueuesLate, "the token is released before what a turn has yielded is queued",
+        "call and two requests"},
     Defect{Mutation::kBrokenArrivalsLost, "a turn that throws keeps what arrived in it", "breaks"},
 };
 

@@ -48,8 +48,17 @@ bool EngineModel::backlog(const State& s) const {
       (s.requests != 0 && running(s, requestTasks_) > 0 && mayTakeAnother(s, requestTasks_));
 }
 
-// ThreadedEngine::enqueue
-void EngineModel::enqueue(State& s, Set& tasks) const {
+// ThreadedEngine::queue
+void EngineModel::enqueue(State& s, Set& tasks) {
+  Set known = s.requests | s.ran | s.dropped | tasks;
+  for (const Thread& t : s.threads) {
+    known |= t.task;
+  }
+  for (Set request = kSecondRequest; request & kRequests; request <<= 1) {
+    if ((tasks & request) && !(known & (request >> 1))) {
+      violate("requests are queued in another order than they have arrived in");
+    }
+  }
   s.requests |= tasks & requestTasks_;
   s.completions |= tasks & completionTasks_;
   tasks = 0;

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 from cases_calls import identity, scale_and_add, script_scale_and_add
 from harness import World, case, equal, eventually, signal_and_wait
@@ -194,6 +195,22 @@ def passed_before_it_exists(world: World) -> None:
     assert not third.done()
     go.signal("made")
     equal(third.wait(), "made")
+
+
+@case(options={"num_worker_threads": 2})
+def made_from_large_tensors_that_questions_for_the_values_pass(world: World) -> None:
+    """The questions arrive first, and there are more of them than the owner has threads."""
+    large = torch.ones(1_000_000)
+    rrefs = [rpc.remote(world.next, torch.mul, args=(large, factor)) for factor in range(6)]
+    sums = [rref.rpc_async().sum() for rref in rrefs]
+    for factor, future in enumerate(sums):
+        equal(future.wait(), torch.tensor(factor * 1e6))
+    with dist_autograd.context():  # which the calls that make the values come in then
+        leaf = large.requires_grad_()
+        rrefs = [rpc.remote(world.next, torch.mul, args=(leaf, factor)) for factor in range(6)]
+        sums = [rref.rpc_async().sum() for rref in rrefs]
+        for factor, future in enumerate(sums):
+            equal(future.wait().detach(), torch.tensor(factor * 1e6))
 
 
 @case()
