@@ -1,13 +1,15 @@
 // Any bytes as what other ranks send to one agent: frames, chunks, answers to its calls, drain frames, goodbyes.
 //
 // The agent is rank 1 of 4, which has a parent (0) and a child (3) in the tree of a graceful shutdown, and one rank (2)
-// that is neither. Whatever it gets, it goes on, and nobody is lost but those that sent nonsense, each by name.
+// that is neither. Whatever it gets, it goes on, and nobody is lost but those that sent nonsense, each by name. It may
+// have devices, which its neighbours share.
 #include <array>
 #include <cstring>
 
 #include "agent/loss_news.h"
 #include "agent/mpi_agent.h"
 #include "check.h"
+#include "host_device.h"
 #include "peer/receive_pool.h"
 #include "sim_engine.h"
 #include "tensor_reading.h"
@@ -53,6 +55,10 @@ class Echo final : public rpc::RequestCallback {
  protected:
   JitFuturePtr processMessage(rpc::Message& request, std::vector<c10::Stream>) const override {
     for (const at::Tensor& tensor : request.tensors()) {
+      if (tensor.defined() && tensor.device().type() == fuzz::kDeviceType) {
+        fuzz::readBytes(tensor);
+        continue;
+      }
       try {
         testing::readAll(tensor);
       } catch (const c10::Error&) { // an operator of torch does not take such a tensor
@@ -86,6 +92,13 @@ class Run {
     for (int rank = 0; rank < kSize; ++rank) {
       members.push_back({"worker" + std::to_string(rank), "host"});
     }
+    if ((settings & 4) != 0) {
+      options.devices = fuzz::makeDevices(kSize);
+      const c10::Device first = options.devices->all().front();
+      const rpc::DeviceMap map{{first, first}};
+      options.deviceMaps.assign(kSize, {map, map});
+    }
+    hasDevices_ = options.devices != nullptr;
     agent_ = std::make_shared<MpiAgent>(
         std::make_unique<fuzz::WireTransport>(wire_, kSelf, kSize, (settings & 1) != 0), std::move(members),
         std::make_unique<Echo>(), options);
@@ -93,7 +106,9 @@ class Run {
     joins_ = (settings & 2) != 0;
   }
   ~Run() {
+    calls_.clear();
     agent_.reset();
+    CHECK_EQUAL(fuzz::deviceAllocations(), 0U);
     ReceivePool::instance().trim(Clock::time_point::max());
     Clock::simulate(nullptr);
   }
@@ -229,7 +244,7 @@ class Run {
 
   // One that is well-formed as a frame; what is in it, the input says.
   std::string frameOf(int peer, bool inBatch = false) {
-    constexpr auto kKinds = static_cast<unsigned>(FrameKind::kLost);
+    constexpr auto kKinds = static_cast<unsigned>(FrameKind::kReturn);
     const uint8_t choice = input_.byte();
     FrameHeader header;
     header.kind = static_cast<FrameKind>(1 + input_.byte() % kKinds);
@@ -243,12 +258,15 @@ class Run {
     } else {
       body = input_.bytes(input_.byte());
     }
+    if (header.kind == FrameKind::kVerdict && (choice & 1U) != 0) { // longer than the input can say
+      body.resize(sizeof(LendingVerdict));
+    }
     header.messageType = choice >> 3;
+    header.tickets = carries(header) && (choice & 4U) != 0 ? input_.byte() % 3 : 0;
     header.callId = (choice & 8U) != 0 ? lastId_ : input_.byte();
-    const bool carries = header.kind <= FrameKind::kResponse;
-    header.bulkParts = carries && (choice & 16U) != 0 ? input_.byte() % 3 : 0;
+    header.bulkParts = carries(header) && (choice & 16U) != 0 ? input_.byte() % 3 : 0;
     header.bodyBytes = body.size();
-    if (carries && (choice & 32U) != 0) { // the body is the first part
+    if (carries(header) && (choice & 32U) != 0) { // the body is the first part
       header.bodyInBulk = 1;
       sendChunk(peer, body);
       body.clear();
@@ -259,17 +277,26 @@ class Run {
     return frame + body;
   }
 
+  static bool carries(const FrameHeader& header) {
+    return header.kind <= FrameKind::kResponse;
+  }
+
   void call(int peer) {
-    const std::string text = input_.bytes(input_.byte() % 8);
+    const uint8_t choice = input_.byte();
+    const std::string text = input_.bytes(choice % 8);
+    std::vector<at::Tensor> tensors;
+    for (unsigned left = hasDevices_ ? choice >> 6 : 0; left > 0; --left) {
+      tensors.push_back(fuzz::deviceTensor(0, size_t{1} << (input_.byte() % 24)));
+    }
     auto message = c10::make_intrusive<rpc::Message>(
-        std::vector<char>(text.begin(), text.end()), std::vector<at::Tensor>(), rpc::MessageType::SCRIPT_CALL);
+        std::vector<char>(text.begin(), text.end()), std::move(tensors), rpc::MessageType::SCRIPT_CALL);
     const auto request = message; // send() gives it its id
     calls_.push_back(agent_->send(agent_->getWorkerInfo(static_cast<rpc::worker_id_t>(peer)), std::move(message), 30));
     lastId_ = static_cast<uint64_t>(request->id());
   }
 
   void settle() {
-    for (int idle = 0; idle < 3; ++idle) {
+    for (int idle = 0; idle < (hasDevices_ ? 10 : 3); ++idle) { // a device is done when it is asked again
       bool active = engine_->turn();
       while (engine_->hasTasks()) {
         engine_->runTask();
@@ -298,7 +325,7 @@ class Run {
   simulation::Random random_{1};
   simulation::SimEngine* engine_ = nullptr;
   std::shared_ptr<MpiAgent> agent_;
-  bool joins_ = false;
+  bool joins_ = false, hasDevices_ = false;
   uint64_t lastId_ = 0;
   std::vector<JitFuturePtr> calls_;
   std::array<bool, kSize> sent_{}, nonsense_{};

@@ -2,12 +2,14 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <ATen/Functions.h>
 
 #include "agent/late_calls.h"
 #include "codec/outbound_rpc.h"
+#include "host_device.h"
 #include "python/pickle/plain_pickle_format.h"
 
 using namespace torch_rpc_mpi;
@@ -26,20 +28,27 @@ class Nobody final : public SendFailureListener {
   void onSendFailed(FrameKind, int, uint64_t, const std::string&) noexcept override {}
 };
 
-// A message's body and how many parts it has beside it.
+// A message's body, how many parts it has beside it, and how many pieces of lent memory.
 struct Encoded {
   std::string body;
   uint32_t parts;
+  uint8_t tickets;
 };
 
-Encoded encode(const std::vector<at::Tensor>& tensors, size_t inlineLimit) {
+Encoded encode(
+    const std::vector<at::Tensor>& tensors,
+    size_t inlineLimit,
+    std::shared_ptr<OutboundSlices> onDevices = nullptr) {
   Nobody nobody;
   auto message = c10::make_intrusive<rpc::Message>(
       std::vector<char>{'p', 'a', 'y'}, std::vector<at::Tensor>(tensors), rpc::MessageType::SCRIPT_CALL);
   auto pool = std::make_shared<FramePool>(size_t{1} << 16);
-  OutboundRpc out(1, FrameKind::kRequest, 1, std::move(message), inlineLimit, nobody);
+  OutboundRpc out(1, FrameKind::kRequest, 1, std::move(message), inlineLimit, nobody, std::move(onDevices));
   out.encode(*pool);
-  return {std::string(out.frame().body(), out.header().bodyBytes), out.header().bulkParts};
+  while (!out.ready()) {
+  }
+  const FrameHeader& header = out.header();
+  return {std::string(out.frame().body(), header.bodyBytes), header.bulkParts, header.tickets};
 }
 
 std::vector<std::pair<std::string, at::Tensor>> tensorsOfAllForms() {
@@ -91,11 +100,13 @@ std::string batch(int peer, const std::vector<std::string>& frames) {
   return step + '\0';
 }
 
+const std::string turn{7 << 2};
+
 void writeFrames() {
   constexpr uint8_t kOfLastCall = 8, kParts = 16, kInBulk = 32;
   const std::string plain = encode({}, 1 << 10).body;
   const Encoded beside = encode({at::ones({30})}, 4);
-  const std::string start(1, '\0'), call{0 | 5 << 2, 1, 'x'}, turn{7 << 2}, chunk{0 | 4 << 2, 0};
+  const std::string start(1, '\0'), call{0 | 5 << 2, 1, 'x'}, chunk{0 | 4 << 2, 0};
   const auto drain = [](char kind) { return std::string{kind} + std::string(23, '\0'); };
   const auto wait = [](int quarters) { return std::string{6 << 2, static_cast<char>(quarters)}; };
   write("frames", "request", start + frame(0, FrameKind::kRequest, plain) + turn);
@@ -127,6 +138,52 @@ void writeFrames() {
   const std::string answer = frameAlone(FrameKind::kResponse, plain, kOfLastCall, 0);
   const std::string forgotten = frameAlone(FrameKind::kForget, "", 0, 1);
   write("frames", "batch", start + call + batch(0, {request, answer, forgotten}) + turn);
+}
+
+// Of a tensor on a device, to the same one of rank 1, which borrows from this one or does not.
+Encoded encodeOfDevice(size_t bytes, bool borrows) {
+  const auto devices = fuzz::makeDevices(/*neighbours=*/2);
+  if (!devices->lender()->lendsTo(1, 0, 0) && borrows) {
+    (void)devices->lender()->takeOffers();
+    (void)devices->lender()->onVerdict(1, {.here = 0, .there = 0, .accepted = 1});
+  }
+  const std::vector<at::Tensor> tensors{fuzz::deviceTensor(0, bytes)};
+  return encode(
+      tensors, 1 << 10,
+      std::make_shared<OutboundSlices>(devices, tensors, std::vector{devices->all().front()}, 1, /*inCurrent=*/false));
+}
+
+void writeDevices() {
+  const auto step = [](const Encoded& message) {
+    constexpr uint8_t kOfParts = 16, kOfTickets = 4;
+    const auto choice =
+        static_cast<uint8_t>((message.parts > 0 ? kOfParts : 0) | (message.tickets > 0 ? kOfTickets : 0));
+    std::string result = frame(0, FrameKind::kRequest, message.body, choice);
+    result += message.tickets > 0 ? std::string(1, static_cast<char>(message.tickets)) : "";
+    result += message.parts > 0 ? std::string(1, static_cast<char>(message.parts)) : "";
+    return result + turn;
+  };
+  const LendingOffer offer{.here = 0, .there = 0, .device = {'G', 'P', 'U', '1'}, .memory = {}};
+  const LendingVerdict verdict{.here = 0, .there = 0, .accepted = 1};
+  const LendingReturn back{.device = 0, .ticket = 1};
+  const auto about = [](FrameKind kind, const auto& what) {
+    const size_t bytes = std::min<size_t>(sizeof(what), UINT8_MAX); // the rest of a verdict's is zeros
+    return frame(0, kind, {reinterpret_cast<const char*>(&what), bytes}, /*choice=*/1) + turn;
+  };
+  const std::string start(1, '\4'), call{0 | 5 << 2, static_cast<char>(1 << 6), 22};
+  std::string all = start + call + turn + about(FrameKind::kOffer, offer) + about(FrameKind::kVerdict, verdict) + call;
+  for (const auto& [name, bytes, borrows] :
+       {std::tuple{"small", 64, false},
+        {"large", 2048, false},
+        {"lent", 1 << 19, true},
+        {"lent_large", 1 << 23, true}}) {
+    const Encoded message = encodeOfDevice(static_cast<size_t>(bytes), borrows);
+    const auto first = static_cast<char>(message.parts | 4 | message.tickets << 3);
+    write("message", std::string("device_") + name, std::string{first, 0} + message.body);
+    write("frames", std::string("device_") + name, start + about(FrameKind::kOffer, offer) + step(message) + turn);
+    all += step(message);
+  }
+  write("frames", "device_all", all + about(FrameKind::kReturn, back) + turn);
 }
 
 void writePickles() {
@@ -161,6 +218,7 @@ int main(int argc, char** argv) {
   directory = argv[1];
   writeMessages();
   writeFrames();
+  writeDevices();
   writePickles();
   return 0;
 }
