@@ -1,5 +1,7 @@
 #include "python/request_callback.h"
 
+#include <optional>
+
 #include <c10/core/StreamGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
@@ -9,8 +11,10 @@
 #include <torch/csrc/distributed/rpc/python_resp.h>
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
 #include <torch/csrc/distributed/rpc/rref_context.h>
+#include <torch/csrc/distributed/rpc/rref_impl.h>
 #include <torch/csrc/distributed/rpc/rref_proto.h>
 #include <torch/csrc/distributed/rpc/script_call.h>
+#include <torch/csrc/distributed/rpc/script_remote_call.h>
 #include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
@@ -18,6 +22,7 @@
 #include "agent/running_requests.h"
 #include "base/error_text.h"
 #include "codec/not_run.h"
+#include "engine/threaded_engine.h"
 #include "python/call_arguments.h"
 #include "python/called_function.h"
 #include "python/function_runner.h"
@@ -53,6 +58,21 @@ JitFuturePtr failed(const std::string& error, const c10::TypePtr& type) {
   auto future = c10::make_intrusive<rpc::JitFuture>(type);
   future->setError(std::make_exception_ptr(std::runtime_error(error)));
   return future;
+}
+
+// Whether there are RRefs of this process without values among them. TorchScript waits for those inside of torch.
+bool lackValues(const torch::jit::Stack& arguments) {
+  bool lacks = false;
+  for (const at::IValue& argument : arguments) {
+    argument.visit([&](const at::IValue& each) {
+      if (each.isRRef()) {
+        const auto owner = c10::dynamic_intrusive_pointer_cast<rpc::OwnerRRef>(each.toRRef());
+        lacks = lacks || (owner != nullptr && !owner->hasValue());
+      }
+      return lacks || each.isIntList() || each.isDoubleList() || each.isBoolList() || each.isTensorList();
+    });
+  }
+  return lacks;
 }
 
 c10::TypePtr messageType() {
@@ -154,6 +174,10 @@ JitFuturePtr PythonRequestCallback::processScriptCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
   auto& call = static_cast<rpc::ScriptCall&>(command);
+  std::optional<ThreadedEngine::Blocked> mayBlock;
+  if (!call.hasOp() && lackValues(call.stackRef())) {
+    mayBlock.emplace(ThreadedEngine::Blocked::For::kValueOfThisProcess);
+  }
   RunningRequests::nameFunction({}, call.hasOp() ? call.op()->schema().name() : call.qualifiedName().qualifiedName());
   const JitFuturePtr result = call.hasOp()
       ? runJitOperator(*call.op(), call.stackRef(), streams)
@@ -188,6 +212,10 @@ JitFuturePtr PythonRequestCallback::inStreams(JitFuturePtr scripts, const std::v
 JitFuturePtr PythonRequestCallback::processScriptRemoteCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
+  std::optional<ThreadedEngine::Blocked> mayBlock;
+  if (lackValues(static_cast<rpc::ScriptRemoteCall&>(command).stackRef())) {
+    mayBlock.emplace(ThreadedEngine::Blocked::For::kValueOfThisProcess);
+  }
   const c10::MultiStreamGuard guard(streams);
   return RequestCallbackImpl::processScriptRemoteCall(command, streams);
 }

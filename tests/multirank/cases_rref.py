@@ -52,6 +52,10 @@ def local_value(rref: RRef) -> Any:
     return rref.local_value()
 
 
+def local_sum(rref: RRef) -> Tensor:
+    return rref.local_value().sum()
+
+
 def describe(rref: RRef) -> tuple[bool, bool, str, int]:
     return rref.is_owner(), rref.confirmed_by_owner(), rref.owner_name(), rref.owner().id
 
@@ -68,6 +72,11 @@ def script_to_here(rref: RRef[Tensor]) -> Tensor:
 @torch.jit.script
 def script_describe(rref: RRef[Tensor]) -> tuple[bool, bool, str]:
     return rref.is_owner(), rref.confirmed_by_owner(), rref.owner_name()
+
+
+@torch.jit.script
+def script_sum(rrefs: list[RRef[Tensor]]) -> Tensor:
+    return rrefs[0].to_here().sum()
 
 
 @torch.jit.script
@@ -197,19 +206,32 @@ def passed_before_it_exists(world: World) -> None:
     equal(third.wait(), "made")
 
 
-@case(options={"num_worker_threads": 2})
-def made_from_large_tensors_that_questions_for_the_values_pass(world: World) -> None:
+def sum_of_proxy(rref: RRef, owner: str) -> Any:
+    return rref.rpc_async().sum()
+
+
+def sum_by_function(rref: RRef, owner: str) -> Any:
+    return rpc.rpc_async(owner, local_sum, args=(rref,))
+
+
+def sum_by_script(rref: RRef, owner: str) -> Any:
+    return rpc.rpc_async(owner, script_sum, args=([rref],))
+
+
+SUMS = {"proxy": sum_of_proxy, "function": sum_by_function, "script": sum_by_script}
+
+
+@case(each=SUMS, options={"num_worker_threads": 2})
+def made_from_large_tensors_that_questions_for_the_values_pass(world: World, ask: Any) -> None:
     """The questions arrive first, and there are more of them than the owner has threads."""
     large = torch.ones(1_000_000)
     rrefs = [rpc.remote(world.next, torch.mul, args=(large, factor)) for factor in range(6)]
-    sums = [rref.rpc_async().sum() for rref in rrefs]
-    for factor, future in enumerate(sums):
+    for factor, future in enumerate([ask(rref, world.next) for rref in rrefs]):
         equal(future.wait(), torch.tensor(factor * 1e6))
-    with dist_autograd.context():  # which the calls that make the values come in then
+    with dist_autograd.context():  # in which the calls that make the values come inside others
         leaf = large.requires_grad_()
         rrefs = [rpc.remote(world.next, torch.mul, args=(leaf, factor)) for factor in range(6)]
-        sums = [rref.rpc_async().sum() for rref in rrefs]
-        for factor, future in enumerate(sums):
+        for factor, future in enumerate([ask(rref, world.next) for rref in rrefs]):
             equal(future.wait().detach(), torch.tensor(factor * 1e6))
 
 
