@@ -2,10 +2,19 @@
 
 namespace torch_rpc_mpi {
 
+namespace {
+
+constexpr size_t kForLargeOnes = 1; // requests beyond the window
+
+} // namespace
+
 bool Credit::allows(uint64_t bytes) const {
   const uint64_t requestsOut = sentRequests_.load() - ackedRequests_.load();
   const uint64_t bytesOut = sentBytes_.load() - ackedBytes_.load();
-  return requestsOut < windowRequests_ && (bytes == 0 || bytesOut == 0 || bytesOut + bytes <= windowBytes_);
+  if (bytes == 0) {
+    return requestsOut < windowRequests_;
+  }
+  return requestsOut < windowRequests_ + kForLargeOnes && (bytesOut == 0 || bytesOut + bytes <= windowBytes_);
 }
 
 void Credit::sent(uint64_t bytes) {

@@ -85,19 +85,19 @@ TEST(exchange_requests_beyond_the_window_wait_unencoded_until_taken) {
   options.windowRequests = 4;
   Pair pair(options);
   for (int i = 0; i < 10; ++i) {
-    pair.a.post(request(std::to_string(i)));
+    pair.a.post(smallRequest(std::to_string(i)));
   }
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 4U);
   CHECK_EQUAL(pair.a.exchange.counters().waitingForCredit, 6U);
-  CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 1));
+  CHECK_THAT(!pair.a.exchange.wouldSendAtOnce(1, 0));
   for (size_t taken = 0; taken < 10; ++taken) {
     CHECK_THAT(taken < pair.b.bodies.size());
     pair.b.exchange.released(0, pair.b.charged[taken]);
     pair.settle();
   }
   CHECK_EQUAL(pair.b.bodies.size(), 10U);
-  CHECK_THAT(pair.a.exchange.wouldSendAtOnce(1, 1));
+  CHECK_THAT(pair.a.exchange.wouldSendAtOnce(1, 0));
 }
 
 TEST(exchange_reports_little_credit_when_nothing_else_tells_of_it) {
@@ -105,7 +105,7 @@ TEST(exchange_reports_little_credit_when_nothing_else_tells_of_it) {
   options.windowRequests = 4;
   Pair pair(options);
   for (int i = 0; i < 5; ++i) {
-    pair.a.post(request(std::to_string(i)));
+    pair.a.post(smallRequest(std::to_string(i)));
   }
   pair.settle();
   pair.b.exchange.released(0, pair.b.charged[0]); // less than half a window, and no response follows
@@ -164,21 +164,26 @@ TEST(exchange_a_large_request_is_not_kept_waiting_by_small_ones) {
   pair.a.post(smallRequest("small"));
   pair.a.post(smallRequest("small"));
   pair.a.post(smallRequest("small"));
-  pair.a.post(request("large", {pattern(5000, 1)}));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 2U);
-  pair.b.exchange.released(0, 0);
+  pair.a.post(request("large", {pattern(5000, 1)})); // for which those may be waiting that fill the window
+  pair.a.post(request("next large", {pattern(5000, 2)}));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 3U);
   CHECK_EQUAL(pair.b.bodies[2], "large");
+  for (size_t taken = 0; taken < 3; ++taken) {
+    pair.b.exchange.released(0, pair.b.charged[taken]);
+    pair.settle();
+  }
+  CHECK_EQUAL(pair.b.bodies.size(), 5U);
 }
 
 TEST(exchange_responses_pass_where_requests_wait) {
   auto options = Pair::smallOptions();
   options.windowRequests = 1;
   Pair pair(options);
-  pair.a.post(request("one"));
-  pair.a.post(request("two"));
+  pair.a.post(smallRequest("one"));
+  pair.a.post(smallRequest("two"));
   pair.a.post(std::make_unique<TextMessage>(1, FrameKind::kResponse, "answer"));
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), 2U);
@@ -478,8 +483,8 @@ TEST(exchange_a_peer_that_fails_while_its_frame_is_read_sends_nothing_more) {
   options.windowRequests = 1;
   Pair pair(options);
   pair.network->eagerBytes = 100000;
-  pair.a.post(request("first"));
-  pair.a.post(request("waits"));
+  pair.a.post(smallRequest("first"));
+  pair.a.post(smallRequest("waits"));
   pair.settle();
   pair.b.exchange.released(0, pair.b.charged[0]);
   pair.b.post(std::make_unique<TextMessage>(0, FrameKind::kResponse, "x", std::vector<std::string>{pattern(5000, 1)}));
@@ -541,10 +546,10 @@ TEST(exchange_refuses_messages_to_a_peer_that_is_gone) {
   auto options = Pair::smallOptions();
   options.windowRequests = 1;
   Pair pair(options);
-  pair.a.post(request("sent"));
-  pair.a.post(request("waits"));
+  pair.a.post(smallRequest("sent"));
+  pair.a.post(smallRequest("waits"));
   pair.a.exchange.fail(*pair.a.hold, 1, "it left");
-  pair.a.post(request("late"));
+  pair.a.post(smallRequest("late"));
   pair.settle();
   CHECK_EQUAL(pair.a.failures, 2);
   CHECK_EQUAL(TextMessage::lastFailure, "peer 1: it left");
