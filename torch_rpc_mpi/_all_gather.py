@@ -107,7 +107,10 @@ class Watch:
 
 def _no_graceful_shutdown(reason: str) -> str:
     # In the words of MpiAgent::join, which is the last that rpc.shutdown() waits for.
-    return f"A graceful shutdown of RPC is not possible: {reason}. Use rpc.shutdown(graceful=False)"
+    return (
+        f"A graceful shutdown of RPC is not possible: {reason}. RPC ends here without the others; "
+        "rpc.shutdown(graceful=False) in its place waits for nobody"
+    )
 
 
 class _Hopeless(Exception):

@@ -145,6 +145,8 @@ def short_name(library: str) -> str:
     return " ".join(library.split("\n")[0].split(",")[0].split())
 
 
+_CANNOT_BE_LOADED = (ImportError, OSError, RuntimeError, AttributeError, ValueError)
+
 _library: str | None = None
 
 
@@ -162,16 +164,20 @@ def find_library() -> str:
 def _ask_library() -> str:
     text, length = ctypes.create_string_buffer(_LONGEST_LIBRARY_TEXT), ctypes.c_int()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the import repeats them
-            extension = importlib.util.find_spec("mpi4py.MPI")
-        if extension is None or extension.origin is None:
-            return ""
-        # As the import will load it, without running its initialisation.
-        ctypes.CDLL(extension.origin).MPI_Get_library_version(text, ctypes.byref(length))
-    except (ImportError, OSError, RuntimeError, AttributeError, ValueError):
+        _library_of_mpi4py().MPI_Get_library_version(text, ctypes.byref(length))
+    except _CANNOT_BE_LOADED:
         return ""
     return text.value.decode(errors="replace")
+
+
+def _library_of_mpi4py() -> ctypes.CDLL:
+    """mpi4py.MPI as its import will load it, and MPI with it, without running its initialisation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the import repeats them
+        extension = importlib.util.find_spec("mpi4py.MPI")
+    if extension is None or extension.origin is None:
+        raise ImportError("there is no mpi4py.MPI")
+    return ctypes.CDLL(extension.origin)
 
 
 def is_initialized() -> bool:
@@ -223,6 +229,7 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         min(_WARN_AFTER, init_timeout / 2) if init_timeout else _WARN_AFTER,
         init_timeout,
     )
+    _finalize_in_no_forked_child(extension, mpi4py)
     try:
         nodes = 1 if _launchers.all_ranks_are_here() else 0
         with _system.default_environment(_system.mpi_settings("", [_system.Limits.here()], nodes)):
@@ -234,6 +241,24 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         # finalizer, which has a higher priority.
         multiprocessing.util.Finalize(None, _finalize_mpi, (module,), exitpriority=50)
     return module
+
+
+def _finalize_in_no_forked_child(extension: ModuleType, mpi4py: ModuleType) -> None:
+    """Before the import of mpi4py.MPI: what is to finalise MPI when this process ends, instead of mpi4py.
+
+    Not if the program does that itself (``mpi4py.rc.finalize = False``), nor if mpi4py.MPI cannot be loaded, of which
+    the import then says why.
+    """
+    if mpi4py.rc.finalize is False or not mpi4py.rc.initialize:
+        return
+    names = ("MPI_Initialized", "MPI_Finalized", "MPI_Finalize")
+    try:
+        library = _library_of_mpi4py()
+        functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+    except _CANNOT_BE_LOADED:
+        return
+    if extension.finalize_at_exit(*functions):
+        mpi4py.rc.finalize = False
 
 
 def _finalize_mpi(module: ModuleType) -> None:

@@ -56,6 +56,7 @@ class Program:
 def main(arguments: list[str]) -> None:
     """Runs the program; its end is this process's."""
     request = parse(arguments)
+    process = os.getpid()  # whose children by fork() come here as well
     sys.excepthook = _show
     try:
         _drop_in.switch_on()
@@ -63,10 +64,12 @@ def main(arguments: list[str]) -> None:
         _launchers.claim()
         run(request)
     except SystemExit as error:
-        _exit.program_exited(error.code)
+        if os.getpid() == process:
+            _exit.program_exited(error.code)
         raise
     except BaseException as error:
-        _exit.program_raised(error)
+        if os.getpid() == process:
+            _exit.program_raised(error)
         raise
 
 

@@ -196,7 +196,7 @@ void MpiAgent::join(bool shutdown, float timeout) {
   const auto result = join_.wait(options_.signals, timeout, shutdown, [this] { engine_->wake(); });
   TORCH_CHECK(
       result != Join::Result::kFailed, "A graceful shutdown of RPC is not possible: ", join_.failure(),
-      ". Use rpc.shutdown(graceful=False)");
+      ". RPC ends here without the others; rpc.shutdown(graceful=False) in its place waits for nobody");
   TORCH_CHECK(
       result == Join::Result::kAgreed, "The graceful shutdown of RPC timed out after ", timeout,
       " s: ", whatJoinWaitsFor());

@@ -10,6 +10,7 @@
 #include "launch/pmi_server.h"
 #include "mpi/communicator.h"
 #include "mpi/mpi_library.h"
+#include "python/finalize_at_exit.h"
 #include "python/interpreter.h"
 #include "python/signals.h"
 #include "python/watchdog.h"
@@ -92,6 +93,14 @@ void bindLaunch(py::module_& module) {
 } // namespace
 
 void bindMpi(py::module_& module) {
+  module.def(
+      "finalize_at_exit",
+      [](uintptr_t initialized, uintptr_t finalized, uintptr_t finalize) {
+        return finalizeAtExit(
+            {reinterpret_cast<int (*)(int*)>(initialized), reinterpret_cast<int (*)(int*)>(finalized),
+             reinterpret_cast<int (*)()>(finalize)});
+      },
+      py::arg("initialized"), py::arg("finalized"), py::arg("finalize"));
   py::class_<MpiLibrary, std::shared_ptr<MpiLibrary>>(module, "MPIRuntime")
       .def(py::init<std::string, std::string>(), py::arg("shim_path"), py::arg("mpi_extension_path"))
       .def_property_readonly("abi", [](const MpiLibrary& mpi) { return mpi->abi_name; })

@@ -112,10 +112,16 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
     }
     case rpc::MessageType::PYTHON_REMOTE_CALL: {
       const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
-      auto function = std::make_unique<PythonFunction>(
-          agent_, python_->plainPickler(), call.serializedPyObj(), call.isAsyncExecution());
-      function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
-      return function;
+      const auto id = rpc::RRefId::fromIValue(call.retRRefId());
+      try {
+        auto function = std::make_unique<PythonFunction>(
+            agent_, python_->plainPickler(), call.serializedPyObj(), call.isAsyncExecution());
+        function->result.emplace(id, rpc::ForkId::fromIValue(call.retForkId()));
+        return function;
+      } catch (...) { // a to_here() that has come before would wait for ever, and a graceful shutdown for it
+        rpc::RRefContext::getInstance().getOwnerRRef(id)->setErrorIfNeeded(std::current_exception());
+        throw;
+      }
     }
     case rpc::MessageType::FORWARD_AUTOGRAD_REQ: {
       auto& recorded = static_cast<autograd::RpcWithAutograd&>(command);

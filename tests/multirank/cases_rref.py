@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -58,6 +59,18 @@ def local_sum(rref: RRef) -> Tensor:
 
 def describe(rref: RRef) -> tuple[bool, bool, str, int]:
     return rref.is_owner(), rref.confirmed_by_owner(), rref.owner_name(), rref.owner().id
+
+
+class RaisesAtTheCallee:
+    """An argument that cannot be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return raise_later, ()
+
+
+def raise_later() -> None:
+    time.sleep(0.05)  # in which the caller's next request comes
+    raise_value_error()
 
 
 def raise_value_error() -> None:
@@ -283,6 +296,14 @@ def pickling_outside_of_rpc_is_refused(world: World) -> None:
 
 
 # Errors
+
+
+@case(tensorpipe="to_here() waits until its time is over, and a graceful shutdown without end")
+def creation_that_fails_when_to_here_has_begun(world: World) -> None:
+    for to in (world.next, world.name()):
+        rref = rpc.remote(to, identity, args=(RaisesAtTheCallee(),))
+        with pytest.raises((RuntimeError, ValueError), match="not to be had"):
+            rref.to_here()
 
 
 @case()

@@ -91,11 +91,12 @@ def test_that_fails_ends_the_job(when: str, how: str, status: int, who: str) -> 
 
 @mpich
 def test_whose_ranks_start_processes() -> None:
-    """A program of its own makes a world of its own; a child made by fork() may not use RPC, and is told so."""
+    """A program of its own makes a world of its own; a child made by fork() may not use RPC, and is told so, but ends."""
     status, output = mpirun(2, "children.py")
     assert status == 0, output
     assert "rank 0 is done" in output, output
     assert "statuses [0, 0]" in output, output
     assert "child 0: 1.0" in output, output
     assert "child 1: 2.0" in output, output
+    assert "endings [7, 1]" in output, output
     assert re.search(r"forked: RPC over MPI cannot be used in this process .* forked from pid \d+", output), output

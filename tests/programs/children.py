@@ -26,6 +26,13 @@ def in_fork(store):
     print(f"forked: {words[0]}", flush=True)
 
 
+def status_of_forked(ending):
+    child = os.fork()
+    if child == 0:
+        ending()  # through all of the interpreter's end, in which the others take no part
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def main():
     rank = os.environ["RANK"]
     rpc.init_rpc(f"worker{rank}", rank=int(rank), world_size=int(os.environ["WORLD_SIZE"]))
@@ -37,6 +44,7 @@ def main():
             process = multiprocessing.get_context("fork").Process(target=in_fork, args=(f"{scratch}/forked",))
             process.start()
             process.join()
+        print("endings", [status_of_forked(ending) for ending in (lambda: sys.exit(7), lambda: 1 / 0)], flush=True)
     rpc.shutdown()
     print(f"rank {rank} is done", flush=True)
 

@@ -111,7 +111,8 @@ assert text == "An all-gather over RPC of 'alone', 'other' is not possible: the 
 assert api._all_gather(7, {"alone"}) == {"alone": 7}
 text = error_of(rpc.shutdown)
 assert text == (
-    "A graceful shutdown of RPC is not possible: the stranger is gone. Use rpc.shutdown(graceful=False)"
+    "A graceful shutdown of RPC is not possible: the stranger is gone. RPC ends here without the others; "
+    "rpc.shutdown(graceful=False) in its place waits for nobody"
 ), text
 """
     )

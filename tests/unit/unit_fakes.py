@@ -24,6 +24,8 @@ _MPI4PY = """
 __version__ = {version!r}
 
 class rc:
+    initialize = True
+    finalize = None
     threads = "untouched"
     thread_level = "untouched"
 """
@@ -226,6 +228,7 @@ def make_extension(directory: Path) -> ModuleType:
         (directory / f"_mpi_shim_{abi}.so").touch()
     members = {
         "InitWatchdog": Watchdog,
+        "finalize_at_exit": lambda initialized, finalized, finalize: False,
         "MPIRuntime": type("Runtime", (Runtime,), {}),
         "Communicator": Communicator,
         "AgentOptions": AgentOptions,
