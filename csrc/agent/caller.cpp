@@ -22,6 +22,11 @@ thread_local bool answersInSend = false;
 // See SecondAttempt.
 thread_local bool sendsAgain = false;
 
+bool mayHoldRRefs(rpc::MessageType response) {
+  return response == rpc::MessageType::PYTHON_RET || response == rpc::MessageType::PYTHON_RREF_FETCH_RET ||
+      response == rpc::MessageType::SCRIPT_RET || response == rpc::MessageType::SCRIPT_RREF_FETCH_RET;
+}
+
 // A guest is announced for one call. Whatever becomes of that, it does not stay so.
 struct GuestAnnouncement {
   GuestAnnouncement() = default;
@@ -34,7 +39,7 @@ struct GuestAnnouncement {
 
 } // namespace
 
-// Of a call whose response arrived.
+// Of a response that has arrived: of a call, or of one that has been given up.
 class Caller::ResponseTask final : public CompletionTask {
  public:
   ResponseTask(Caller& caller, InboundMessage&& inbound)
@@ -43,6 +48,10 @@ class Caller::ResponseTask final : public CompletionTask {
         inbound_(std::move(inbound)) {}
   void run() noexcept override {
     const PendingCall call = take();
+    if (call.future == nullptr) {
+      runLate();
+      return;
+    }
     MessageInStreams response;
     try {
       response = decodeMessage(std::move(inbound_), caller_.devices_);
@@ -59,6 +68,12 @@ class Caller::ResponseTask final : public CompletionTask {
   }
 
  private:
+  void runLate() noexcept {
+    try {
+      caller_.onLateResponse_(*decodeMessage(std::move(inbound_), caller_.devices_).message);
+    } catch (const std::exception&) { // nobody would be told
+    }
+  }
   static std::string unread(const std::exception& error) {
     return "The response could not be read: " + errorText(error);
   }
@@ -77,7 +92,8 @@ Caller::Caller(
     FlightLog& flightLog,
     SignalService signals,
     uint32_t slotUsesBefore,
-    std::shared_ptr<Devices> devices)
+    std::shared_ptr<Devices> devices,
+    AgentOptions::OnLateResponse onLateResponse)
     : members_(members),
       completion_(completion),
       exchange_(exchange),
@@ -86,8 +102,9 @@ Caller::Caller(
       engine_(engine),
       signals_(signals),
       devices_(std::move(devices)),
+      onLateResponse_(std::move(onLateResponse)),
       calls_(slotUsesBefore),
-      ownCalls_(members.rank(), calls_, completion, server, engine, devices_),
+      ownCalls_(members.rank(), calls_, completion, server, engine, devices_, onLateResponse_),
       deadlines_(members, calls_, completion, exchange, server, flightLog) {}
 
 PendingCall Caller::newCall(int peer, rpc::MessageType type, std::chrono::milliseconds timeout) const {
@@ -239,6 +256,7 @@ void Caller::driveUntil(const c10::ivalue::Future& future) {
 bool Caller::onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks) {
   const int peer = response.source;
   const uint64_t id = response.header.callId;
+  const auto type = static_cast<rpc::MessageType>(response.header.messageType);
   FlightRecorder::instance().record(
       CallEvent::kAnswered, peer, id, response.header.messageType, response.header.bodyBytes);
   makeRoom(tasks);
@@ -248,7 +266,13 @@ bool Caller::onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks) 
     tasks.push_back(std::move(task));
     return true;
   }
-  return !calls_.awaitsOther(id, peer); // else it came too late
+  if (calls_.awaitsOther(id, peer)) {
+    return false;
+  }
+  if (mayHoldRRefs(type)) { // it came too late, but its RRefs are to be let go of
+    tasks.push_back(std::move(task));
+  }
+  return true;
 }
 
 void Caller::onPeerEnded(int peer, const std::string& reason) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "agent/agent_options.h"
 #include "agent/call_deadlines.h"
 #include "agent/call_table.h"
 #include "agent/completion.h"
@@ -33,7 +34,8 @@ class Caller final : private SendFailureListener {
       FlightLog& flightLog,
       SignalService signals,
       uint32_t slotUsesBefore,
-      std::shared_ptr<Devices> devices);
+      std::shared_ptr<Devices> devices,
+      AgentOptions::OnLateResponse onLateResponse);
 
   // A call to a worker, this one perhaps. timeout: 0 for none; it begins now. Null if there are no more calls: see
   // close(). later: of a test that delays the message. It is given what sends it, which may be called by any thread.
@@ -139,6 +141,7 @@ class Caller final : private SendFailureListener {
   const std::shared_ptr<Engine>& engine_;
   const SignalService signals_;
   const std::shared_ptr<Devices> devices_; // null: none are used
+  const AgentOptions::OnLateResponse onLateResponse_;
   CallTable calls_;
   OwnCalls ownCalls_;
   CallDeadlines deadlines_;

@@ -82,7 +82,8 @@ MpiAgent::MpiAgent(
           flightLog_,
           options_.signals,
           options_.slotUsesBefore,
-          options_.devices),
+          options_.devices,
+          options_.onLateResponse),
       join_(
           members_.rank(),
           transport_->size(),

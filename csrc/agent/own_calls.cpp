@@ -65,6 +65,7 @@ void OwnCalls::post(
 void OwnCalls::onOwnResponse(uint64_t id, MakeResponse response) noexcept {
   auto call = calls_.take(id, rank_);
   if (!call) {
+    letGoOf(response);
     return;
   }
   try {
@@ -84,6 +85,15 @@ void OwnCalls::onOwnResponse(uint64_t id, RpcMessage response, const OutboundSli
   if (auto call = calls_.take(id, rank_)) {
     task->give(std::move(*call));
     whenCopied(std::move(copy), std::move(task));
+  } else {
+    letGoOf([&] { return response; });
+  }
+}
+
+void OwnCalls::letGoOf(const MakeResponse& late) noexcept {
+  try {
+    onLateResponse_(*late());
+  } catch (const std::exception&) { // nobody would be told
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "agent/agent_options.h"
 #include "agent/call_table.h"
 #include "agent/completion.h"
 #include "agent/server.h"
@@ -22,13 +23,15 @@ class OwnCalls final : public SelfCaller {
       Completion& completion,
       Server& server,
       const std::shared_ptr<Engine>& engine,
-      std::shared_ptr<Devices> devices)
+      std::shared_ptr<Devices> devices,
+      const AgentOptions::OnLateResponse& onLateResponse)
       : rank_(rank),
         calls_(calls),
         completion_(completion),
         server_(server),
         engine_(engine),
-        devices_(std::move(devices)) {}
+        devices_(std::move(devices)),
+        onLateResponse_(onLateResponse) {}
 
   // onDevices: null if no tensor is on a device, or is to be.
   void post(
@@ -44,6 +47,7 @@ class OwnCalls final : public SelfCaller {
   class CopiedTask;
 
   void whenCopied(OwnCopy copy, TaskPtr task);
+  void letGoOf(const MakeResponse& late) noexcept;
 
   const int rank_;
   CallTable& calls_;
@@ -51,6 +55,7 @@ class OwnCalls final : public SelfCaller {
   Server& server_;
   const std::shared_ptr<Engine>& engine_;
   const std::shared_ptr<Devices> devices_; // null: none are used
+  const AgentOptions::OnLateResponse onLateResponse_;
 };
 
 } // namespace torch_rpc_mpi

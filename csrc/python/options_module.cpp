@@ -11,6 +11,7 @@
 #include "base/deadline.h"
 #include "host/resources.h"
 #include "python/interpreter.h"
+#include "python/response.h"
 #include "python/signals.h"
 #include "python/user_code.h"
 
@@ -82,6 +83,7 @@ AgentOptions PyAgentOptions::toCore(int worldSize, int ranksOnHost, std::vector<
     };
   }
   options.signals = kPythonSignals;
+  options.onLateResponse = letGoOf;
   if (!faults.messagesToFail.empty() || !faults.messagesToDelay.empty()) {
     options.faults = std::make_shared<Faults>(faults);
   }

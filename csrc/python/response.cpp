@@ -1,10 +1,12 @@
 #include "python/response.h"
 
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 #include <torch/csrc/distributed/rpc/python_resp.h>
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
+#include <torch/csrc/distributed/rpc/rref_proto.h>
 #include <torch/csrc/distributed/rpc/script_resp.h>
 #include <torch/csrc/distributed/rpc/utils.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
@@ -78,7 +80,34 @@ std::exception_ptr withoutPython(const Error& error) {
   return std::make_exception_ptr(PythonError::of(error));
 }
 
+// Whether the names are in it by which pickles of this package's and of torch's name RRefs.
+bool mayHoldRRefs(const rpc::Message& response) {
+  const std::string_view payload(response.payload().data(), response.payload().size());
+  return payload.find("_load") != std::string_view::npos ||
+      payload.find("torch.distributed.rpc") != std::string_view::npos;
+}
+
 } // namespace
+
+void letGoOf(const rpc::Message& late) {
+  if (!mayHoldRRefs(late)) {
+    return;
+  }
+  rpc::MessageType type = late.type();
+  const auto command = rpc::deserializeResponse(late, type); // with the RRefs of TorchScript
+  std::optional<rpc::SerializedPyObj> pickled;
+  if (type == rpc::MessageType::PYTHON_RET) {
+    pickled = static_cast<rpc::PythonResp&>(*command).serializedPyObj();
+  } else if (type == rpc::MessageType::PYTHON_RREF_FETCH_RET) {
+    pickled = rpc::SerializedPyObj::fromIValues(static_cast<rpc::PythonRRefFetchRet&>(*command).values());
+  }
+  if (pickled) {
+    auto& handler = rpc::PythonRpcHandler::getInstance();
+    const Gil gil;
+    const UserCode code;
+    (void)handler.deserialize(*pickled);
+  }
+}
 
 std::optional<std::string> refusal(const JitFuture& response) {
   if (response.hasError()) {

@@ -20,4 +20,8 @@ void completeFrom(c10::ivalue::Future& pyFuture, const c10::ivalue::Future& resp
 // The same when the response is there, with the thread-local state that this thread has now.
 void completeWith(JitFuturePtr pyFuture, c10::ivalue::Future& response);
 
+// Lets go of the RRefs in a response that nobody awaits any more: its sender keeps what it has forked for them until it
+// hears of them, and a graceful shutdown waits for that.
+void letGoOf(const torch::distributed::rpc::Message& late);
+
 } // namespace torch_rpc_mpi

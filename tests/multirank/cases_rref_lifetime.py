@@ -95,6 +95,25 @@ def remote_calls_dropped_at_once_leave_nothing(world: World) -> None:
     settle(world)
 
 
+def return_after(started: Any, go: Any, value: Any) -> Any:
+    signal_and_wait(started, go)
+    return value
+
+
+@case(sizes=(1, 4), tensorpipe="what a late answer holds stays for ever, and so does a graceful shutdown")
+def rrefs_of_late_answers_are_let_go_of(world: World) -> None:
+    started, go = world.event("started"), world.event("go")
+    mine, theirs = RRef("mine"), rpc.remote(world.next, identity, args=("theirs",))
+    equal(theirs.to_here(), "theirs")
+    answer = rpc.rpc_async(world.next, return_after, args=(started, go, [mine, theirs]), timeout=0.2)
+    started.wait()
+    with pytest.raises(RuntimeError, match="RPC ran for more than"):
+        answer.wait()
+    go.signal()
+    del mine, theirs
+    settle(world)
+
+
 @case()
 def a_remote_call_given_up_leaves_nothing(world: World) -> None:
     """The caller lets go of its RRef while the owner still runs the function."""
