@@ -145,8 +145,8 @@ class MPIAgent(RpcAgent):
     def wait(self, future: Future[Any]) -> Any: ...
 
 def finalize_at_exit(initialized: int, finalized: int, finalize: int) -> bool:
-    """Has MPI's functions at these addresses called when this process ends, but in no child that it has forked. False if
-    the interpreter has no room for that."""
+    """Has MPI's functions at these addresses called when this process ends, but in no child that it has forked. False
+    if the interpreter has no room for that."""
 
 def end_job_at_exit(runtime: MPIRuntime, world: int, text: str, status: int, limit: float) -> None: ...
 
