@@ -182,7 +182,7 @@ TEST(what_gets_ready_while_it_is_gathered_is_sent) {
   options.windowRequests = 2;
   SlowPair pair(options);
   for (const char* text : {"first", "second", "third"}) {
-    pair.a.post(request(text));
+    pair.a.post(smallRequest(text));
   }
   auto slow = std::make_unique<SlowMessage>();
   slow->readyWhenAsked = 1;
@@ -239,10 +239,10 @@ TEST(what_is_not_sent_takes_no_credit) {
     slow->breaks = i > 0;
     pair.a.post(std::move(slow));
   }
-  pair.a.post(request("other"));
+  pair.a.post(smallRequest("other"));
   CHECK_THAT(pair.a.exchange.forget(*pair.a.hold, 1, 7) != nullptr);
   for (size_t i = 0; i < window; ++i) {
-    pair.a.post(request("more"));
+    pair.a.post(smallRequest("more"));
   }
   pair.settle();
   CHECK_EQUAL(pair.b.bodies.size(), window); // the receiver has not begun to run them, and so there are no more

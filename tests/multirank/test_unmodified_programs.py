@@ -91,7 +91,7 @@ def test_that_fails_ends_the_job(when: str, how: str, status: int, who: str) -> 
 
 @mpich
 def test_whose_ranks_start_processes() -> None:
-    """A program of its own makes a world of its own; a child made by fork() may not use RPC, which says so, but ends."""
+    """A program of its own makes a world of its own; a child made by fork() may not use RPC, is told so, and ends."""
     status, output = mpirun(2, "children.py")
     assert status == 0, output
     assert "rank 0 is done" in output, output
