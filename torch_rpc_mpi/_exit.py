@@ -2,11 +2,11 @@
 
 Note [The order at exit]
 ~~~~~~~~~~~~~~~~~~~~~~~~
-A process that ends without ``rpc.shutdown()`` must stop its engine before mpi4py finalises MPI, and tell its peers,
+A process that ends without ``rpc.shutdown()`` must stop its engine before MPI is finalised, and tell its peers,
 whose calls would otherwise run into their timeouts. But handlers of atexit may still use RPC; ``rpc.shutdown`` is one
 in many programs. Python calls those last that were registered first, so ours is registered at the end of
-``import torch``, for whatever session there will be. mpi4py finalises in a C-level exit function, which runs after all
-of atexit.
+``import torch``, for whatever session there will be. MPI is finalised in a C-level exit function, of ours or, if the
+program has imported mpi4py.MPI itself, of mpi4py, which runs after all of atexit.
 
 Of multiprocessing's children, those that it forks (methods fork and forkserver) end without atexit, and run only its
 own finalizers. Those that it spawns run these first, and atexit's handlers after them.

@@ -229,15 +229,15 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         min(_WARN_AFTER, init_timeout / 2) if init_timeout else _WARN_AFTER,
         init_timeout,
     )
-    _finalize_in_no_forked_child(extension, mpi4py)
     try:
         nodes = 1 if _launchers.all_ranks_are_here() else 0
         with _system.default_environment(_system.mpi_settings("", [_system.Limits.here()], nodes)):
+            _finalize_in_no_forked_child(extension, mpi4py)
             module = _import_mpi()
     finally:
         watchdog.cancel()
     if _exit.skips_atexit():
-        # Nor is there the exit function in which mpi4py finalises MPI, and files stay in /dev/shm. After _session's
+        # Nor is there the exit function in which MPI is finalised, and files stay in /dev/shm. After _session's
         # finalizer, which has a higher priority.
         multiprocessing.util.Finalize(None, _finalize_mpi, (module,), exitpriority=50)
     return module
@@ -246,19 +246,24 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
 def _finalize_in_no_forked_child(extension: ModuleType, mpi4py: ModuleType) -> None:
     """Before the import of mpi4py.MPI: what is to finalise MPI when this process ends, instead of mpi4py.
 
-    Not if the program does that itself (``mpi4py.rc.finalize = False``), nor if mpi4py.MPI cannot be loaded, of which
+    Not if mpi4py would not: the program has told it so, or MPI was initialised by another who will finalise it. Nor if
+    variables of the environment tell mpi4py, which go before what is set here, or mpi4py.MPI cannot be loaded, of which
     the import then says why.
     """
-    if mpi4py.rc.finalize is False or not mpi4py.rc.initialize:
+    rc = mpi4py.rc
+    told = {"MPI4PY_RC_INITIALIZE", "MPI4PY_RC_FINALIZE"} & os.environ.keys()
+    if told or rc.initialize not in (True, "yes") or rc.finalize not in (None, True, "yes"):
         return
     names = ("MPI_Initialized", "MPI_Finalized", "MPI_Finalize")
+    initialized = ctypes.c_int()
     try:
         library = _library_of_mpi4py()
         functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+        library.MPI_Initialized(ctypes.byref(initialized))
     except _CANNOT_BE_LOADED:
         return
-    if extension.finalize_at_exit(*functions):
-        mpi4py.rc.finalize = False
+    if not initialized.value and extension.finalize_at_exit(*functions):
+        rc.finalize = False
 
 
 def _finalize_mpi(module: ModuleType) -> None:

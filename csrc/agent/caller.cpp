@@ -23,8 +23,17 @@ thread_local bool answersInSend = false;
 thread_local bool sendsAgain = false;
 
 bool mayHoldRRefs(rpc::MessageType response) {
-  return response == rpc::MessageType::PYTHON_RET || response == rpc::MessageType::PYTHON_RREF_FETCH_RET ||
-      response == rpc::MessageType::SCRIPT_RET || response == rpc::MessageType::SCRIPT_RREF_FETCH_RET;
+  switch (response) {
+    case rpc::MessageType::PYTHON_RET:
+    case rpc::MessageType::PYTHON_RREF_FETCH_RET:
+    case rpc::MessageType::SCRIPT_RET:
+    case rpc::MessageType::SCRIPT_RREF_FETCH_RET:
+    case rpc::MessageType::FORWARD_AUTOGRAD_RESP: // these two may hold one of those
+    case rpc::MessageType::RUN_WITH_PROFILING_RESP:
+      return true;
+    default:
+      return false;
+  }
 }
 
 // A guest is announced for one call. Whatever becomes of that, it does not stay so.
@@ -69,8 +78,11 @@ class Caller::ResponseTask final : public CompletionTask {
 
  private:
   void runLate() noexcept {
+    const int source = inbound_.source;
     try {
       caller_.onLateResponse_(*decodeMessage(std::move(inbound_), caller_.devices_).message);
+    } catch (const BadMessage& error) {
+      caller_.outbox_.refuse(source, error.what());
     } catch (const std::exception&) { // nobody would be told
     }
   }
@@ -270,6 +282,7 @@ bool Caller::onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks) 
     return false;
   }
   if (mayHoldRRefs(type)) { // it came too late, but its RRefs are to be let go of
+    task->count();
     tasks.push_back(std::move(task));
   }
   return true;

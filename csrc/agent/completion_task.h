@@ -30,9 +30,12 @@ class CompletionTask : public Task {
     return call_.future.get() == awaited;
   }
   void give(PendingCall call) noexcept {
+    count();
+    call_ = std::move(call);
+  }
+  void count() noexcept { // also without a call
     completion_.completing_.fetch_add(1);
     counted_ = true;
-    call_ = std::move(call);
   }
 
  protected:

@@ -26,7 +26,7 @@ void ThreadedEngine::lead() {
     try {
       turn = step.sleep.count() == 0 ? turnOnce() : sleep(step.sleep);
       if (turn.queued) {
-        turnForSenders(); // if it does not come to an end, the standby goes on
+        (void)turnForSenders(); // if it does not come to an end, the standby goes on
         return;
       }
     } catch (const std::exception& error) {

@@ -24,7 +24,11 @@
 // what waits for a value can be ahead of what makes it, as it cannot in TensorPipe: 16 times local_value() would hold
 // all threads until their time is over. So requests that are blocked until such a value is there leave their places to
 // those that may make one, rpc.remote's, and to no others: a request of another kind could block likewise, and as many
-// threads would be needed as there are requests.
+// threads would be needed as there are requests. Creations that wait for values themselves do need them, up to
+// kAllThreads, and so do calls in a context of distributed autograd, whose messages do not tell what is in them.
+// TorchScript waits inside of torch: a function of it counts as blocked from its start to its end if it is given an
+// RRef without a value, and so a creation may run beside it. Calls under a profiler run in threads of their own, and
+// leave no places.
 #pragma once
 
 #include <array>

@@ -23,6 +23,7 @@ thread_local struct {
   Task::Kind kind = Task::Kind::kCompletion;
   bool waiting = false; // it made a call, for which it probably waits
   bool running = false;
+  bool blocked = false;
 } currentTask;
 
 } // namespace
@@ -71,7 +72,7 @@ bool ThreadedEngine::spawn() {
 void ThreadedEngine::threadMain() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (TaskPtr task = nextTask(lock)) {
-    currentTask = {task->kind(), /*waiting=*/false, /*running=*/true};
+    currentTask = {task->kind(), /*waiting=*/false, /*running=*/true, /*blocked=*/false};
     lock.unlock();
     if (currentTask.kind != Task::Kind::kCompletion) { // which is short, and says so itself if a user's code is in it
       ThreadAttributes::runs();
@@ -157,11 +158,14 @@ void ThreadedEngine::taskMayWait() {
 }
 
 ThreadedEngine::Blocked::Blocked(For what)
-    : engine_(currentTask.running && currentTask.kind != Task::Kind::kCompletion ? currentEngine : nullptr),
-      forValue_(what == For::kValueOfThisProcess) {
+    : engine_(
+          currentTask.running && !currentTask.blocked && currentTask.kind != Task::Kind::kCompletion ? currentEngine
+                                                                                                     : nullptr),
+      for_(what) {
   if (engine_ != nullptr) {
+    currentTask.blocked = true;
     const std::lock_guard<std::mutex> lock(engine_->mutex_);
-    engine_->lanes_.blocks(forValue_);
+    engine_->lanes_.blocks(for_ != For::kAnything);
     engine_->taskMayWait();
     engine_->places_.notify_all();
   }
@@ -170,9 +174,12 @@ ThreadedEngine::Blocked::Blocked(For what)
 ThreadedEngine::Blocked::~Blocked() {
   if (engine_ != nullptr) {
     std::unique_lock<std::mutex> lock(engine_->mutex_);
-    engine_->lanes_.comesBack(forValue_);
-    engine_->places_.wait(lock, [this] { return engine_->lanes_.hasPlace() || engine_->stopping_; });
+    engine_->lanes_.comesBack(for_ != For::kAnything);
+    if (for_ != For::kValuePerhaps) {
+      engine_->places_.wait(lock, [this] { return engine_->lanes_.hasPlace() || engine_->stopping_; });
+    }
     engine_->lanes_.goesOn();
+    currentTask.blocked = false;
   }
 }
 

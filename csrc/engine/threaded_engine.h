@@ -25,9 +25,9 @@
 // Note [The order of arrival]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // Requests are queued in the order in which they have arrived: what makes a value is then ahead of what waits for it,
-// see Note [Second attempts] in task_lanes.h. Two threads may make turns one after the other, a leader and a guest,
-// say; so each queues what its turn has yielded before it lets the token go. That is why mutex_ may be taken with the
-// token, and the token, for which nobody waits, is never asked for with mutex_.
+// but for large requests; see Note [Second attempts] and Note [Creations] in task_lanes.h. Two threads may make turns
+// one after the other, a leader and a guest, say; so each queues what its turn has yielded before it lets the token go.
+// That is why mutex_ may be taken with the token, and the token is never asked for with mutex_.
 //
 // Note [Sharing cores]
 // ~~~~~~~~~~~~~~~~~~~~
@@ -94,15 +94,16 @@ class ThreadedEngine final : public Engine, public std::enable_shared_from_this<
   // Note [Second attempts], Note [Creations].
   class Blocked {
    public:
-    enum class For : bool { kAnything, kValueOfThisProcess };
+    // What it waits for. The last: it may be waiting, inside of torch, or may not, and wants no place at the end.
+    enum class For { kAnything, kValueOfThisProcess, kValuePerhaps };
     explicit Blocked(For what = For::kAnything);
     ~Blocked();
     Blocked(const Blocked&) = delete;
     Blocked& operator=(const Blocked&) = delete;
 
    private:
-    ThreadedEngine* const engine_;
-    const bool forValue_;
+    ThreadedEngine* const engine_; // null: of no request of an engine, or of one that is blocked already
+    const For for_;
   };
 
  private:

@@ -8,7 +8,7 @@
 // A request larger than the window goes when no other large one is out. Small requests, those that fit a frame, are
 // bounded by their number alone and do not wait behind large ones: a call with a tensor of gigabytes is under way for a
 // long time. Those that have passed it may be waiting for it at the receiver, in all of its threads and all of the
-// window (Note [Creations]); so there is always room for one large request more. Responses take no credit: the caller
+// window (Note [Creations]); so a large request may be one beyond the number. Responses take no credit: the caller
 // asked for them, so its own requests bound them, and they can never wait behind requests.
 #pragma once
 

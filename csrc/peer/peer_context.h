@@ -16,7 +16,7 @@ namespace torch_rpc_mpi {
 struct ExchangeOptions {
   size_t eagerLimit = 16384;             // bytes of a body that always fits a frame
   size_t bulkChunk = size_t{1} << 20;    // bytes
-  size_t windowRequests = 256;           // requests with one peer that it has not begun to run
+  size_t windowRequests = 256;           // requests with one peer that it has not begun to run; see Note [Credit]
   size_t windowBytes = size_t{16} << 20; // their bytes
   // Messages that neighbours have not taken: see Note [Untaken messages]. Of the 64 cells that MPICH has, the others
   // are for what MPI itself sends, and for goodbyes.

@@ -11,9 +11,9 @@ struct MpiEnd {
 };
 
 // In the place of mpi4py, which finalises MPI in whatever process ends that has it: a forked child would leave the job
-// in the name of its parent, and wait for the other ranks meanwhile. To be called before mpi4py is loaded, so that what
-// that does to the end comes before. Returns false if the interpreter has no room for one more function at its exit.
-// Once.
+// in the name of its parent, and wait for the other ranks meanwhile. (What mpi4py does at the end besides concerns its
+// process alone.) To be called before mpi4py is loaded, so that what that does to the end comes before. Returns false
+// if the interpreter has no room for one more function at its exit. Once.
 bool finalizeAtExit(const MpiEnd& mpi);
 
 } // namespace torch_rpc_mpi

@@ -51,7 +51,7 @@ void endJobAtExit(std::shared_ptr<MpiLibrary> mpi, intptr_t world, std::string t
     return;
   }
   jobEnd = new JobEnd{std::move(mpi), world, std::move(text), status};
-  // mpi4py has registered first what finalises MPI, and so it would run after this.
+  // What finalises MPI was registered first, and so runs after this.
   if (Py_AtExit(endJob) != 0) {
     limit = 0; // there is no place left for it
   }

@@ -112,16 +112,15 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
     }
     case rpc::MessageType::PYTHON_REMOTE_CALL: {
       const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
-      const auto id = rpc::RRefId::fromIValue(call.retRRefId());
+      std::unique_ptr<PythonFunction> function;
       try {
-        auto function = std::make_unique<PythonFunction>(
+        function = std::make_unique<PythonFunction>(
             agent_, python_->plainPickler(), call.serializedPyObj(), call.isAsyncExecution());
-        function->result.emplace(id, rpc::ForkId::fromIValue(call.retForkId()));
-        return function;
-      } catch (...) { // a to_here() that has come before would wait for ever, and a graceful shutdown for it
-        rpc::RRefContext::getInstance().getOwnerRRef(id)->setErrorIfNeeded(std::current_exception());
-        throw;
+      } catch (const std::exception& error) { // as if it had raised that itself, for those that wait for its value
+        function = std::make_unique<PythonFunction>(errorText(error));
       }
+      function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
+      return function;
     }
     case rpc::MessageType::FORWARD_AUTOGRAD_REQ: {
       auto& recorded = static_cast<autograd::RpcWithAutograd&>(command);
@@ -182,7 +181,7 @@ JitFuturePtr PythonRequestCallback::processScriptCall(
   auto& call = static_cast<rpc::ScriptCall&>(command);
   std::optional<ThreadedEngine::Blocked> mayBlock;
   if (!call.hasOp() && lackValues(call.stackRef())) {
-    mayBlock.emplace(ThreadedEngine::Blocked::For::kValueOfThisProcess);
+    mayBlock.emplace(ThreadedEngine::Blocked::For::kValuePerhaps);
   }
   RunningRequests::nameFunction({}, call.hasOp() ? call.op()->schema().name() : call.qualifiedName().qualifiedName());
   const JitFuturePtr result = call.hasOp()
@@ -220,7 +219,7 @@ JitFuturePtr PythonRequestCallback::processScriptRemoteCall(
     const std::vector<c10::Stream>& streams) const {
   std::optional<ThreadedEngine::Blocked> mayBlock;
   if (lackValues(static_cast<rpc::ScriptRemoteCall&>(command).stackRef())) {
-    mayBlock.emplace(ThreadedEngine::Blocked::For::kValueOfThisProcess);
+    mayBlock.emplace(ThreadedEngine::Blocked::For::kValuePerhaps);
   }
   const c10::MultiStreamGuard guard(streams);
   return RequestCallbackImpl::processScriptRemoteCall(command, streams);
@@ -299,6 +298,9 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
   const auto& call = static_cast<PythonFunction&>(command);
   if (!call.missing.empty()) { // before the RRef is made: the caller sends the call again, with the same ids
     return asFuture(notRunResponse(whyMissing(call.missing)));
+  }
+  if (!call.unreadable.empty()) {
+    return assignOwnerRRef(call.result->first, call.result->second, failed(call.unreadable, c10::PyObjectType::get()));
   }
   // The OwnerRRef is there before the function runs (torch makes it after). If the caller gives the call up meanwhile,
   // it tells to delete an RRef that is known here; of one that is not, the value would stay for ever.

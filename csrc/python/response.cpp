@@ -4,6 +4,8 @@
 #include <string_view>
 #include <utility>
 
+#include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_autograd.h>
+#include <torch/csrc/distributed/autograd/rpc_messages/rpc_with_profiling_resp.h>
 #include <torch/csrc/distributed/rpc/python_resp.h>
 #include <torch/csrc/distributed/rpc/python_rpc_handler.h>
 #include <torch/csrc/distributed/rpc/rref_proto.h>
@@ -24,6 +26,7 @@ namespace py = pybind11;
 
 namespace torch_rpc_mpi {
 
+namespace autograd = torch::distributed::autograd;
 namespace rpc = torch::distributed::rpc;
 
 using JitFuture = c10::ivalue::Future;
@@ -94,7 +97,19 @@ void letGoOf(const rpc::Message& late) {
     return;
   }
   rpc::MessageType type = late.type();
-  const auto command = rpc::deserializeResponse(late, type); // with the RRefs of TorchScript
+  std::unique_ptr<rpc::RpcCommandBase> command;
+  // Taken out of what they come in, not by torch's function, which would add them to a backward pass or a profile.
+  if (type == rpc::MessageType::FORWARD_AUTOGRAD_RESP) {
+    const auto recorded = autograd::RpcWithAutograd::fromMessage(late);
+    type = recorded->wrappedMessageType();
+    command = std::move(*recorded).moveWrappedRpc();
+  } else if (type == rpc::MessageType::RUN_WITH_PROFILING_RESP) {
+    const auto profiled = autograd::RpcWithProfilingResp::fromMessage(late);
+    type = profiled->wrappedMessageType();
+    command = std::move(*profiled).moveWrappedRpc();
+  } else {
+    command = rpc::deserializeResponse(late, type); // with the RRefs of TorchScript
+  }
   std::optional<rpc::SerializedPyObj> pickled;
   if (type == rpc::MessageType::PYTHON_RET) {
     pickled = static_cast<rpc::PythonResp&>(*command).serializedPyObj();

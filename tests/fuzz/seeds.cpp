@@ -158,6 +158,7 @@ void writeDevices() {
     constexpr uint8_t kOfParts = 16, kOfTickets = 4;
     const auto choice =
         static_cast<uint8_t>((message.parts > 0 ? kOfParts : 0) | (message.tickets > 0 ? kOfTickets : 0));
+    // The number of tickets is read before the id of the call, which is 1 and so are they.
     std::string result = frame(0, FrameKind::kRequest, message.body, choice);
     result += message.tickets > 0 ? std::string(1, static_cast<char>(message.tickets)) : "";
     result += message.parts > 0 ? std::string(1, static_cast<char>(message.parts)) : "";

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 from cases_calls import identity, scale_and_add, script_scale_and_add
-from harness import World, case, equal, eventually, signal_and_wait
+from harness import World, case, debug_info, equal, eventually, signal_and_wait
 from torch import Tensor
 from torch.distributed.rpc import RRef
 
@@ -62,14 +62,17 @@ def describe(rref: RRef) -> tuple[bool, bool, str, int]:
 
 
 class RaisesAtTheCallee:
-    """An argument that cannot be unpickled."""
+    """An argument that cannot be unpickled, which shows when ``go`` is there."""
+
+    def __init__(self, started: Any, go: Any) -> None:
+        self.events = started, go
 
     def __reduce__(self) -> Any:
-        return raise_later, ()
+        return wait_and_raise, self.events
 
 
-def raise_later() -> None:
-    time.sleep(0.05)  # in which the caller's next request comes
+def wait_and_raise(started: Any, go: Any) -> None:
+    signal_and_wait(started, go)
     raise_value_error()
 
 
@@ -300,10 +303,18 @@ def pickling_outside_of_rpc_is_refused(world: World) -> None:
 
 @case(tensorpipe="to_here() waits until its time is over, and a graceful shutdown without end")
 def creation_that_fails_when_to_here_has_begun(world: World) -> None:
-    for to in (world.next, world.name()):
-        rref = rpc.remote(to, identity, args=(RaisesAtTheCallee(),))
-        with pytest.raises((RuntimeError, ValueError), match="not to be had"):
-            rref.to_here()
+    started, go = world.event("started"), world.event("go")
+    rref = rpc.remote(world.next, identity, args=(RaisesAtTheCallee(started, go),))
+    started.wait()
+    with ThreadPoolExecutor(1) as threads:
+        fetched = threads.submit(rref.to_here)
+        active = ("agent.server_active_calls",)  # the creation, the fetch, and the question itself
+        eventually(lambda: rpc.rpc_sync(world.next, debug_info, args=active) >= 3, "the value is being fetched")
+        go.signal()
+        with pytest.raises(RuntimeError, match="not to be had"):
+            fetched.result()
+    with pytest.raises((RuntimeError, ValueError), match="not to be had"):
+        rpc.rpc_sync(world.next, fetch, args=(rref,))
 
 
 @case()

@@ -5,10 +5,12 @@ The counts are torch's own. Messages that delete travel after the call that caus
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 from cases_calls import identity
 from cases_rref import fetch
@@ -100,18 +102,23 @@ def return_after(started: Any, go: Any, value: Any) -> Any:
     return value
 
 
-@case(sizes=(1, 4), tensorpipe="what a late answer holds stays for ever, and so does a graceful shutdown")
-def rrefs_of_late_answers_are_let_go_of(world: World) -> None:
+@case(
+    each=(False, True),
+    sizes=(1, 4),
+    tensorpipe="what a late answer holds stays for ever, and so does a graceful shutdown",
+)
+def rrefs_of_late_answers_are_let_go_of(world: World, recorded: bool) -> None:
     started, go = world.event("started"), world.event("go")
     mine, theirs = RRef("mine"), rpc.remote(world.next, identity, args=("theirs",))
     equal(theirs.to_here(), "theirs")
-    answer = rpc.rpc_async(world.next, return_after, args=(started, go, [mine, theirs]), timeout=0.2)
-    started.wait()
-    with pytest.raises(RuntimeError, match="RPC ran for more than"):
-        answer.wait()
-    go.signal()
-    del mine, theirs
-    settle(world)
+    with dist_autograd.context() if recorded else contextlib.nullcontext():
+        answer = rpc.rpc_async(world.next, return_after, args=(started, go, [mine, theirs]), timeout=0.2)
+        started.wait()
+        with pytest.raises(RuntimeError, match="RPC ran for more than"):
+            answer.wait()
+        go.signal()
+        del mine, theirs
+        settle(world)
 
 
 @case()
