@@ -41,6 +41,57 @@ def mpi4py(extension: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return make
 
 
+class TestFinalisingAtExit:
+    """By this package and not by mpi4py, which does so in forked children as well."""
+
+    @pytest.fixture
+    def registered(self, extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+        """Of each call of finalize_at_exit its arguments; MPI is initialised if ``extension.initialized`` is set."""
+        calls: list[tuple[int, ...]] = []
+
+        def ask(flag: Any) -> int:
+            flag[0] = getattr(extension, "initialized", 0)
+            return 0
+
+        query = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))(ask)
+        library = SimpleNamespace(MPI_Initialized=query, MPI_Finalized=query, MPI_Finalize=query)
+        extension.finalize_at_exit = lambda *functions: calls.append(functions) or True  # type: ignore[func-returns-value]
+        monkeypatch.setattr(_mpi, "_library_of_mpi4py", lambda: library)
+        return calls
+
+    def test_takes_the_place_of_mpi4pys(self, mpi4py: Callable[..., None], registered: list[tuple[int, ...]]) -> None:
+        mpi4py()
+        _mpi.load(60)
+        assert [len(functions) for functions in registered] == [3]
+        assert sys.modules["mpi4py"].rc.finalize is False
+
+    @pytest.mark.parametrize("told", [False, 0, "no"])
+    def test_is_left_to_a_program_that_wants_to(
+        self, told: object, mpi4py: Callable[..., None], registered: list[tuple[int, ...]]
+    ) -> None:
+        mpi4py()
+        importlib.import_module("mpi4py").rc.finalize = told
+        _mpi.load(60)
+        assert registered == []
+        assert sys.modules["mpi4py"].rc.finalize is told
+
+    def test_is_left_to_what_the_environment_tells_mpi4py(
+        self, mpi4py: Callable[..., None], registered: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MPI4PY_RC_FINALIZE", "1")
+        mpi4py()
+        _mpi.load(60)
+        assert registered == []
+
+    def test_is_left_to_who_has_initialised_mpi(
+        self, extension: ModuleType, mpi4py: Callable[..., None], registered: list[tuple[int, ...]]
+    ) -> None:
+        extension.initialized = 1  # type: ignore[attr-defined]
+        mpi4py()
+        _mpi.load(60)
+        assert registered == []
+
+
 class TestLoad:
     def test_finds_the_shim_that_fits(self, mpi4py: Callable[..., None], tmp_path: Path) -> None:
         mpi4py()
