@@ -32,7 +32,6 @@ class PythonFunction final : public torch::distributed::rpc::RpcCommandBase {
       const PlainPickler* plain,
       const torch::distributed::rpc::SerializedPyObj& pickled,
       bool async);
-  explicit PythonFunction(std::string unreadable) : unreadable(std::move(unreadable)), isAsync(false) {}
   ~PythonFunction() override;
   PythonFunction(const PythonFunction&) = delete;
   PythonFunction& operator=(const PythonFunction&) = delete;
@@ -40,8 +39,7 @@ class PythonFunction final : public torch::distributed::rpc::RpcCommandBase {
   c10::intrusive_ptr<torch::distributed::rpc::Message> toMessageImpl() && override;
 
   pybind11::object function;
-  std::string missing;    // instead of the function: see torch_rpc_mpi._pickler.missing_in_main
-  std::string unreadable; // instead of the function: why it could not be unpickled
+  std::string missing; // instead of the function: see torch_rpc_mpi._pickler.missing_in_main
   const bool isAsync;
   std::optional<std::pair<torch::distributed::rpc::RRefId, torch::distributed::rpc::ForkId>> result;
 };

@@ -112,15 +112,18 @@ std::unique_ptr<rpc::RpcCommandBase> PythonRequestCallback::unpickle(
     }
     case rpc::MessageType::PYTHON_REMOTE_CALL: {
       const auto& call = static_cast<rpc::PythonRemoteCall&>(command);
-      std::unique_ptr<PythonFunction> function;
+      const auto id = rpc::RRefId::fromIValue(call.retRRefId());
       try {
-        function = std::make_unique<PythonFunction>(
+        auto function = std::make_unique<PythonFunction>(
             agent_, python_->plainPickler(), call.serializedPyObj(), call.isAsyncExecution());
-      } catch (const std::exception& error) { // as if it had raised that itself, for those that wait for its value
-        function = std::make_unique<PythonFunction>(errorText(error));
+        function->result.emplace(id, rpc::ForkId::fromIValue(call.retForkId()));
+        return function;
+      } catch (...) { // else a to_here() that has come before would wait for ever, and a graceful shutdown for it
+        rpc::RRefContext::getInstance()
+            .getOrCreateOwnerRRef(id, c10::PyObjectType::get())
+            ->setError(std::current_exception());
+        throw;
       }
-      function->result.emplace(rpc::RRefId::fromIValue(call.retRRefId()), rpc::ForkId::fromIValue(call.retForkId()));
-      return function;
     }
     case rpc::MessageType::FORWARD_AUTOGRAD_REQ: {
       auto& recorded = static_cast<autograd::RpcWithAutograd&>(command);
@@ -298,9 +301,6 @@ JitFuturePtr PythonRequestCallback::processPythonRemoteCall(
   const auto& call = static_cast<PythonFunction&>(command);
   if (!call.missing.empty()) { // before the RRef is made: the caller sends the call again, with the same ids
     return asFuture(notRunResponse(whyMissing(call.missing)));
-  }
-  if (!call.unreadable.empty()) {
-    return assignOwnerRRef(call.result->first, call.result->second, failed(call.unreadable, c10::PyObjectType::get()));
   }
   // The OwnerRRef is there before the function runs (torch makes it after). If the caller gives the call up meanwhile,
   // it tells to delete an RRef that is known here; of one that is not, the value would stay for ever.

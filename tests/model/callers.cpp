@@ -320,7 +320,7 @@ bool EngineModel::stepOfSubmit(State& s, Thread& t) {
         return true;
       }
       t.active = t.queued = 0;
-      if (s.outbox != 0 && !s.token) {
+      if (s.outbox != 0 && !s.token && !is(Mutation::kSubmitLeavesQueued)) {
         step_ = "submitted: leaves what is queued to others";
         wakeLeader(t, At::kSubmittedReply);
       } else {

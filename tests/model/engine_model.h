@@ -190,6 +190,7 @@ enum class Mutation : uint8_t {
   kGoneTwice,
   kBrokenArrivalsLost,
   kQueuesLate,
+  kSubmitLeavesQueued,
 };
 
 class EngineModel {

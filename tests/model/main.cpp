@@ -108,6 +108,7 @@ constexpr std::array kDefects{
     Defect{Mutation::kRingUncounted, "ring() wakes, but does not count", ""},
     Defect{Mutation::kSleepDropsToken, "sleep() drops the token without a look at the queue", ""},
     Defect{Mutation::kSubmitDropsToken, "submitted() drops the token without a look at the queue", "requests"},
+    Defect{Mutation::kSubmitLeavesQueued, "submitted() leaves what is queued to nobody", "requests"},
     Defect{Mutation::kPostSilent, "post() does not ring", ""},
     Defect{Mutation::kStopSilent, "stop() does not ring", "stop"},
     Defect{Mutation::kTakeSilent, "take() wakes nobody to lead", "request"},
