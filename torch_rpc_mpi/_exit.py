@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.util
 import os
@@ -26,7 +27,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _launchers
@@ -92,6 +93,28 @@ def before_finalize(MPI: Any, function: Callable[[], None]) -> Callable[[], None
     key = MPI.Comm.Create_keyval(delete_fn=deleted)
     MPI.COMM_SELF.Set_attr(key, "torch_rpc_mpi")
     return undo
+
+
+def finalize_in_no_forked_child(extension: ModuleType, rc: Any, mpi: ctypes.CDLL) -> None:
+    """Before the import of mpi4py.MPI: has MPI finalised when this process ends in mpi4py's place, see _C.
+
+    Not if mpi4py would not: the program has told it so, or MPI was initialised by another who will finalise it. Nor if
+    variables of the environment tell mpi4py, which go before what is set here.
+
+    Args:
+        extension: torch_rpc_mpi._C.
+        rc: mpi4py.rc, which is told then.
+        mpi: the library that mpi4py will load.
+    """
+    told = {"MPI4PY_RC_INITIALIZE", "MPI4PY_RC_FINALIZE"} & os.environ.keys()
+    if told or rc.initialize not in (True, "yes") or rc.finalize not in (None, True, "yes"):
+        return
+    names = ("MPI_Initialized", "MPI_Finalized", "MPI_Finalize")
+    functions = [ctypes.cast(getattr(mpi, name), ctypes.c_void_p).value for name in names]
+    initialized = ctypes.c_int()
+    mpi.MPI_Initialized(ctypes.byref(initialized))
+    if not initialized.value and extension.finalize_at_exit(*functions):
+        rc.finalize = False
 
 
 # Note [An error ends the job]

@@ -6,6 +6,7 @@ in which that can fail (nothing installed, wrong ABI, too low a thread level, no
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -232,7 +233,8 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
     try:
         nodes = 1 if _launchers.all_ranks_are_here() else 0
         with _system.default_environment(_system.mpi_settings("", [_system.Limits.here()], nodes)):
-            _finalize_in_no_forked_child(extension, mpi4py)
+            with contextlib.suppress(*_CANNOT_BE_LOADED):  # of which the import says why
+                _exit.finalize_in_no_forked_child(extension, mpi4py.rc, _library_of_mpi4py())
             module = _import_mpi()
     finally:
         watchdog.cancel()
@@ -241,29 +243,6 @@ def _initialize_mpi(extension: ModuleType, init_timeout: float) -> ModuleType:
         # finalizer, which has a higher priority.
         multiprocessing.util.Finalize(None, _finalize_mpi, (module,), exitpriority=50)
     return module
-
-
-def _finalize_in_no_forked_child(extension: ModuleType, mpi4py: ModuleType) -> None:
-    """Before the import of mpi4py.MPI: what is to finalise MPI when this process ends, instead of mpi4py.
-
-    Not if mpi4py would not: the program has told it so, or MPI was initialised by another who will finalise it. Nor if
-    variables of the environment tell mpi4py, which go before what is set here, or mpi4py.MPI cannot be loaded, of which
-    the import then says why.
-    """
-    rc = mpi4py.rc
-    told = {"MPI4PY_RC_INITIALIZE", "MPI4PY_RC_FINALIZE"} & os.environ.keys()
-    if told or rc.initialize not in (True, "yes") or rc.finalize not in (None, True, "yes"):
-        return
-    names = ("MPI_Initialized", "MPI_Finalized", "MPI_Finalize")
-    initialized = ctypes.c_int()
-    try:
-        library = _library_of_mpi4py()
-        functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
-        library.MPI_Initialized(ctypes.byref(initialized))
-    except _CANNOT_BE_LOADED:
-        return
-    if not initialized.value and extension.finalize_at_exit(*functions):
-        rc.finalize = False
 
 
 def _finalize_mpi(module: ModuleType) -> None:

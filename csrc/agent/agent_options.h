@@ -37,8 +37,8 @@ struct AgentOptions {
   // Told of a worker that was lost, in a task of the engine.
   using OnWorkerLost = std::function<void(int rank, const std::string& reason)>;
   OnWorkerLost onWorkerLost = [](int, const std::string&) {};
-  // Given a response that nobody awaits any more, and that may hold RRefs: in a task of the engine, or, of a call to
-  // oneself, in the thread that completes it.
+  // Given a response that nobody awaits any more: in a task of the engine, or, of a call to oneself, in the thread that
+  // completes it.
   using OnLateResponse = std::function<void(const torch::distributed::rpc::Message& response)>;
   OnLateResponse onLateResponse = [](const torch::distributed::rpc::Message&) {};
   std::string flightRecorderDir;  // empty: none

@@ -22,20 +22,6 @@ thread_local bool answersInSend = false;
 // See SecondAttempt.
 thread_local bool sendsAgain = false;
 
-bool mayHoldRRefs(rpc::MessageType response) {
-  switch (response) {
-    case rpc::MessageType::PYTHON_RET:
-    case rpc::MessageType::PYTHON_RREF_FETCH_RET:
-    case rpc::MessageType::SCRIPT_RET:
-    case rpc::MessageType::SCRIPT_RREF_FETCH_RET:
-    case rpc::MessageType::FORWARD_AUTOGRAD_RESP: // these two may hold one of those
-    case rpc::MessageType::RUN_WITH_PROFILING_RESP:
-      return true;
-    default:
-      return false;
-  }
-}
-
 // A guest is announced for one call. Whatever becomes of that, it does not stay so.
 struct GuestAnnouncement {
   GuestAnnouncement() = default;
@@ -268,7 +254,6 @@ void Caller::driveUntil(const c10::ivalue::Future& future) {
 bool Caller::onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks) {
   const int peer = response.source;
   const uint64_t id = response.header.callId;
-  const auto type = static_cast<rpc::MessageType>(response.header.messageType);
   FlightRecorder::instance().record(
       CallEvent::kAnswered, peer, id, response.header.messageType, response.header.bodyBytes);
   makeRoom(tasks);
@@ -281,10 +266,8 @@ bool Caller::onResponse(InboundMessage&& response, std::vector<TaskPtr>& tasks) 
   if (calls_.awaitsOther(id, peer)) {
     return false;
   }
-  if (mayHoldRRefs(type)) { // it came too late, but its RRefs are to be let go of
-    task->count();
-    tasks.push_back(std::move(task));
-  }
+  task->count(); // it came too late, but RRefs that it may hold are to be let go of
+  tasks.push_back(std::move(task));
   return true;
 }
 

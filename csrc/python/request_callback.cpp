@@ -60,7 +60,7 @@ JitFuturePtr failed(const std::string& error, const c10::TypePtr& type) {
   return future;
 }
 
-// Whether there are RRefs of this process without values among them. TorchScript waits for those inside of torch.
+// Whether there are RRefs of this process without values among them.
 bool lackValues(const torch::jit::Stack& arguments) {
   bool lacks = false;
   for (const at::IValue& argument : arguments) {
@@ -74,6 +74,20 @@ bool lackValues(const torch::jit::Stack& arguments) {
   }
   return lacks;
 }
+
+// While one lives, a function of TorchScript counts as blocked if it may wait for values, which it does inside of
+// torch.
+class MayBlock {
+ public:
+  explicit MayBlock(const rpc::ScriptCall& call) {
+    if (!call.hasOp() && lackValues(call.stack())) {
+      blocked_.emplace(ThreadedEngine::Blocked::For::kValuePerhaps);
+    }
+  }
+
+ private:
+  std::optional<ThreadedEngine::Blocked> blocked_;
+};
 
 c10::TypePtr messageType() {
   return c10::getCustomClassType<c10::intrusive_ptr<rpc::Message>>();
@@ -182,10 +196,7 @@ JitFuturePtr PythonRequestCallback::processScriptCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
   auto& call = static_cast<rpc::ScriptCall&>(command);
-  std::optional<ThreadedEngine::Blocked> mayBlock;
-  if (!call.hasOp() && lackValues(call.stackRef())) {
-    mayBlock.emplace(ThreadedEngine::Blocked::For::kValuePerhaps);
-  }
+  const MayBlock mayBlock(call);
   RunningRequests::nameFunction({}, call.hasOp() ? call.op()->schema().name() : call.qualifiedName().qualifiedName());
   const JitFuturePtr result = call.hasOp()
       ? runJitOperator(*call.op(), call.stackRef(), streams)
@@ -220,10 +231,7 @@ JitFuturePtr PythonRequestCallback::inStreams(JitFuturePtr scripts, const std::v
 JitFuturePtr PythonRequestCallback::processScriptRemoteCall(
     rpc::RpcCommandBase& command,
     const std::vector<c10::Stream>& streams) const {
-  std::optional<ThreadedEngine::Blocked> mayBlock;
-  if (lackValues(static_cast<rpc::ScriptRemoteCall&>(command).stackRef())) {
-    mayBlock.emplace(ThreadedEngine::Blocked::For::kValuePerhaps);
-  }
+  const MayBlock mayBlock(static_cast<rpc::ScriptRemoteCall&>(command));
   const c10::MultiStreamGuard guard(streams);
   return RequestCallbackImpl::processScriptRemoteCall(command, streams);
 }

@@ -92,6 +92,14 @@ struct Driver : EngineDriver {
   std::binary_semaphore brokenSignal{0};
 };
 
+// For longer than a thread needs that does not wait.
+void staysFalse(const std::atomic<bool>& flag) {
+  for (int look = 0; look < 20; ++look) {
+    CHECK_THAT(!flag);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
 struct Running {
   explicit Running(int workers) {
     EngineOptions options;
@@ -102,13 +110,15 @@ struct Running {
   ~Running() {
     engine->stop(std::chrono::seconds(10));
   }
-  void request(std::function<void()> body) {
-    driver.put(Task::Kind::kRequest, std::move(body));
+  void submit(Task::Kind kind, std::function<void()> body) {
+    driver.put(kind, std::move(body));
     engine->submitted(false);
   }
+  void request(std::function<void()> body) {
+    submit(Task::Kind::kRequest, std::move(body));
+  }
   void completion(std::function<void()> body) {
-    driver.put(Task::Kind::kCompletion, std::move(body));
-    engine->submitted(false);
+    submit(Task::Kind::kCompletion, std::move(body));
   }
   Driver driver;
   BellWord bell;
@@ -279,16 +289,12 @@ TEST(engine_a_request_that_is_blocked_leaves_its_place_to_second_attempts_only) 
     ranMeanwhile = true;
     ended.release();
   });
-  running.driver.put(Task::Kind::kSecondAttempt, [&] {
+  running.submit(Task::Kind::kSecondAttempt, [&] {
     CHECK_THAT(!ranMeanwhile);
     blocked.release();
     // With one place, what waited goes on when this has ended, not beside it.
-    for (int look = 0; look < 20; ++look) {
-      CHECK_THAT(!wentOn);
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+    staysFalse(wentOn);
   });
-  running.engine->submitted(false);
   ended.acquire();
   running.engine->stop(std::chrono::seconds(10)); // before what the tasks use goes out of scope
 }
@@ -306,15 +312,11 @@ TEST(engine_a_request_that_is_blocked_for_a_value_leaves_its_place_to_creations_
     wentOn = true;
   });
   running.request([&] { order.push_back(2); });
-  running.driver.put(Task::Kind::kCreation, [&] {
+  running.submit(Task::Kind::kCreation, [&] {
     order.push_back(1);
     value.release();
-    for (int look = 0; look < 20; ++look) { // as above
-      CHECK_THAT(!wentOn);
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+    staysFalse(wentOn);
   });
-  running.engine->submitted(false);
   running.request([&] {
     order.push_back(3);
     ended.release();
@@ -338,13 +340,12 @@ TEST(engine_creations_and_other_requests_have_their_turn_and_no_place_of_what_wa
   });
   begun.acquire();
   for (int i = 1; i <= 6; ++i) {
-    running.driver.put(i % 2 != 0 ? Task::Kind::kCreation : Task::Kind::kRequest, [&, i] {
+    running.submit(i % 2 != 0 ? Task::Kind::kCreation : Task::Kind::kRequest, [&, i] {
       order.push_back(i);
       if (i == 6) {
         ended.release();
       }
     });
-    running.engine->submitted(false);
   }
   while (running.engine->counts().queuedRequests < 6) {
     std::this_thread::yield();
@@ -373,8 +374,7 @@ TEST(engine_a_second_attempt_runs_before_other_requests_and_none_beside_it) {
     order.push_back(2);
     ended.release();
   });
-  running.driver.put(Task::Kind::kSecondAttempt, [&] { order.push_back(1); });
-  running.engine->submitted(false);
+  running.submit(Task::Kind::kSecondAttempt, [&] { order.push_back(1); });
   while (running.engine->counts().queuedRequests < 2) { // the leader, which may have the token, hands them over
     std::this_thread::yield();
   }

@@ -20,6 +20,6 @@ std::shared_ptr<Devices> makeDevices(int neighbours);
 size_t deviceAllocations(); // that are alive, of tensors and of what is lent; not of pinned memory, where MPI may write
 
 at::Tensor deviceTensor(c10::DeviceIndex device, size_t bytes);
-void readBytes(const at::Tensor& tensor); // of a device, which has no operators
+void readAll(const at::Tensor& tensor); // also one of a device, which has no operators
 
 } // namespace torch_rpc_mpi::fuzz
