@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "check.h"
 #include "codec/inbound_rpc.h"
 #include "codec/receive_target.h"
 #include "host_device.h"
